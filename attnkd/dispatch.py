@@ -1,0 +1,99 @@
+"""Which implementation computes an operation: the one documented rule behind ``impl="auto"``.
+
+* ``triton``: fused kernels. Needs tensors on a CUDA or ROCm device (or Triton's interpreter) and float16, bfloat16 or
+  float32.
+* ``chunked``: plain PyTorch with O(N) memory. Any device, any floating point dtype.
+* ``reference``: the specification; materialises everything in float64.
+
+``auto`` is ``triton`` where a Triton kernel exists for the call and the tensors are on a GPU, else ``chunked``. An explicit
+choice that cannot be honoured raises; it never falls back.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import lru_cache
+
+import torch
+
+from attnkd.problem import Problem, check_choice
+
+IMPLS = ("auto", "triton", "chunked", "reference")
+MAX_ROWS = 16
+"""Up to this many query rows the row kernels are used; beyond it the whole-map kernels."""
+
+
+@lru_cache(maxsize=None)
+def triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@lru_cache(maxsize=None)
+def interpreting() -> bool:
+    """True when Triton's kernels run in its CPU interpreter (TRITON_INTERPRET=1 before the first import)."""
+    if not triton_installed():
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason for which Triton kernels cannot run on such tensors, or None."""
+    if not triton_installed():
+        return "triton is not installed"
+    if dtype == torch.float64:
+        return "float64 is not supported by the kernels (use 'chunked' or 'reference')"
+    if device.type == "meta" or (device.type != "cuda" and not interpreting()):
+        return f"the tensors are on device '{device}', not on a CUDA or ROCm GPU"
+    return None
+
+
+def why_not_fused(problem: Problem) -> str | None:
+    """The reason for which no fused kernel covers this problem, or None."""
+    if problem.rows_shape[2] <= MAX_ROWS:
+        from attnkd import ops_row
+
+        return ops_row.why_not(problem)
+    if problem.teacher.probs is not None:
+        return f"teacher_probs with more than {MAX_ROWS} query rows has no fused kernel"
+    if problem.merge in ("max", "min"):
+        return f"merge={problem.merge!r} with more than {MAX_ROWS} query rows has no fused kernel"
+    return None
+
+
+def choose(impl: str, problem: Problem) -> str:
+    """The implementation for ``problem``: 'triton', 'chunked' or 'reference'.
+
+    Raises:
+        ValueError: an unknown ``impl``.
+        NotImplementedError: ``impl='triton'`` where it cannot run, with the reason.
+    """
+    check_choice("impl", impl, IMPLS)
+    if impl in ("chunked", "reference"):
+        return impl
+    query = problem.student.query
+    assert query is not None
+    dtypes = [t.dtype for t in (query, problem.teacher.query) if t is not None]
+    reason = why_not_triton(query.device, torch.float64 if torch.float64 in dtypes else query.dtype)
+    if reason is None:
+        reason = why_not_fused(problem)
+    if impl == "triton":
+        if reason:
+            raise NotImplementedError(f"impl='triton': {reason}")
+        return "triton"
+    # Under the interpreter kernels run for proof, not for work: only an explicit choice uses them.
+    return "chunked" if reason or query.device.type != "cuda" else "triton"
+
+
+def choose_rows(impl: str, query: torch.Tensor) -> str:
+    """The implementation for :func:`attnkd.attention_rows`; same rule and errors as :func:`choose`."""
+    check_choice("impl", impl, IMPLS)
+    if impl in ("chunked", "reference"):
+        return impl
+    reason = why_not_triton(query.device, query.dtype)
+    if impl == "triton":
+        if reason:
+            raise NotImplementedError(f"impl='triton': {reason}")
+        return "triton"
+    return "chunked" if reason or query.device.type != "cuda" else "triton"

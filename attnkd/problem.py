@@ -1,0 +1,239 @@
+"""One validated attention-divergence problem: what every implementation receives.
+
+All checking of user input happens here, once, so that the kernels and the plain PyTorch implementations can trust
+shapes, dtypes and devices. Dimensions: B batch, H heads, M query rows, N keys, D head dim; Ho = 1 when heads are merged,
+else H.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MERGES = (None, "logsum", "mean", "max", "min")
+DIVERGENCES = ("forward_kl", "reverse_kl", "js", "cross_entropy", "mse", "logit_mse")
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+HIDDEN_BELOW = -1e30
+"""An additive mask entry at or below this hides its key (−inf and every dtype's finfo.min except float16's)."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """The queries and keys of one model, or its finished rows.
+
+    query: [B, H, M, D] and key: [B, H, N, D] with any strides, or both None when ``probs`` is given.
+    mask: [B, H, M, N] expanded view (boolean, True = visible, or additive) or None.
+    probs: [B, Ho, M, N] probabilities, or None.
+    scale: multiplies the scores before mask and temperature.
+    """
+
+    query: Tensor | None
+    key: Tensor | None
+    mask: Tensor | None
+    scale: float
+    probs: Tensor | None = None
+
+    @property
+    def num_heads(self) -> int:
+        tensor = self.probs if self.query is None else self.query
+        assert tensor is not None
+        return tensor.shape[1]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A student and a teacher :class:`Side` that compare the same M rows over the same N keys."""
+
+    student: Side
+    teacher: Side
+    merge: str | None
+    divergence: str
+    temperature: float
+
+    @property
+    def rows_shape(self) -> tuple[int, int, int]:
+        """(B, Ho, M): the shape of the per-row loss."""
+        assert self.student.query is not None
+        batch, heads, rows, _ = self.student.query.shape
+        return batch, heads if self.merge is None else 1, rows
+
+    @property
+    def num_keys(self) -> int:
+        assert self.student.key is not None
+        return self.student.key.shape[2]
+
+
+def make_problem(
+    student_query: Tensor,
+    student_key: Tensor,
+    teacher_query: Tensor | None,
+    teacher_key: Tensor | None,
+    teacher_probs: Tensor | None,
+    student_scale: float | None,
+    teacher_scale: float | None,
+    student_mask: Tensor | None,
+    teacher_mask: Tensor | None,
+    merge: str | None,
+    divergence: str,
+    temperature: float,
+) -> Problem:
+    """Check everything and return the problem; the teacher is detached.
+
+    Raises:
+        TypeError: an argument that is not a tensor, or has an unsupported dtype.
+        ValueError: a wrong rank, shape, device or option; the message names the argument, what was expected and what came.
+    """
+    check_choice("merge", merge, MERGES)
+    check_choice("divergence", divergence, DIVERGENCES)
+    check_temperature(temperature)
+    student = make_side("student", student_query, student_key, student_scale, student_mask)
+    batch, _, rows, _ = student_query.shape
+    num_keys = student_key.shape[2]
+
+    if teacher_probs is not None:
+        if teacher_query is not None or teacher_key is not None or teacher_mask is not None:
+            raise ValueError(
+                "teacher_probs: expected alone, got it together with teacher_query, teacher_key or teacher_mask; "
+                "the rows of a teacher are given either as probabilities or as queries and keys"
+            )
+        if divergence == "logit_mse":
+            raise ValueError("divergence: 'logit_mse' compares scores before the softmax, but teacher_probs has none")
+        teacher = _probs_side(teacher_probs, student_query, student_key, merge)
+    else:
+        if teacher_query is None or teacher_key is None:
+            raise ValueError(
+                "teacher_query, teacher_key: expected both (or teacher_probs instead), got "
+                f"teacher_query={_kind(teacher_query)}, teacher_key={_kind(teacher_key)}"
+            )
+        teacher = make_side("teacher", teacher_query.detach(), teacher_key.detach(), teacher_scale, teacher_mask)
+        _match("teacher_query", "batch size B", teacher_query.shape[0], batch, "student_query")
+        _match("teacher_query", "number of query rows M", teacher_query.shape[2], rows, "student_query")
+        if teacher_key.shape[2] != num_keys:
+            raise ValueError(
+                f"teacher_key: expected N = {num_keys} keys like student_key, got N = {teacher_key.shape[2]}; for another "
+                "patch grid take the teacher's rows with attention_rows, resize them with resample_attention and pass them "
+                "as teacher_probs; prefix tokens that only one model has must be left out of both"
+            )
+        if merge is None and teacher_query.shape[1] != student_query.shape[1]:
+            raise ValueError(
+                f"teacher_query: expected H = {student_query.shape[1]} heads like student_query, got H = "
+                f"{teacher_query.shape[1]}; choose heads by slicing views, or merge them (merge='logsum')"
+            )
+    _check_devices(student, teacher)
+    if merge is not None:
+        _check_merged_masks(student, teacher)
+        if divergence == "logit_mse" and merge != "logsum":
+            raise ValueError(f"divergence: 'logit_mse' has no scores to compare after merge={merge!r}; use None or 'logsum'")
+    return Problem(student, teacher, merge, divergence, float(temperature))
+
+
+def make_side(name: str, query: Tensor, key: Tensor, scale: float | None, mask: Tensor | None) -> Side:
+    """Check one model's queries [B, H, M, D], keys [B, H, N, D] and mask; ``name`` is 'student', 'teacher' or ''."""
+    prefix = f"{name}_" if name else ""
+    check_tensor(f"{prefix}query", query, 4, "[B, H, M, D]")
+    check_tensor(f"{prefix}key", key, 4, "[B, H, N, D]")
+    for index, dim in ((0, "batch size B"), (1, "number of heads H"), (3, "head dim D")):
+        _match(f"{prefix}key", dim, key.shape[index], query.shape[index], f"{prefix}query")
+    if key.dtype != query.dtype:
+        raise TypeError(f"{prefix}key: expected dtype {query.dtype} like {prefix}query, got {key.dtype}")
+    for dim, size in (("head dim D", key.shape[3]), ("number of keys N", key.shape[2]), ("number of heads H", key.shape[1])):
+        if size == 0:
+            raise ValueError(f"{prefix}key: expected a {dim} of at least 1, got shape {tuple(key.shape)}")
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    if not math.isfinite(scale):
+        raise ValueError(f"{prefix}scale: expected a finite number, got {scale}")
+    if mask is not None:
+        shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        mask = _expand_mask(f"{prefix}mask", mask, shape)
+    return Side(query, key, mask, float(scale))
+
+
+def check_tensor(name: str, value: object, rank: int, layout: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {layout}, got {_kind(value)}")
+    if value.ndim != rank:
+        raise ValueError(f"{name}: expected {rank} dimensions {layout}, got shape {tuple(value.shape)}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected a floating point dtype (float16, bfloat16, float32 or float64), got {value.dtype}")
+
+
+def check_choice(name: str, value: object, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_temperature(temperature: float) -> None:
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
+
+
+def _expand_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name}: expected a tensor that broadcasts to [B, H, M, N], got {_kind(mask)}")
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected bool (True = visible) or an additive floating point mask, got {mask.dtype}")
+    try:
+        return mask.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{name}: expected a shape that broadcasts to [B, H, M, N] = {shape}, got {tuple(mask.shape)}"
+        ) from None
+
+
+def _probs_side(probs: Tensor, query: Tensor, key: Tensor, merge: str | None) -> Side:
+    check_tensor("teacher_probs", probs, 4, "[B, H, M, N], or [B, 1, M, N] with a merge")
+    expected = (query.shape[0], query.shape[1] if merge is None else 1, query.shape[2], key.shape[2])
+    if tuple(probs.shape) != expected:
+        hint = "" if merge is None else "; merge the teacher's heads first with merge_attention"
+        raise ValueError(f"teacher_probs: expected shape {expected} for merge={merge!r}, got {tuple(probs.shape)}{hint}")
+    return Side(None, None, None, 1.0, probs.detach())
+
+
+def _match(name: str, dim: str, got: int, expected: int, like: str) -> None:
+    if got != expected:
+        raise ValueError(f"{name}: expected {dim} = {expected} like {like}, got {got}")
+
+
+def _check_devices(student: Side, teacher: Side) -> None:
+    assert student.query is not None
+    device = student.query.device
+    named = {
+        "student_key": student.key,
+        "student_mask": student.mask,
+        "teacher_query": teacher.query,
+        "teacher_key": teacher.key,
+        "teacher_mask": teacher.mask,
+        "teacher_probs": teacher.probs,
+    }
+    for name, tensor in named.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}: expected device {device} like student_query, got {tensor.device}")
+
+
+def _check_merged_masks(student: Side, teacher: Side) -> None:
+    """Merged heads form one distribution: every head must see the same keys, and both models the same set."""
+    boolean = {}
+    for name, side in (("student", student), ("teacher", teacher)):
+        mask = side.mask
+        boolean[name] = mask is not None and mask.dtype == torch.bool
+        if boolean[name] and mask is not None and mask.shape[1] > 1 and mask.stride(1) != 0:
+            raise ValueError(
+                f"{name}_mask: expected one boolean mask for all heads (a size of 1 in dimension H) when heads are merged, "
+                f"got H = {mask.shape[1]}"
+            )
+    if boolean["student"] != boolean["teacher"] and teacher.probs is None:
+        missing = "teacher" if boolean["student"] else "student"
+        raise ValueError(
+            f"{missing}_mask: expected a boolean mask on both sides when heads are merged (the merged rows must cover the "
+            f"same keys), got none for the {missing}"
+        )
+
+
+def _kind(value: object) -> str:
+    return "a tensor" if isinstance(value, Tensor) else ("None" if value is None else type(value).__name__)
