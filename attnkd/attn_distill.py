@@ -15,22 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attnkd.attention_paths import Blocks, pair_blocks
 from attnkd.functional import attention_kl, attention_rows
 from attnkd.merging import merge_attention
 from attnkd.problem import MERGES
 from attnkd.resample import MODES, resample_attention
-from attnkd.tap import AttentionCall, AttentionTap, Blocks, block_count, block_indices
-from attnkd.tokens import (
-    TrainingTask,
-    cls_features,
-    cls_row,
-    image_size,
-    input_stats,
-    patch_grid,
-    resolve_model,
-    token_layout,
-    unwrap_model,
-)
+from attnkd.student_teacher import FrozenTeacher, TappedStudent, check_models
+from attnkd.tap import AttentionCall, AttentionTap
+from attnkd.tokens import TrainingTask, cls_row, input_stats, patch_grid, resolve_model, token_layout, unwrap_model
 
 _logger = logging.getLogger(__name__)
 
@@ -43,15 +35,15 @@ class AttnDistill(TrainingTask):
     and patches, summed over heads and divided by the batch size; see :meth:`attention_loss`.
 
     A ``timm.task.TrainingTask``: EMA, DDP, compilation and checkpoints work as in timm's own distillation tasks. The
-    teacher is frozen, stays in evaluation mode, and is not a submodule: it is in no optimizer, state_dict or checkpoint.
+    teacher is frozen, stays in evaluation mode, and is not a submodule: no optimizer, state_dict or checkpoint has it.
 
     Args:
         student: a timm Vision Transformer with a class token, or a timm name (built without classifier, from scratch).
-        teacher: the same, pretrained; by name it is built with its pretrained weights. Its parameters are frozen in place.
+        teacher: the same, pretrained; by name it is built with its pretrained weights. It is frozen in place.
         blocks: student blocks whose attention is guided: index, sequence of indices, 'all', or module paths. The paper
             guides the last block. With several, AG is their mean.
         teacher_blocks: the teacher block for each student block, in the same order. None: student block i of Ls learns
-            from teacher block ⌈(i + 1)·Lt/Ls⌉ − 1, so the last from the last.
+            from teacher block ⌈(i + 1)·Lt/Ls⌉ − 1, the last from the last.
         pa_weight: weight of PA; 0 leaves it out, and then neither model runs past its last tapped attention.
         attn_weight: weight of AG, the paper's λ; 0 leaves it out.
         merge: how heads are compared: None head by head, or merged by 'logsum', 'mean', 'max' or 'min'. 'auto' merges
@@ -103,7 +95,7 @@ class AttnDistill(TrainingTask):
     ) -> None:
         student, teacher = resolve_model(student, pretrained=False), resolve_model(teacher, pretrained=True)
         _check_options(pa_weight, attn_weight, merge, temperature, resample_mode)
-        _check_models(student, teacher)
+        check_models(student, teacher)
         parameter = next(student.parameters())
         super().__init__(device=device or parameter.device, dtype=dtype or parameter.dtype, verbose=verbose)
 
@@ -113,29 +105,28 @@ class AttnDistill(TrainingTask):
         self.criterion = criterion
         self.student_layout, self.teacher_layout = token_layout(student), token_layout(teacher)
 
-        student_blocks, teacher_blocks, self.pairs = _pair_blocks(student, teacher, blocks, teacher_blocks)
-        stop = pa_weight == 0
+        student_paths, teacher_paths, self.pairs = pair_blocks(student, teacher, blocks, teacher_blocks)
+        student_tap = AttentionTap(student, student_paths, stop=pa_weight == 0 and criterion is None)
+        teacher_tap = AttentionTap(teacher.to(self.device), teacher_paths, stop=pa_weight == 0)
         projector = None
         if pa_weight:
             projector = make_projector(self.student_layout.feature_dim, self.teacher_layout.feature_dim)
             projector.to(device=self.device, dtype=self.dtype)
-        self.trainable_module = TappedStudent(
-            AttentionTap(student, student_blocks, stop=stop and criterion is None), projector, criterion is not None
-        )
-        teacher.requires_grad_(False).eval().to(self.device)
+        self.trainable_module: Any = TappedStudent(student_tap, projector, train_head=criterion is not None)
         # In __dict__, not in _modules: parameters(), state_dict(), train() and requires_grad_() must not reach it.
-        self.__dict__["teacher"] = FrozenTeacher(AttentionTap(teacher, teacher_blocks, stop=stop), input_norm)
+        self.__dict__["teacher"] = FrozenTeacher(teacher_tap, input_norm)
         if input_norm is None and input_stats(student) != input_stats(teacher):
             _logger.warning(
-                f"student and teacher were pretrained with different image mean and std ({input_stats(student)} and "
-                f"{input_stats(teacher)}): the images must arrive as the teacher expects them, or say with input_norm how "
-                "they arrive"
+                f"image mean and std differ between student {input_stats(student)} and teacher {input_stats(teacher)}: "
+                "images must come normalised for the teacher, or say with input_norm how they come"
             )
         if verbose:
             _logger.info(
-                f"AttnDistill: pa_weight={pa_weight}, attn_weight={attn_weight}, merge={merge}, temperature={temperature}, "
-                f"student {self.student_tap.paths} <- teacher {self.teacher.tap.paths}"
+                f"AttnDistill: student {student_paths} <- teacher {teacher_paths} (pairs {self.pairs}), "
+                f"pa_weight={pa_weight}, attn_weight={attn_weight}, merge={merge}, temperature={temperature}"
             )
+
+    teacher: FrozenTeacher
 
     @property
     def student(self) -> nn.Module:
@@ -155,8 +146,8 @@ class AttnDistill(TrainingTask):
 
         Returns:
             loss: what to call backward on. pa_loss, attn_loss, task_loss: its unweighted parts, those that are on.
-            output: the student's head output [B, ...]; without ``criterion`` it has no gradient. Absent when the student
-            stops at its last tapped attention (pa_weight=0 without criterion). features: [B, Dt] projected class token.
+            output: the student's head output [B, ...], without gradient if there is no ``criterion``. features: the
+            projected class token [B, Dt]. Both are absent when the student stops at its last tapped attention.
 
         Raises:
             ValueError: images of another rank, tokens that are not class token + prefix + patch grid.
@@ -187,20 +178,20 @@ class AttnDistill(TrainingTask):
         extra = {"output": output, "features": features}
         return {"loss": loss, **result, **{name: value for name, value in extra.items() if value is not None}}
 
-    def attention_loss(self, student: AttentionCall, teacher: AttentionCall, size: tuple[int, int]) -> Tensor:
+    def attention_loss(self, student: AttentionCall, teacher: AttentionCall, size: Sequence[int]) -> Tensor:
         """AG of one pair of attentions: Σ_heads KL(teacher ‖ student) of the class-token row ÷ B.
 
-        Same patch grid: both rows straight from queries and keys. Another grid: the teacher's rows, per head, are resized
-        to the student's grid first and merged after that.
+        Same patch grid: both rows straight from queries and keys. Another grid: the teacher's rows are resized to the
+        student's grid head by head, and merged after that.
 
         Args:
             student, teacher: as an :class:`attnkd.AttentionTap` returns them, tokens on dimension 2.
             size: (height, width) of the images in pixels.
         """
-        student_grid = _grid(self.student, student, self.student_layout.num_prefix_tokens, size)
-        teacher_grid = _grid(self.teacher.tap.model, teacher, self.teacher_layout.num_prefix_tokens, size)
-        s = cls_row(student, self.student_layout.num_prefix_tokens)
-        t = cls_row(teacher, self.teacher_layout.num_prefix_tokens)
+        prefix, teacher_prefix = self.student_layout.num_prefix_tokens, self.teacher_layout.num_prefix_tokens
+        student_grid = patch_grid(self.student, size, student.key.shape[2] - prefix)
+        teacher_grid = patch_grid(self.teacher.tap.model, size, teacher.key.shape[2] - teacher_prefix)
+        s, t = cls_row(student, prefix), cls_row(teacher, teacher_prefix)
         merge = self.merge
         if merge == "auto":
             merge = None if s.query.shape[1] == t.query.shape[1] else "logsum"
@@ -214,9 +205,7 @@ class AttnDistill(TrainingTask):
             "impl": self.impl,
         }
         if student_grid == teacher_grid:
-            return attention_kl(
-                s.query, s.key, t.query, t.key, teacher_scale=t.scale, teacher_mask=t.mask, **options
-            )
+            return attention_kl(s.query, s.key, t.query, t.key, teacher_scale=t.scale, teacher_mask=t.mask, **options)
         with torch.no_grad():
             rows_temperature = temperature if merge is None else 1.0  # merging applies it to the finished rows
             rows = attention_rows(
@@ -229,17 +218,16 @@ class AttnDistill(TrainingTask):
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> AttnDistill:
         """Wrap student and projector in DistributedDataParallel; the teacher stays as it is on every rank."""
-        has_unused = self.pa_weight == 0 or any(p.requires_grad for p in _head_parameters(self.student))
-        if self.criterion is None and has_unused:  # whatever lies behind the last tapped attention gets no gradient
+        if self.criterion is None:  # the head, and without PA all that follows the tapped attention, gets no gradient
             ddp_kwargs.setdefault("find_unused_parameters", True)
         self.trainable_module = nn.parallel.DistributedDataParallel(
             self.trainable_module, device_ids=device_ids, **ddp_kwargs
         )
         return self
 
-    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
-        """Compile student, projector and teacher; call it before :meth:`prepare_distributed`. Returns the eval model."""
-        options = {"backend": backend, "mode": mode, **compile_kwargs}
+    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> Any:
+        """Compile student, projector and teacher, before :meth:`prepare_distributed`; returns the model to evaluate."""
+        options: dict[str, Any] = {"backend": backend, "mode": mode, **compile_kwargs}
         self.eval_model = torch.compile(self.student, **options)
         self.trainable_module = torch.compile(self.trainable_module, **options)
         self.teacher.compile(**options)
@@ -282,65 +270,8 @@ class AttnDistill(TrainingTask):
         return super()._apply(fn, *args, **kwargs)
 
 
-class TappedStudent(nn.Module):
-    """What trains: the tapped student and its projector. The module that DDP, EMA and torch.compile wrap.
-
-    Args:
-        tap: the student's tap.
-        projector: from student to teacher features, or None to leave features out.
-        train_head: whether the head's output takes part in a loss.
-    """
-
-    def __init__(self, tap: AttentionTap, projector: nn.Module | None, train_head: bool) -> None:
-        super().__init__()
-        self.tap, self.projector, self.train_head = tap, projector, train_head
-
-    def forward(self, images: Tensor) -> tuple[Tensor | None, Tensor | None, list[AttentionCall]]:
-        """images [B, C, H, W] → head output, projected features [B, Dt] (None where not computed), attention calls."""
-        model: Any = self.tap.model
-        tokens, calls = self.tap.capture(model.forward_features, images)
-        if tokens is None:
-            return None, None, calls
-        with torch.set_grad_enabled(self.train_head and torch.is_grad_enabled()):
-            output = model.forward_head(tokens)
-        features = None if self.projector is None else self.projector(cls_features(model, tokens))
-        return output, features, calls
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """The student's own list, under the names its parameters have here; timm's optimizer factory asks for it."""
-        names = getattr(self.tap.model, "no_weight_decay", set)()
-        return {f"tap.model.{name}" for name in names}
-
-
-class FrozenTeacher(nn.Module):
-    """The tapped teacher: never trained, always in evaluation mode, run without gradients."""
-
-    def __init__(self, tap: AttentionTap, input_norm: tuple[Sequence[float], Sequence[float]] | None) -> None:
-        super().__init__()
-        self.tap = tap
-        scale, shift = _renormalise(tap.model, input_norm)
-        parameter = next(tap.model.parameters())
-        for name, values in (("scale", scale), ("shift", shift)):
-            buffer = None if values is None else torch.tensor(values, device=parameter.device).view(1, -1, 1, 1)
-            self.register_buffer(name, buffer, persistent=False)
-        super().train(False)
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> tuple[Tensor | None, list[AttentionCall]]:
-        """images [B, C, H, W] → class token features [B, Dt] (None if the teacher stopped before them), attention calls."""
-        model: Any = self.tap.model
-        if self.scale is not None:
-            images = (images * self.scale + self.shift).to(images.dtype)
-        tokens, calls = self.tap.capture(model.forward_features, images)
-        return (None if tokens is None else cls_features(model, tokens)), calls
-
-    def train(self, mode: bool = True) -> FrozenTeacher:
-        return self
-
-
 def make_projector(dim: int, teacher_dim: int) -> nn.Sequential:
-    """[B, D] → [B, Dt]: LayerNorm, linear layers D → 2D → D → 2D → Dt with GELU between them, LayerNorm (paper, Sec. 4.1)."""
+    """[B, D] → [B, Dt]: LayerNorm, linear layers D → 2D → D → 2D → Dt with GELU between them, LayerNorm."""
     widths = [dim, 2 * dim, dim, 2 * dim, teacher_dim]
     layers: list[nn.Module] = [nn.LayerNorm(dim, eps=1e-6)]
     for index in range(4):
@@ -367,50 +298,14 @@ def _check_options(
         raise ValueError(f"resample_mode: expected one of {MODES}, got {resample_mode!r}")
 
 
-def _check_models(student: nn.Module, teacher: nn.Module) -> None:
-    for name, model in (("student", student), ("teacher", teacher)):
-        if not isinstance(model, nn.Module) or not hasattr(model, "forward_features"):
-            raise TypeError(f"{name}: expected a timm model (with forward_features) or its name, got {type(model).__name__}")
-        layout = token_layout(model)
-        if not layout.has_cls:
-            raise ValueError(
-                f"{name}: AttnDistill compares class tokens, {type(model).__name__} has none "
-                f"(its {layout.num_prefix_tokens} prefix tokens are registers)"
+def _blame_teacher(teacher: nn.Module, features: Tensor | None, calls: list[AttentionCall]) -> None:
+    """The loss is not finite: raise if the teacher is the cause."""
+    tensors = [("class token", features)]
+    for index, call in enumerate(calls):
+        tensors += [(f"query of tapped attention {index}", call.query), (f"key of tapped attention {index}", call.key)]
+    for name, tensor in tensors:
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise RuntimeError(
+                f"teacher ({type(teacher).__name__}): its {name} is NaN or infinite, and so is the loss; check its "
+                "weights, its input and its precision. Nothing was updated"
             )
-    if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
-        raise ValueError("teacher: shares parameters with student; freezing the teacher would freeze the student")
-    sizes = image_size(student), image_size(teacher)
-    if None not in sizes and sizes[0] != sizes[1]:
-        raise ValueError(
-            f"student and teacher see the same images, but student takes {sizes[0]} and teacher {sizes[1]} pixels only; "
-            "build one of them with another img_size, or with dynamic_img_size=True"
-        )
-
-
-def _pair_blocks(
-    student: nn.Module, teacher: nn.Module, blocks: Blocks, teacher_blocks: Blocks | None
-) -> tuple[list[str], list[str], list[tuple[int, int]]]:
-    """Paths to tap in the student and in the teacher, and which of them belong together."""
-    student_paths = _paths_in_order(student, blocks)
-    if teacher_blocks is not None:
-        wanted = _paths_in_order(teacher, teacher_blocks)
-    elif any(isinstance(block, str) and block != "all" for block in ([blocks] if isinstance(blocks, str) else _seq(blocks))):
-        raise ValueError("teacher_blocks: needed when blocks are module paths, got None")
-    else:
-        depth, teacher_depth = block_count(student), block_count(teacher)
-        indices = [math.ceil((i + 1) * teacher_depth / depth) - 1 for i in block_indices(depth, blocks)]
-        wanted = _paths_in_order(teacher, indices)
-    if len(wanted) != len(student_paths):
-        raise ValueError(f"teacher_blocks: expected {len(student_paths)}, one per student block, got {len(wanted)}")
-    teacher_paths = list(dict.fromkeys(wanted))
-    return student_paths, teacher_paths, [(i, teacher_paths.index(path)) for i, path in enumerate(wanted)]
-
-
-def _seq(blocks: Any) -> list:
-    return [blocks] if isinstance(blocks, int) else list(blocks)
-
-
-def _paths_in_order(model: nn.Module, blocks: Any) -> list[str]:
-    if blocks == "all":
-        return attention_paths(model, "all")
-    return [path for block in ([blocks] if isinstance(blocks, str) else _seq(blocks)) for path in attention_paths(model, block)]

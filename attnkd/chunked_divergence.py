@@ -15,60 +15,71 @@ heads are merged). Hidden keys have z = −inf. Arguments named ``z`` are overwr
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
 class Softmax:
-    """softmax(z) in pieces: ``shifted`` u = z − max z, ``exp`` e^u (both [b, h, r, N]) and ``total`` Σ e^u [b, h, r, 1].
+    """softmax(z) in pieces, each made when it is first asked for.
 
-    ``masked``: keys may be hidden; there u = −inf and e = 0. ``alive`` [b, h, r, 1]: the row sees a key; None = all do.
+    shifted: u = z − max z, in the memory of z [b, h, r, N]; −inf at hidden keys.
+    exp: e^u [b, h, r, N], 0 at hidden keys; in ``scratch()``, or with :meth:`exp_` in the place of ``shifted``.
+    total: Σ e^u [b, h, r, 1]; 1 in rows that see no key.
+    masked: keys may be hidden.  alive [b, h, r, 1]: the row sees a key; None where nothing is masked.
     """
 
-    shifted: Tensor
-    exp: Tensor
-    total: Tensor
-    masked: bool = False
-    alive: Tensor | None = None
+    def __init__(self, z: Tensor, scratch: Callable[[], Tensor], masked: bool) -> None:
+        top = z.amax(-1, keepdim=True)
+        self.alive = None
+        if masked:
+            self.alive = ~torch.isneginf(top)
+            top.masked_fill_(~self.alive, 0.0)
+        self.shifted = z.sub_(top)
+        self.masked = masked
+        self._scratch = scratch
+        self._exp: Tensor | None = None
+
+    @staticmethod
+    def of_probs(probs: Tensor, out: Tensor, scratch: Callable[[], Tensor]) -> Softmax:
+        """Given rows, not necessarily normalised; a key of probability 0 is hidden."""
+        return Softmax(out.copy_(probs).clamp_(min=0.0).log_(), scratch, masked=True)
+
+    @property
+    def exp(self) -> Tensor:
+        if self._exp is None:
+            self._exp = torch.exp(self.shifted, out=self._scratch())
+        return self._exp
+
+    def spend_shifted(self) -> Tensor:
+        """``shifted``, to be overwritten by the caller."""
+        self.exp  # made from it, so made first
+        return self.shifted
+
+    def exp_(self) -> Tensor:
+        """``exp``, after which ``shifted`` must not be used any more."""
+        if self._exp is None:
+            self._exp = self.shifted.exp_()
+        return self._exp
+
+    @cached_property
+    def total(self) -> Tensor:
+        total = self.exp.sum(-1, keepdim=True)
+        return total if self.alive is None else total.masked_fill_(~self.alive, 1.0)
 
     def hidden(self) -> Tensor | None:
         return torch.isneginf(self.shifted) if self.masked else None
 
 
-def softmax_(z: Tensor, exp: Tensor, masked: bool) -> Softmax:
-    """z becomes ``shifted``; ``exp`` is written."""
-    top = z.amax(-1, keepdim=True)
-    if masked:
-        top.masked_fill_(torch.isneginf(top), 0.0)
-    z.sub_(top)
-    torch.exp(z, out=exp)
-    return _softmax(z, exp, masked)
-
-
-def softmax_of_probs(probs: Tensor, log: Tensor, exp: Tensor) -> Softmax:
-    """Given rows, not necessarily normalised; a key of probability 0 is hidden."""
-    torch.clamp(exp.copy_(probs), min=0.0, out=exp)
-    return _softmax(torch.log(exp, out=log), exp, masked=True)
-
-
-def _softmax(shifted: Tensor, exp: Tensor, masked: bool) -> Softmax:
-    total = exp.sum(-1, keepdim=True)
-    if not masked:
-        return Softmax(shifted, exp, total)
-    alive = total > 0
-    return Softmax(shifted, exp, total.masked_fill_(~alive, 1.0), True, alive)
-
-
-def divergence_(kind: str, s: Softmax, t: Softmax) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows, ds, factor) of every kind but logit_mse. Overwrites both sides; ds is one of the student's buffers."""
-    rows, ds, factor = _KINDS[kind](s, t)
+def divergence_(kind: str, s: Softmax, t: Softmax, need_ds: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(rows, ds, factor) of every kind but logit_mse; ds and factor are None unless needed. Overwrites both sides."""
+    rows, ds, factor = _KINDS[kind](s, t, need_ds)
     return _drop_dead(rows, ds, factor, s.alive, t.alive)
 
 
-def logit_mse_(z_s: Tensor, z_t: Tensor, masked: bool) -> tuple[Tensor, Tensor, Tensor]:
+def logit_mse_(z_s: Tensor, z_t: Tensor, masked: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Mean over the keys visible to both of (z_s − z_t)²."""
     count: Tensor | int = z_s.shape[-1]
     alive_s = alive_t = None
@@ -80,77 +91,96 @@ def logit_mse_(z_s: Tensor, z_t: Tensor, masked: bool) -> tuple[Tensor, Tensor, 
     ds = z_s.sub_(z_t)
     if masked:
         ds.masked_fill_(hidden, 0.0)
-    rows = torch.mul(ds, ds, out=z_t).sum(-1, keepdim=True) / count
-    factor = torch.full_like(rows, 2.0) / count
-    return _drop_dead(rows, ds, factor, alive_s, alive_t)
+    rows = _square_sum(ds) / count
+    return _drop_dead(rows, ds, torch.full_like(rows, 2.0) / count, alive_s, alive_t)
+
+
+_Result = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def _drop_dead(
-    rows: Tensor, ds: Tensor, factor: Tensor, alive_s: Tensor | None, alive_t: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    rows: Tensor, ds: Tensor | None, factor: Tensor | None, alive_s: Tensor | None, alive_t: Tensor | None
+) -> _Result:
     for alive in (alive_s, alive_t):
         if alive is not None:
-            rows, factor = rows.masked_fill(~alive, 0.0), factor.masked_fill(~alive, 0.0)
+            rows = rows.masked_fill(~alive, 0.0)
+            factor = None if factor is None else factor.masked_fill(~alive, 0.0)
     return rows, ds, factor
 
 
-def _forward_kl(s: Softmax, t: Softmax) -> tuple[Tensor, Tensor, Tensor]:
-    rows = _expectation(t, t.shifted.sub_(s.shifted)) + s.total.log() - t.total.log()
-    return rows, *_towards_teacher(s, t)
-
-
-def _cross_entropy(s: Softmax, t: Softmax) -> tuple[Tensor, Tensor, Tensor]:
-    rows = s.total.log() - _expectation(t, t.shifted.copy_(s.shifted))
-    return rows, *_towards_teacher(s, t)
-
-
-def _towards_teacher(s: Softmax, t: Softmax) -> tuple[Tensor, Tensor]:
-    """∂/∂z_s of −Σ p_t log p_s: p_s − p_t. Keys hidden from the student take their p_t with them."""
+def _forward_kl(s: Softmax, t: Softmax, need_ds: bool) -> _Result:
     hidden = s.hidden()
+    mean = _mean(t, t.spend_shifted().sub_(s.shifted), s)
+    s.exp_()
+    rows = mean + s.total.log() - t.total.log()
+    return rows, *_towards_teacher(s, t, hidden, need_ds)
+
+
+def _cross_entropy(s: Softmax, t: Softmax, need_ds: bool) -> _Result:
+    hidden = s.hidden()
+    mean = _mean(t, t.spend_shifted().copy_(s.shifted), s)
+    s.exp_()
+    return s.total.log() - mean, *_towards_teacher(s, t, hidden, need_ds)
+
+
+def _towards_teacher(
+    s: Softmax, t: Softmax, hidden: Tensor | None, need_ds: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """∂/∂z_s of −Σ p_t log p_s: p_s − p_t. Keys hidden from the student take their p_t with them."""
+    if not need_ds:
+        return None, None
     if hidden is not None:
         kept = t.exp.masked_fill_(hidden, 0.0).sum(-1, keepdim=True) / t.total
         s.exp.mul_(kept)
     return s.exp.addcmul_(t.exp, s.total / t.total, value=-1.0), s.total.reciprocal()
 
 
-def _reverse_kl(s: Softmax, t: Softmax) -> tuple[Tensor, Tensor, Tensor]:
-    hidden = t.hidden()
-    value = s.shifted.sub_(t.shifted)
+def _reverse_kl(s: Softmax, t: Softmax, need_ds: bool) -> _Result:
+    p_s, hidden = s.exp, t.hidden()
+    value = s.spend_shifted().sub_(t.shifted)
+    t.exp_()
     constant = t.total.log() - s.total.log()
-    mean = _expectation(s, value)
+    mean = _mean(s, value, t)
     rows = mean + constant
+    if not need_ds:
+        return rows, None, None
     if hidden is not None:  # a row that is +inf keeps the gradient of its finite terms
         value.masked_fill_(hidden, 0.0)
         mean = value.sum(-1, keepdim=True) / s.total
-        seen = s.exp.masked_fill(hidden, 0.0)
+        seen = p_s.masked_fill(hidden, 0.0)
         share = seen.sum(-1, keepdim=True) / s.total
-        value.addcmul_(seen.addcmul_(s.exp, share, value=-1.0), constant + 1.0)
-    return rows, value.addcmul_(s.exp, mean, value=-1.0), s.total.reciprocal()
+        value.addcmul_(seen.addcmul_(p_s, share, value=-1.0), constant + 1.0)
+    return rows, value.addcmul_(p_s, mean, value=-1.0), s.total.reciprocal()
 
 
-def _js(s: Softmax, t: Softmax) -> tuple[Tensor, Tensor, Tensor]:
-    ratio = s.total / t.total
-    p_t = t.exp.mul_(ratio)  # times l_s, like s.exp = p_s · l_s
-    middle = torch.lerp(s.exp, p_t, 0.5).clamp_min_(torch.finfo(p_t.dtype).tiny).log_()
-    value_s, value_t = s.shifted.sub_(middle), t.shifted.sub_(middle)
-    mean_s, mean_t = _expectation(s, value_s), _expectation(t, value_t) / ratio
+def _js(s: Softmax, t: Softmax, need_ds: bool) -> _Result:
+    p_s, ratio = s.exp, s.total / t.total
+    p_t = t.exp.mul_(ratio)  # times l_s, like p_s
+    middle = torch.lerp(p_s, p_t, 0.5).clamp_min_(torch.finfo(p_t.dtype).tiny).log_()
+    value_s, value_t = s.spend_shifted().sub_(middle), t.spend_shifted().sub_(middle)
+    mean_s, mean_t = _mean(s, value_s, t), _mean(t, value_t, s) / ratio
     rows = 0.5 * (mean_s + mean_t + ratio.log())
-    return rows, value_s.addcmul_(s.exp, mean_s, value=-1.0), 0.5 / s.total
+    if not need_ds:
+        return rows, None, None
+    return rows, value_s.addcmul_(p_s, mean_s, value=-1.0), 0.5 / s.total
 
 
-def _mse(s: Softmax, t: Softmax) -> tuple[Tensor, Tensor, Tensor]:
+def _mse(s: Softmax, t: Softmax, need_ds: bool) -> _Result:
     hidden_s, hidden_t = s.hidden(), t.hidden()
     hidden = hidden_t if hidden_s is None else (hidden_s if hidden_t is None else hidden_s.logical_or_(hidden_t))
-    gap = torch.addcmul(s.exp, t.exp, s.total / t.total, value=-1.0, out=t.exp)  # (p_s − p_t) · l_s
-    count: Tensor | int = gap.shape[-1]
+    p_s, p_t = s.exp_(), t.exp_()
+    count: Tensor | int = p_s.shape[-1]
+    gap = torch.addcmul(p_s, p_t, s.total / t.total, value=-1.0, out=p_t)  # (p_s − p_t) · l_s
     if hidden is not None:
         gap.masked_fill_(hidden, 0.0)
         count = _count_visible(hidden)
     scale = 1.0 / (s.total.square() * count)
-    rows = torch.mul(gap, gap, out=t.shifted).sum(-1, keepdim=True) * scale
-    value = torch.mul(s.exp, gap, out=s.shifted)
+    rows = _square_sum(gap) * scale
+    if not need_ds:
+        return rows, None, None
+    value = gap.mul_(p_s)
     mean = value.sum(-1, keepdim=True) / s.total
-    return rows, value.addcmul_(s.exp, mean, value=-1.0), 2.0 * scale
+    return rows, value.addcmul_(p_s, mean, value=-1.0), 2.0 * scale
 
 
 _KINDS = {
@@ -162,52 +192,49 @@ _KINDS = {
 }
 
 
-def _expectation(side: Softmax, value: Tensor) -> Tensor:
+def _mean(side: Softmax, value: Tensor, other: Softmax) -> Tensor:
     """Σ p · value, [b, h, r, 1]; a key of probability 0 adds 0 even to an infinite value. ``value`` becomes e · value."""
     value.mul_(side.exp)
-    if side.masked or value is not side.shifted:
+    if side.masked or other.masked:
         value.masked_fill_(side.exp == 0, 0.0)
     return value.sum(-1, keepdim=True) / side.total
+
+
+def _square_sum(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
 
 
 def _count_visible(hidden: Tensor) -> Tensor:
     return (hidden.shape[-1] - hidden.sum(-1, keepdim=True)).clamp_min_(1)
 
 
-@dataclass(frozen=True)
 class MergedHeads:
-    """The heads of one side, merged by their mean, max or min: ``logits`` [b, 1, r, N] whose softmax is the merged row.
+    """The heads of one side merged by their mean, max or min, from each head's own finished softmax.
 
-    Kept for the derivative: ``heads`` (``shifted`` now holds log p^h) and the same ``log_merged`` that ``logits`` began as.
+    logits: [b, 1, r, N], whose softmax is the merged row (AttnDistill, Sec. 4.3); the caller may overwrite it.
     """
 
-    logits: Tensor
-    log_merged: Tensor
-    heads: Softmax
-    hidden: Tensor | None
-
-    @staticmethod
-    def of(heads: Softmax, merge: str) -> MergedHeads:
-        log_p = heads.shifted.sub_(heads.total.log())
-        if merge == "mean":
+    def __init__(self, heads: Softmax, merge: str) -> None:
+        log_p = heads.spend_shifted().sub_(heads.total.log())
+        if merge == "mean":  # its 1 / H is constant along the row
             merged = log_p.logsumexp(1, keepdim=True)
         else:
             merged = log_p.amax(1, keepdim=True) if merge == "max" else log_p.amin(1, keepdim=True)
-        hidden = None
-        if heads.masked:
-            hidden = torch.isneginf(log_p).any(1, keepdim=True)
-            merged.masked_fill_(hidden, -math.inf)
-        return MergedHeads(merged.clone(), merged, heads, hidden)
+        self._hidden = None
+        if heads.masked:  # a key that some head does not see is hidden
+            self._hidden = torch.isneginf(log_p).any(1, keepdim=True)
+            merged.masked_fill_(self._hidden, -math.inf)
+        self.logits, self._merged, self._log_p, self._heads = merged.clone(), merged, log_p, heads
 
-    def backward_(self, ds: Tensor, merge: str) -> Tensor:
-        """∂/∂merged logits [b, 1, r, N] → ∂/∂z^h [b, h, r, N] (both without the row's factor)."""
-        log_p, p = self.heads.shifted, self.heads.exp
+    def backward_(self, ds: Tensor, merge: str | None) -> Tensor:
+        """∂/∂merged logits [b, 1, r, N] → ∂/∂z of the heads [b, h, r, N]."""
         if merge == "mean":
-            share = log_p.sub_(self.log_merged).exp_()
+            share = self._log_p.sub_(self._merged).exp_()
         else:  # ties share equally
-            share = torch.eq(log_p, self.log_merged, out=log_p)
+            share = torch.eq(self._log_p, self._merged, out=self._log_p)
             share.div_(share.sum(1, keepdim=True))
         share.mul_(ds)
-        if self.hidden is not None:
-            share.masked_fill_(self.hidden, 0.0)
-        return share.addcmul_(p, share.sum(-1, keepdim=True) / self.heads.total, value=-1.0)
+        if self._hidden is not None:
+            share.masked_fill_(self._hidden, 0.0)
+        total = share.sum(-1, keepdim=True) / self._heads.total
+        return share.addcmul_(self._heads.exp, total, value=-1.0)

@@ -12,7 +12,7 @@ choice that cannot be honoured raises; it never falls back.
 from __future__ import annotations
 
 import importlib.util
-from functools import lru_cache
+import os
 
 import torch
 
@@ -23,24 +23,18 @@ MAX_ROWS = 16
 """Up to this many query rows the row kernels are used; beyond it the whole-map kernels."""
 
 
-@lru_cache(maxsize=None)
-def triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-@lru_cache(maxsize=None)
+@torch.compiler.assume_constant_result
 def interpreting() -> bool:
-    """True when Triton's kernels run in its CPU interpreter (TRITON_INTERPRET=1 before the first import)."""
-    if not triton_installed():
-        return False
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
+    """True when Triton's kernels run in its CPU interpreter: its TRITON_INTERPRET=1, set before kernels are imported."""
+    return TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason for which Triton kernels cannot run on such tensors, or None."""
-    if not triton_installed():
+    if not TRITON_INSTALLED:
         return "triton is not installed"
     if dtype == torch.float64:
         return "float64 is not supported by the kernels (use 'chunked' or 'reference')"
@@ -52,7 +46,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 def why_not_fused(problem: Problem) -> str | None:
     """The reason for which no fused kernel covers this problem, or None."""
     if problem.rows_shape[2] <= MAX_ROWS:
-        from attnkd import ops_row
+        from attnkd import ops_row  # needs Triton, which the caller knows to be there
 
         return ops_row.why_not(problem)
     if problem.teacher.probs is not None:

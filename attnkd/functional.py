@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnkd import dispatch
+from attnkd import chunked, dispatch, reference
 from attnkd.merging import merge_logits
 from attnkd.problem import (
     HIDDEN_BELOW,
@@ -18,6 +18,10 @@ from attnkd.problem import (
     make_problem,
     make_side,
 )
+
+if dispatch.TRITON_INSTALLED:
+    # Not where they are used: torch.compile must find these modules imported.
+    from attnkd import ops_map, ops_row
 
 
 def attention_kl(
@@ -145,8 +149,6 @@ def attention_rows(
     side = make_side("", query, key, scale, mask)
     implementation = dispatch.choose_rows(impl, query)
     if implementation == "reference":
-        from attnkd import reference
-
         rows = reference.attention_rows(side, merge, temperature)
         return rows if query.dtype == torch.float64 else rows.float()
     logits = _row_logits(implementation, side, merge == "logsum", temperature)
@@ -160,25 +162,14 @@ def attention_rows(
 
 def _per_row(implementation: str, problem: Problem) -> Tensor:
     if implementation == "triton":
-        if problem.rows_shape[2] <= dispatch.MAX_ROWS:
-            from attnkd import ops_row as ops
-        else:
-            from attnkd import ops_map as ops
-        return ops.per_row(problem)
-    if implementation == "chunked":
-        from attnkd import chunked
-
-        return chunked.per_row(problem)
-    from attnkd import reference
-
-    return reference.per_row(problem)
+        few = problem.rows_shape[2] <= dispatch.MAX_ROWS
+        return ops_row.per_row(problem) if few else ops_map.per_row(problem)
+    return chunked.per_row(problem) if implementation == "chunked" else reference.per_row(problem)
 
 
 def _weighted_sum(implementation: str, problem: Problem, weight: Tensor | float) -> Tensor:
     """Σ weight·row. ``chunked`` is told the weights so that it can finish the gradients in its forward sweep."""
     if implementation == "chunked":
-        from attnkd import chunked
-
         if not isinstance(weight, Tensor):
             assert problem.student.query is not None
             weight = problem.student.query.new_tensor(weight, dtype=_loss_dtype(problem)).expand(problem.rows_shape)
@@ -189,11 +180,7 @@ def _weighted_sum(implementation: str, problem: Problem, weight: Tensor | float)
 
 def _row_logits(implementation: str, side: Side, wide: bool, temperature: float) -> Tensor:
     if implementation == "triton":
-        from attnkd import ops_row as ops
-
-        return ops.row_logits(side, wide, temperature)
-    from attnkd import chunked
-
+        return ops_row.row_logits(side, wide, temperature)
     assert side.query is not None and side.key is not None
     logits = chunked.row_logits(side.query, side.key, side.mask, side.scale, temperature)
     return merge_logits(logits, "logsum") if wide else logits

@@ -33,7 +33,9 @@ def devices() -> list[dict[str, str]]:
         p = torch.cuda.get_device_properties(index)
         toolkit = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
         arch = getattr(p, "gcnArchName", "") if torch.version.hip else f"sm_{p.major}{p.minor}"
-        found.append({"device": f"cuda:{index}", "name": p.name, "details": f"{arch}, {p.total_memory >> 30} GiB, {toolkit}"})
+        found.append(
+            {"device": f"cuda:{index}", "name": p.name, "details": f"{arch}, {p.total_memory >> 30} GiB, {toolkit}"}
+        )
     found.append({"device": "cpu", "name": platform.machine(), "details": f"{torch.get_num_threads()} threads"})
     return found
 
@@ -52,7 +54,9 @@ def choices(device: torch.device) -> list[dict[str, str]]:
         key = torch.empty(1, 2, 64, 64, device=device)
         problem = make_problem(query, key, query, key, None, None, None, None, None, merge, "forward_kl", 1.0)
         reason = dispatch.why_not_triton(query.device, query.dtype) or dispatch.why_not_fused(problem)
-        rows.append({"operation": label, "impl": dispatch.choose("auto", problem), "why": reason or "fused Triton kernel"})
+        rows.append(
+            {"operation": label, "impl": dispatch.choose("auto", problem), "why": reason or "fused Triton kernel"}
+        )
     query = torch.empty(1, 2, 1, 64, device=device)
     reason = dispatch.why_not_triton(query.device, query.dtype)
     impl = dispatch.choose_rows("auto", query)
@@ -66,15 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report = {"versions": versions(), "devices": devices(), "auto": choices(device)}
+    found, usable, auto = versions(), devices(), choices(device)
     if args.json:
-        print(json.dumps(report, indent=2))
+        print(json.dumps({"versions": found, "devices": usable, "auto": auto}, indent=2))
         return 0
-    print("  ".join(f"{name} {version}" for name, version in report["versions"].items()))
-    for row in report["devices"]:
+    print("  ".join(f"{name} {version}" for name, version in found.items()))
+    for row in usable:
         print(f"{row['device']}: {row['name']} ({row['details']})")
     print(f'\nimpl="auto" on {device}:')
-    width = max(len(row["operation"]) for row in report["auto"])
-    for row in report["auto"]:
+    width = max(len(row["operation"]) for row in auto)
+    for row in auto:
         print(f"  {row['operation']:<{width}}  {row['impl']:<8} {row['why']}")
     return 0

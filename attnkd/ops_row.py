@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from attnkd.autograd import first_order_only
+from attnkd.problem import Problem, Side
 from attnkd_kernels.row_kl import MAX_WIDTH, ONE_SWEEP, fits_whole, row_kl_bwd, row_kl_fwd
 from attnkd_kernels.row_logits import row_logits_bwd, row_logits_fwd
 from attnkd_kernels.row_merge import MAX_KEYS, row_merge
-from torch import Tensor
-from torch.autograd.function import once_differentiable
-
-from attnkd.problem import Problem, Side
 
 _LIBRARY = torch.library.Library("attnkd", "FRAGMENT")
 
@@ -35,7 +35,11 @@ def _row_kl_fwd_fake(qs, ks, ms, qt, kt, mt, probs, scale_s, scale_t, temperatur
     loss = qs.new_empty(rows, dtype=torch.float32)
     if not need_grad:
         return loss, empty, empty.clone()
-    return loss, qs.new_empty((*rows, ks.shape[2]), dtype=torch.float32), qs.new_empty((B, H, M, D), dtype=torch.float32)
+    return (
+        loss,
+        qs.new_empty((*rows, ks.shape[2]), dtype=torch.float32),
+        qs.new_empty((B, H, M, D), dtype=torch.float32),
+    )
 
 
 def _row_kl_bwd_fake(grad, coef, unit_dq, q, k, scale, temperature, wide, need_dq, need_dk, need_dmask):
@@ -113,7 +117,7 @@ class RowKLFunction(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad):
         coef, unit_dq, qs, ks = ctx.saved_tensors
         need_dq, need_dk, need_dmask = ctx.needs_input_grad[:3]
@@ -137,7 +141,7 @@ class RowLogitsFunction(torch.autograd.Function):
         return _row_logits_fwd(query, key, mask, scale, temperature, wide)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad):
         query, key = ctx.saved_tensors
         need_dq, need_dk, need_dmask = ctx.needs_input_grad[:3]
@@ -163,7 +167,7 @@ class RowMergeFunction(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad):
         (unit,) = ctx.saved_tensors
         return unit * grad.unsqueeze(-1), None, None, None, None, None
@@ -177,7 +181,9 @@ def why_not(problem: Problem) -> str | None:
             if width > MAX_WIDTH:
                 return f"a head of {width} dims; the row kernels take up to {MAX_WIDTH}"
     if not _one_sweep(problem) and problem.num_keys > MAX_KEYS:
-        return f"{problem.num_keys} keys with merge={problem.merge!r}, divergence={problem.divergence!r}; up to {MAX_KEYS}"
+        return (
+            f"{problem.num_keys} keys with merge={problem.merge!r}, divergence={problem.divergence!r}; up to {MAX_KEYS}"
+        )
     return None
 
 

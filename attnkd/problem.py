@@ -128,8 +128,10 @@ def make_problem(
     if merge is not None:
         _check_merged_masks(student, teacher)
         if divergence == "logit_mse" and merge != "logsum":
-            raise ValueError(f"divergence: 'logit_mse' has no scores to compare after merge={merge!r}; use None or 'logsum'")
-    return Problem(student, teacher, merge, divergence, float(temperature))
+            raise ValueError(
+                f"divergence: 'logit_mse' has no scores to compare after merge={merge!r}; use None or 'logsum'"
+            )
+    return Problem(student, teacher, merge, divergence, temperature)
 
 
 def make_side(name: str, query: Tensor, key: Tensor, scale: float | None, mask: Tensor | None) -> Side:
@@ -141,17 +143,21 @@ def make_side(name: str, query: Tensor, key: Tensor, scale: float | None, mask: 
         _match(f"{prefix}key", dim, key.shape[index], query.shape[index], f"{prefix}query")
     if key.dtype != query.dtype:
         raise TypeError(f"{prefix}key: expected dtype {query.dtype} like {prefix}query, got {key.dtype}")
-    for dim, size in (("head dim D", key.shape[3]), ("number of keys N", key.shape[2]), ("number of heads H", key.shape[1])):
+    for dim, size in (
+        ("head dim D", key.shape[3]),
+        ("number of keys N", key.shape[2]),
+        ("number of heads H", key.shape[1]),
+    ):
         if size == 0:
             raise ValueError(f"{prefix}key: expected a {dim} of at least 1, got shape {tuple(key.shape)}")
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # not isfinite: under torch.compile a scale can be symbolic
         raise ValueError(f"{prefix}scale: expected a finite number, got {scale}")
     if mask is not None:
         shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         mask = _expand_mask(f"{prefix}mask", mask, shape)
-    return Side(query, key, mask, float(scale))
+    return Side(query, key, mask, scale)
 
 
 def check_tensor(name: str, value: object, rank: int, layout: str) -> None:
@@ -160,7 +166,9 @@ def check_tensor(name: str, value: object, rank: int, layout: str) -> None:
     if value.ndim != rank:
         raise ValueError(f"{name}: expected {rank} dimensions {layout}, got shape {tuple(value.shape)}")
     if value.dtype not in DTYPES:
-        raise TypeError(f"{name}: expected a floating point dtype (float16, bfloat16, float32 or float64), got {value.dtype}")
+        raise TypeError(
+            f"{name}: expected a floating point dtype (float16, bfloat16, float32 or float64), got {value.dtype}"
+        )
 
 
 def check_choice(name: str, value: object, choices: tuple) -> None:
@@ -169,7 +177,7 @@ def check_choice(name: str, value: object, choices: tuple) -> None:
 
 
 def check_temperature(temperature: float) -> None:
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
 
 
@@ -191,7 +199,9 @@ def _probs_side(probs: Tensor, query: Tensor, key: Tensor, merge: str | None) ->
     expected = (query.shape[0], query.shape[1] if merge is None else 1, query.shape[2], key.shape[2])
     if tuple(probs.shape) != expected:
         hint = "" if merge is None else "; merge the teacher's heads first with merge_attention"
-        raise ValueError(f"teacher_probs: expected shape {expected} for merge={merge!r}, got {tuple(probs.shape)}{hint}")
+        raise ValueError(
+            f"teacher_probs: expected shape {expected} for merge={merge!r}, got {tuple(probs.shape)}{hint}"
+        )
     return Side(None, None, None, 1.0, probs.detach())
 
 

@@ -1,4 +1,4 @@
-"""The specification: plain PyTorch that materialises everything and computes in float64.
+"""The specification: plain PyTorch that materialises everything and computes in float64 (or in a precision asked for).
 
 Nothing here is fast and nothing fast imports it. Every kernel and the chunked implementation are proved against this
 file, so it is written to be read beside the papers. It imports torch only.
@@ -20,13 +20,19 @@ if TYPE_CHECKING:
 HIDDEN_BELOW = -1e30  # an additive mask at or below this hides the key, like −inf
 
 
-def per_row(problem: Problem) -> Tensor:
+def per_row(problem: Problem, dtype: torch.dtype = torch.float64) -> Tensor:
     """The divergence of every query row, [B, Ho, M], float32 (float64 for float64 inputs).
 
-    A row that sees no key on either side is worth 0 and sends no gradient.
+    A row that sees no key on either side is worth 0 and sends no gradient. A row where one side gives weight to a key that
+    the other hides is +inf, and its gradient means nothing.
+
+    Args:
+        problem: the validated inputs.
+        dtype: precision of the computation. Anything but float64 makes this the eager code that people write, which the
+            tolerances are measured with.
     """
-    z_s, visible_s = side_logits(problem.student, problem.merge, problem.temperature)
-    z_t, visible_t = side_logits(problem.teacher, problem.merge, problem.temperature)
+    z_s, visible_s = side_logits(problem.student, problem.merge, problem.temperature, dtype)
+    z_t, visible_t = side_logits(problem.teacher, problem.merge, problem.temperature, dtype)
     loss = divergence(z_s, visible_s, z_t.detach(), visible_t, problem.divergence)
     assert problem.student.query is not None
     return loss if problem.student.query.dtype == torch.float64 else loss.float()
@@ -34,24 +40,24 @@ def per_row(problem: Problem) -> Tensor:
 
 def attention_rows(side: Side, merge: str | None, temperature: float) -> Tensor:
     """The attention probabilities, [B, Ho, M, N], float64; rows that see no key are 0."""
-    z, visible = side_logits(side, merge, temperature)
+    z, visible = side_logits(side, merge, temperature, torch.float64)
     return torch.where(visible, _log_softmax(z, visible).exp(), 0.0)
 
 
-def side_logits(side: Side, merge: str | None, temperature: float) -> tuple[Tensor, Tensor]:
+def side_logits(side: Side, merge: str | None, temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Logits whose softmax is the (merged) attention, and which keys are visible; both [B, Ho, M, N]."""
     if side.probs is not None:  # finished rows: softmax(log p) normalises them
-        probs = side.probs.double()
-        visible = probs > 0
-        return torch.where(visible, probs.clamp_min(torch.finfo(torch.float64).tiny).log(), 0.0), visible
+        probs = side.probs.to(dtype)
+        visible = probs != 0  # NaN stays visible
+        return torch.where(visible, torch.where(visible, probs, 1.0).log(), 0.0), visible
     assert side.query is not None and side.key is not None
-    z = side.query.double() @ side.key.double().transpose(-2, -1) * side.scale
+    z = side.query.to(dtype) @ side.key.to(dtype).transpose(-2, -1) * side.scale
     visible = torch.ones_like(z, dtype=torch.bool)
     if side.mask is not None and side.mask.dtype == torch.bool:
         visible = side.mask
     elif side.mask is not None:
-        visible = side.mask > HIDDEN_BELOW
-        z = z + torch.where(visible, side.mask.double(), 0.0)
+        visible = ~(side.mask <= HIDDEN_BELOW)  # NaN stays visible
+        z = z + torch.where(visible, side.mask.to(dtype), 0.0)
     z = torch.where(visible, z / temperature, 0.0)
     return (z, visible) if merge is None else merge_heads(z, visible, merge)
 
@@ -97,7 +103,9 @@ def divergence(z_s: Tensor, visible_s: Tensor, z_t: Tensor, visible_t: Tensor, k
     elif kind == "js":
         either = visible_s | visible_t
         log_m = torch.where(either, (0.5 * (p_s + p_t)).clamp_min(torch.finfo(p_s.dtype).tiny).log(), 0.0)
-        row = 0.5 * (_expectation(p_t, log_t - log_m, visible_t, either) + _expectation(p_s, log_s - log_m, visible_s, either))
+        row = 0.5 * (
+            _expectation(p_t, log_t - log_m, visible_t, either) + _expectation(p_s, log_s - log_m, visible_s, either)
+        )
     elif kind == "mse":
         row = torch.where(both, (p_s - p_t).square(), 0.0).sum(-1) / count
     elif kind == "logit_mse":

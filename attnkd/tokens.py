@@ -1,10 +1,11 @@
-"""What a timm Vision Transformer's tokens are: which is the class token, where the patches lie, which keys are compared.
+"""What a timm Vision Transformer's tokens are: which one is the class token, which are patches, which are compared.
 
 The one module of the package that imports timm.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import timm
@@ -53,17 +54,18 @@ def token_layout(model: nn.Module) -> TokenLayout:
     prefix, width = getattr(model, "num_prefix_tokens", None), getattr(model, "num_features", None)
     if not isinstance(prefix, int) or not isinstance(width, int):
         raise TypeError(
-            f"model: expected a timm Vision Transformer with num_prefix_tokens and num_features, got {type(model).__name__}"
+            "model: expected a timm Vision Transformer with num_prefix_tokens and num_features, "
+            f"got {type(model).__name__}"
         )
     owner = model if hasattr(model, "cls_token") else getattr(model, "embeds", None)  # NaFlexVit keeps it in embeds
     return TokenLayout(prefix, prefix > 0 and getattr(owner, "cls_token", None) is not None, width)
 
 
-def patch_grid(model: nn.Module, size: tuple[int, int], num_patches: int) -> tuple[int, int]:
+def patch_grid(model: nn.Module, size: Sequence[int], num_patches: int) -> tuple[int, int]:
     """(height, width) in patches of the tokens that images of ``size`` (height, width in pixels) become.
 
-    Worked out from the input, because ``patch_embed.grid_size`` stays at its first value under ``dynamic_img_size``, and
-    checked against the number of patch tokens that were really there.
+    Worked out from the input, because ``patch_embed.grid_size`` stays at its first value under ``dynamic_img_size``,
+    and checked against the number of patch tokens that were really there.
 
     Raises:
         ValueError: the tokens do not form this grid (patch dropout, token pruning, a model that adds tokens).
@@ -77,8 +79,8 @@ def patch_grid(model: nn.Module, size: tuple[int, int], num_patches: int) -> tup
     if height * width != num_patches:
         raise ValueError(
             f"{type(model).__name__}: expected {height}·{width} = {height * width} patch tokens for images of "
-            f"{size[0]}x{size[1]}, its attention has {num_patches}; patch dropout (patch_drop_rate) and token pruning are "
-            "not supported"
+            f"{size[0]}x{size[1]}, its attention has {num_patches}; patch dropout (patch_drop_rate) and token pruning "
+            "are not supported"
         )
     return height, width
 
@@ -100,7 +102,7 @@ def shared_keys(key: Tensor, mask: Tensor | None, num_prefix_tokens: int) -> tup
         ValueError: no class token (P < 1) or fewer than P keys.
     """
     if not 1 <= num_prefix_tokens <= key.shape[2]:
-        raise ValueError(f"num_prefix_tokens: expected 1 to {key.shape[2]} (the number of keys), got {num_prefix_tokens}")
+        raise ValueError(f"num_prefix_tokens: expected 1 to {key.shape[2]} (all keys), got {num_prefix_tokens}")
     if num_prefix_tokens == 1:
         return key, mask
     if mask is not None and mask.shape[-1] != 1:
@@ -109,7 +111,7 @@ def shared_keys(key: Tensor, mask: Tensor | None, num_prefix_tokens: int) -> tup
 
 
 def cls_row(call: AttentionCall, num_prefix_tokens: int) -> AttentionCall:
-    """The class token's query against the shared keys: query [B, H, 1, D], key [B, H, 1 + patches, D] and their mask."""
+    """The class token's query [B, H, 1, D] with the shared keys [B, H, 1 + patches, D] and their mask."""
     mask = call.mask
     if mask is not None and mask.ndim >= 2 and mask.shape[-2] != 1:
         mask = mask[..., :1, :]
@@ -120,8 +122,8 @@ def cls_row(call: AttentionCall, num_prefix_tokens: int) -> AttentionCall:
 def cls_features(model: nn.Module, tokens: Tensor) -> Tensor:
     """The normalised class token [B, D] of ``model.forward_features(images)`` [B, N, D].
 
-    timm normalises all tokens (``norm``) or, in models that pool patches, the pooled feature (``fc_norm``); whichever of
-    the two the model has is applied once.
+    timm normalises all tokens (``norm``) or, in models that pool patches, the pooled feature (``fc_norm``); whichever
+    of the two the model has is applied once.
 
     Raises:
         ValueError: not [B, N, D] tokens, or the model has neither norm.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -11,6 +11,9 @@ from torch import Tensor
 
 LOG2E = 1.4426950408889634
 DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "js": 2, "cross_entropy": 3, "mse": 4, "logit_mse": 5}
+OPTIONS = {"enable_fp_fusion": True}
+"""Compiler options of every launch: multiply-adds may fuse, whatever Triton's default becomes."""
+
 MASK_NONE, MASK_ADDITIVE, MASK_BOOLEAN, MASK_PROBS = 0, 1, 2, 3
 
 
@@ -26,7 +29,7 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-@lru_cache(maxsize=None)
+@cache
 def num_processors(device: torch.device) -> int:
     """Streaming multiprocessors (compute units) of the device; 1 for the interpreter."""
     if device.type == "cuda":

@@ -9,7 +9,9 @@ import triton.language as tl
 
 HIDDEN = tl.constexpr(-1e30)  # finite stand-in for −inf
 ALIVE = tl.constexpr(-1e29)  # a row whose maximum is above this sees at least one key
-IMPOSSIBLE = tl.constexpr(1e12)  # Σ p·Δ beyond this can only come from a key that one side hides: the divergence is +inf
+IMPOSSIBLE = tl.constexpr(
+    1e12
+)  # Σ p·Δ beyond this can only come from a key that one side hides: the divergence is +inf
 LN2 = tl.constexpr(0.6931471805599453)
 TINY = tl.constexpr(1.1754944e-38)
 

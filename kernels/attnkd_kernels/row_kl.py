@@ -13,6 +13,9 @@ wide head). Two forms:
 * split: the keys are cut in S ranges. A program sweeps its range with online statistics *per tile slot*, so the loop has no
   reduction across warps; a second launch merges the slots' statistics. Forward KL and cross-entropy only, since the other
   coefficients are no sums of e^{z_s} and e^{z_t} (see row_merge for those).
+  The unit dq is the difference of two attention outputs with V = K_s, which nearly cancel once the student is close to its
+  teacher. So the difference itself is accumulated: with A_t = Σ e_t k and Δ = Σ (e_s − e_t) k, growing maxima (factors a_s, a_t)
+  turn Δ into a_s Δ + (a_s − a_t) A_t, and unit dq ∝ Δ/l_s + A_t (l_t − l_s)/(l_s l_t).
 
 Saved: c [B, Ho, M, N], unit dq [B, H, M, D], both fp32. Any strides; fp16, bf16, fp32; fp32 accumulation.
 Limits: W ≤ 2048 for each side (a tile holds whole tokens).
@@ -57,7 +60,7 @@ def _row_kl_fwd_kernel(
     DQ,  # [B, H, M, D]
     LOGITS_T,  # [B, Ho, M, N]; split form only
     STATS,  # [B, Ho, M, S, 5]: m_s, l_s, m_t, l_t, c; split form only
-    ACC,  # [B, Ho, M, S, 2, W]: Σ e^{s−m_s} k, Σ e^{t−m_t} k; split form only
+    ACC,  # [B, Ho, M, S, 2, W]: Δ, A_t; split form only
     score_mul_s,  # scale_s·log2(e)/T
     score_mul_t,
     mask_mul,  # log2(e)/T
@@ -133,7 +136,7 @@ def _row_kl_fwd_kernel(
         l_s = tl.zeros([BN], tl.float32)
         l_t = tl.zeros([BN], tl.float32)
         c = tl.zeros([BN], tl.float32)
-        acc_s = tl.zeros([BN, WP_S], tl.float32)
+        delta = tl.zeros([BN, WP_S], tl.float32)
         acc_t = tl.zeros([BN, WP_S], tl.float32)
         first = split * tiles_per_split * BN
         last = tl.minimum(first + tiles_per_split * BN, N)
@@ -166,7 +169,7 @@ def _row_kl_fwd_kernel(
             l_s = l_s * a_s + e_s
             l_t = l_t * a_t + e_t
             if NEED_GRAD:
-                acc_s = acc_s * a_s[:, None] + k_s * e_s[:, None]
+                delta = delta * a_s[:, None] + acc_t * (a_s - a_t)[:, None] + k_s * (e_s - e_t)[:, None]
                 acc_t = acc_t * a_t[:, None] + k_s * e_t[:, None]
             m_s = new_s
             m_t = new_t
@@ -183,7 +186,7 @@ def _row_kl_fwd_kernel(
         if NEED_GRAD:
             w = tl.arange(0, WP_S)
             acc = ACC + (row * num_splits + split) * 2 * W + w
-            tl.store(acc, tl.sum(acc_s * a_s[:, None], 0), mask=valid_s)
+            tl.store(acc, tl.sum(delta * a_s[:, None] + acc_t * (a_s - a_t)[:, None], 0), mask=valid_s)
             tl.store(acc + W, tl.sum(acc_t * a_t[:, None], 0), mask=valid_s)
 
 
@@ -250,13 +253,17 @@ def _row_kl_merge_kernel(
         tl.store(COEF + row * N + n, tl.where(dead, 0.0, coef), mask=n < N)
         if block == 0:
             w = tl.arange(0, WP_S)
-            dq = tl.zeros([WP_S], tl.float32)
+            delta = tl.zeros([WP_S], tl.float32)
+            acc_t = tl.zeros([WP_S], tl.float32)
             for i in range(num_splits):
                 one = STATS + (row * num_splits + i) * 5
-                f_s = tl.exp2(tl.load(one) - top_s) / l_s
-                f_t = tl.exp2(tl.load(one + 2) - top_t) / l_t
+                f_s = tl.exp2(tl.load(one) - top_s)
+                f_t = tl.exp2(tl.load(one + 2) - top_t)
                 acc = ACC + (row * num_splits + i) * 2 * W + w
-                dq += f_s * tl.load(acc, mask=w < W, other=0.0) - f_t * tl.load(acc + W, mask=w < W, other=0.0)
+                part = tl.load(acc + W, mask=w < W, other=0.0)
+                delta += f_s * tl.load(acc, mask=w < W, other=0.0) + (f_s - f_t) * part
+                acc_t += f_t * part
+            dq = delta / l_s + acc_t * ((l_t - l_s) / (l_s * l_t))
             head = (row // M) * HEADS_S + w // D_S
             dq = tl.where(dead, 0.0, dq * dq_mul)
             tl.store(DQ + (head * M + row % M) * D_S + w % D_S, dq, mask=w < W)
@@ -391,14 +398,14 @@ def row_kl_fwd(
             *student_query.stride(), *student_key.stride(), *strides_s,
             *query_t.stride(), *key_t.stride(), *strides_t,
             HEADS_S=heads, D_S=D, WP_S=WP, HEADS_T=heads_t, D_T=D_t, WP_T=WP_t, MASK_S=kind_s, MASK_T=kind_t,
-            KIND=kind, WHOLE=whole, NEED_GRAD=need_grad, BN=BN, num_warps=_warps(BN * max(WP, WP_t)),
+            KIND=kind, WHOLE=whole, NEED_GRAD=need_grad, BN=BN, num_warps=_warps(BN * max(WP, WP_t)), **launch.OPTIONS,
         )  # fmt: skip
         if not whole:
             block = 1024
             _row_kl_merge_kernel[(rows, triton.cdiv(N, block) if need_grad else 1)](
                 stats, acc, logits_t, coef, loss, dq, student_scale / temperature, N, M, splits,
                 HEADS_S=heads, D_S=D, WP_S=WP, SP=launch.padded(splits), KIND=kind, NEED_GRAD=need_grad, BN=block,
-                num_warps=4,
+                num_warps=4, **launch.OPTIONS,
             )  # fmt: skip
     return loss, coef, dq
 
@@ -442,6 +449,6 @@ def row_kl_bwd(
         _row_kl_bwd_kernel[(B * HO, triton.cdiv(N, BN))](
             grad, coef, unit_dq, student_query, dq, dk, dmask, student_scale / temperature, 1.0 / temperature, N, M, HO,
             *grad.stride(), *student_query.stride(), *(dk.stride() if need_dk else (0, 0, 0, 0)),
-            HEADS=heads, D=D, WP=WP, NEED_DQ=need_dq, NEED_DK=need_dk, NEED_DMASK=need_dmask, BN=BN, num_warps=4,
+            HEADS=heads, D=D, WP=WP, NEED_DQ=need_dq, NEED_DK=need_dk, NEED_DMASK=need_dmask, BN=BN, num_warps=4, **launch.OPTIONS,
         )  # fmt: skip
     return dq, dk, dmask

@@ -92,7 +92,9 @@ def _row_logits_dq_kernel(
     tl.store(DQ + ((group * HEADS + w // D) * M + m) * D + w % D, dq.to(DQ.dtype.element_ty), mask=w_valid)
 
 
-def row_logits_fwd(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, temperature: float, wide: bool) -> Tensor:
+def row_logits_fwd(
+    query: Tensor, key: Tensor, mask: Tensor | None, scale: float, temperature: float, wide: bool
+) -> Tensor:
     """Logits [B, Ho, M, N] in fp32; ``mask`` is a [B, Ho, M, N] view or None."""
     B, H, M, D = query.shape
     N = key.shape[2]
@@ -107,7 +109,7 @@ def row_logits_fwd(query: Tensor, key: Tensor, mask: Tensor | None, scale: float
         _row_logits_fwd_kernel[(B * HO, triton.cdiv(N, BN))](
             query, key, mask, logits, scale / temperature, 1.0 / temperature, N, M, HO,
             *query.stride(), *key.stride(), *strides,
-            HEADS=heads, D=D, WP=WP, MASK_KIND=kind, BN=BN, num_warps=4,
+            HEADS=heads, D=D, WP=WP, MASK_KIND=kind, BN=BN, num_warps=4, **launch.OPTIONS,
         )  # fmt: skip
     return logits
 
@@ -130,6 +132,6 @@ def row_logits_bwd(
         with launch.on_device(query):
             _row_logits_dq_kernel[(B * HO * M,)](
                 grad, key, dq, scale / temperature, N, M, HO, *key.stride(),
-                HEADS=heads, D=D, WP=WP, BN=BN, num_warps=4,
+                HEADS=heads, D=D, WP=WP, BN=BN, num_warps=4, **launch.OPTIONS,
             )  # fmt: skip
     return dq, dk, dmask

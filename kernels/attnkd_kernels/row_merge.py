@@ -91,7 +91,9 @@ def _row_merge_kernel(
     first_s = group * HEADS_S * M + m
     a_s = _merged(ZS, first_s, M, N, n, n_valid, HEADS_S, MERGE)
     if PROBS:
-        p = tl.load(ZT + (group // HO) * t_b + (group % HO) * t_h + m * t_m + n.to(tl.int64) * t_n, mask=n_valid, other=0.0)
+        p = tl.load(
+            ZT + (group // HO) * t_b + (group % HO) * t_h + m * t_m + n.to(tl.int64) * t_n, mask=n_valid, other=0.0
+        )
         a_t = tl.where(p == 0.0, HIDDEN, tl.log2(p.to(tl.float32)))
     else:
         a_t = _merged(ZT, group * HEADS_T * M + m, M, N, n, n_valid, HEADS_T, MERGE)
@@ -143,6 +145,6 @@ def row_merge(
                 student_logits, teacher, loss, grad, N, M, HO, *teacher.stride(),
                 HEADS_S=heads_s, HEADS_T=heads_t, PROBS=teacher_probs is not None, MERGE=MERGES[merge],
                 KIND=launch.DIVERGENCES[divergence], NEED_GRAD=need_grad, BN=BN,
-                num_warps=4 if BN <= 1024 else 8 if BN <= 4096 else 16,
+                num_warps=4 if BN <= 1024 else 8 if BN <= 4096 else 16, **launch.OPTIONS,
             )  # fmt: skip
     return loss, grad

@@ -1,0 +1,283 @@
+"""``impl="chunked"``: attention divergences in plain PyTorch, block by block, with memory O(N): for any device without Triton.
+
+``per_row`` (the loss of every row) and ``weighted_sum`` (Σ weight · row) walk over blocks of (images, heads, query rows). A
+block's logits of both sides stay in the cache; :mod:`attnkd.chunked_divergence` turns them into rows and ds = ∂row/∂z_s.
+With z = (scale · q·k + mask) / T and upstream g_i:
+
+    dq_i = (scale / T) · g_i · Σ_j ds_ij k_j        dk_j = (scale / T) · Σ_i ds_ij g_i q_i        dmask = g ds / T
+
+What is kept for the backward:
+  M <= 16 rows          the coefficient rows ds [B, H, M, N] (M/D of a key tensor); the backward is two thin matmuls
+  weighted_sum          dq, dk, dmask themselves in float32: g is the weight times one number, so the backward only scales
+  per_row, more rows    nothing; the blocks are computed again
+
+Computes in float32 (float64 where the student is float64) whatever the inputs are, autocast or not; float32 matmuls follow
+``torch.set_float32_matmul_precision``. Every pass is an opaque operator, so ``torch.compile(fullgraph=True)`` sees one
+node and gives the same bits. Deterministic where ``torch.baddbmm`` is. Double backward raises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnkd.autograd import first_order_only
+from attnkd.chunked_sweep import Gradients, blocks, clip, logits, sweep
+from attnkd.problem import HIDDEN_BELOW, Problem, Side
+
+FEW_ROWS = 16
+"""Up to this many query rows the coefficient rows are kept instead of gradients."""
+
+
+def per_row(problem: Problem) -> Tensor:
+    """The divergence of every row, [B, Ho, M]; float32 (float64 for a float64 student).
+
+    Differentiable in the student's query, key and floating point mask.
+    """
+    flat = _flatten(problem)
+    if not _needs_grad(problem):
+        return torch.ops.attnkd.chunked_rows(*flat)
+    function = _FewRows if problem.rows_shape[2] <= FEW_ROWS else _Rows
+    return function.apply(_broadcast_from(problem.student.mask), *flat)
+
+
+def weighted_sum(problem: Problem, weight: Tensor) -> Tensor:
+    """Σ weight · per_row as a scalar; rows of weight 0 leave the sum even if they are infinite.
+
+    weight: [B, Ho, M], gets no gradient. The gradients are computed in the forward and scaled in the backward.
+    """
+    weight = weight.detach()
+    if not _needs_grad(problem) or problem.rows_shape[2] <= FEW_ROWS:
+        return _sum(weight, per_row(problem))
+    return _WeightedSum.apply(weight, _broadcast_from(problem.student.mask), *_flatten(problem))
+
+
+def row_logits(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, temperature: float) -> Tensor:
+    """(scale · query·key + mask) / temperature, [B, H, M, N], float32 (float64 for float64): meant for few rows M.
+
+    query: [B, H, M, D]; key: [B, H, N, D]; mask: boolean (True = visible) or additive, [B, H, M, N] or broadcastable in
+    four dimensions. Hidden keys are -inf and send no gradient; so a row that sees no key is all -inf and its softmax is NaN:
+    the caller decides what such a row is worth. Differentiable in query, key and a floating point mask.
+    """
+    inputs = (query, key, mask, scale, temperature)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, mask)):
+        return _RowLogits.apply(_broadcast_from(mask), *inputs)
+    return torch.ops.attnkd.chunked_logits(*inputs)
+
+
+# -- autograd ---------------------------------------------------------------------------------------------------------
+
+
+class _FewRows(torch.autograd.Function):
+    """Rows of a problem; keeps the coefficient rows."""
+
+    @staticmethod
+    def forward(ctx: Any, mask_shape: list[int] | None, *flat: Any) -> Tensor:
+        rows, ds = torch.ops.attnkd.chunked_coefficients(*flat)
+        ctx.save_for_backward(ds, *flat[:3])
+        ctx.options = flat[7], flat[11], mask_shape
+        return rows
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+        ds, *inputs = ctx.saved_tensors
+        return None, *_contract(ctx, ds, grad, inputs), *[None] * 9
+
+
+class _Rows(torch.autograd.Function):
+    """Rows of a problem; keeps nothing but its inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, mask_shape: list[int] | None, *flat: Any) -> Tensor:
+        ctx.save_for_backward(*flat[:7])
+        ctx.options, ctx.mask_shape = flat[7:], mask_shape
+        return torch.ops.attnkd.chunked_rows(*flat)
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+        inputs, (query, key, mask) = ctx.saved_tensors, ctx.needs_input_grad[1:4]
+        _, *units = torch.ops.attnkd.chunked_gradients(
+            *inputs, *ctx.options, grad, query, key, ctx.mask_shape if mask else None
+        )
+        grads = [_like(unit, x) if need else None for unit, x, need in zip(units, inputs, (query, key, mask))]
+        return None, *grads, *[None] * 9
+
+
+class _WeightedSum(torch.autograd.Function):
+    """Σ weight · rows; keeps dq, dk and dmask in float32 (float64)."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask_shape: list[int] | None, *flat: Any) -> Tensor:
+        query, key, mask = ctx.needs_input_grad[2:5]
+        rows, *units = torch.ops.attnkd.chunked_gradients(*flat, weight, query, key, mask_shape if mask else None)
+        ctx.save_for_backward(*flat[:3], *units)
+        return _sum(weight, rows)
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+        inputs, units = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        needs = ctx.needs_input_grad[2:5]
+        grads = [_like(unit * grad, x) if need else None for unit, x, need in zip(units, inputs, needs)]
+        return None, None, *grads, *[None] * 9
+
+
+class _RowLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, mask_shape: list[int] | None, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, temperature: float
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, mask)
+        ctx.options = scale, temperature, mask_shape
+        return torch.ops.attnkd.chunked_logits(query, key, mask, scale, temperature)
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+        query, key, mask = ctx.saved_tensors
+        if mask is not None:
+            grad = grad.masked_fill(~mask if mask.dtype == torch.bool else mask <= HIDDEN_BELOW, 0.0)
+        one = grad.new_ones((1, 1, 1)).expand(grad.shape[:3])
+        return None, *_contract(ctx, grad, one, (query, key, mask)), None, None
+
+
+def _contract(ctx: Any, ds: Tensor, weight: Tensor, inputs: Any) -> list[Tensor | None]:
+    """Coefficient rows → gradients of (query, key, mask)."""
+    scale, temperature, mask_shape = ctx.options
+    query, key, mask = ctx.needs_input_grad[1:4]
+    units = torch.ops.attnkd.chunked_contract(
+        ds, weight, *inputs, scale, temperature, query, key, mask_shape if mask else None
+    )
+    return [_like(unit, x) if need else None for unit, x, need in zip(units, inputs, (query, key, mask))]
+
+
+def _needs_grad(problem: Problem) -> bool:
+    student = problem.student
+    tensors = (student.query, student.key, student.mask)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _sum(weight: Tensor, rows: Tensor) -> Tensor:
+    return torch.where(weight == 0, 0.0, weight * rows).sum()
+
+
+def _broadcast_from(mask: Tensor | None) -> list[int] | None:
+    """The shape a learnable mask had before it was expanded to [B, H, M, N]: its gradient is summed to that shape at once.
+
+    Read from the autograd node of ``expand``, so a mask that was expanded by somebody else counts as it is.
+    """
+    if mask is None or not mask.requires_grad:
+        return None
+    shape = list(mask.shape)
+    if not torch.compiler.is_compiling() and type(mask.grad_fn).__name__ == "ExpandBackward0":
+        before = list(mask.grad_fn._saved_self_sym_sizes)  # type: ignore[union-attr]
+        shape = [1] * (len(shape) - len(before)) + before
+    return shape
+
+
+def _like(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient in x's dtype and shape. Where x is an expanded view, its copies share the sum that they will add up to."""
+    copies = x.numel() // max(grad.numel(), 1)
+    return (grad / copies if copies > 1 else grad).to(x.dtype).expand(x.shape)
+
+
+# -- operators --------------------------------------------------------------------------------------------------------
+
+_PROBLEM = (
+    "Tensor query, Tensor key, Tensor? mask, Tensor? teacher_query, Tensor? teacher_key, Tensor? teacher_mask, "
+    "Tensor? teacher_probs, float scale, float teacher_scale, str? merge, str divergence, float temperature"
+)
+_NEEDS = "bool need_query, bool need_key, SymInt[]? mask_shape"
+_library = torch.library.Library("attnkd", "FRAGMENT")
+
+
+def _operator(schema: str) -> Any:
+    """Register ``fn(meta, ...)`` as an operator: outputs only allocated where ``meta`` is true."""
+    name = schema.partition("(")[0]
+
+    def register(fn: Any) -> Any:
+        def kernel(*args: Any) -> Any:
+            with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
+                return fn(False, *args)
+
+        _library.define(schema)
+        _library.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"attnkd::{name}", lambda *args: fn(True, *args), lib=_library)
+        return fn
+
+    return register
+
+
+@_operator(f"chunked_rows({_PROBLEM}) -> Tensor")
+def _rows_op(meta: bool, *flat: Any) -> Tensor:
+    problem = _unflatten(flat)
+    rows = _new(problem, problem.rows_shape)
+    if not meta:
+        sweep(problem, rows)
+    return rows
+
+
+@_operator(f"chunked_coefficients({_PROBLEM}) -> (Tensor, Tensor)")
+def _coefficients_op(meta: bool, *flat: Any) -> tuple[Tensor, Tensor]:
+    problem = _unflatten(flat)
+    batch, heads, num_rows = problem.rows_shape
+    if problem.merge not in (None, "logsum"):
+        heads = problem.student.num_heads
+    rows, ds = _new(problem, problem.rows_shape), _new(problem, (batch, heads, num_rows, problem.num_keys))
+    if not meta:
+        sweep(problem, rows, coefficients=ds)
+    return rows, ds
+
+
+@_operator(f"chunked_gradients({_PROBLEM}, Tensor weight, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor)")
+def _gradients_op(meta: bool, *args: Any) -> tuple[Tensor, ...]:
+    *flat, weight, need_query, need_key, mask_shape = args
+    problem = _unflatten(flat)
+    rows = _new(problem, problem.rows_shape)
+    grads = Gradients(problem.student, problem.temperature, rows.dtype, need_query, need_key, mask_shape)
+    if not meta:
+        sweep(problem, rows, weight=weight.to(rows.dtype), gradients=grads)
+    return rows, *grads.tensors
+
+
+@_operator(
+    "chunked_contract(Tensor ds, Tensor weight, Tensor query, Tensor key, Tensor? mask, float scale, float temperature, "
+    f"{_NEEDS}) -> (Tensor, Tensor, Tensor)"
+)
+def _contract_op(meta: bool, *args: Any) -> tuple[Tensor, ...]:
+    ds, weight, query, key, mask, scale, temperature, *needs = args
+    grads = Gradients(Side(query, key, mask, scale), temperature, ds.dtype, *needs)
+    if not meta:
+        for at in blocks(ds.device, query.shape[:3], cost=ds.shape[3], split_heads=True):
+            grads.add(at, clip(ds, at), clip(weight, at).unsqueeze(-1))
+    return grads.tensors
+
+
+@_operator("chunked_logits(Tensor query, Tensor key, Tensor? mask, float scale, float temperature) -> Tensor")
+def _logits_op(meta: bool, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, temperature: float) -> Tensor:
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    z = query.new_empty((*query.shape[:3], key.shape[2]), dtype=dtype)
+    if not meta:
+        logits(query, key, mask, scale, temperature, z)
+    return z
+
+
+def _flatten(problem: Problem) -> tuple:
+    s, t = problem.student, problem.teacher
+    options = (s.scale, t.scale, problem.merge, problem.divergence, problem.temperature)
+    return (s.query, s.key, s.mask, t.query, t.key, t.mask, t.probs, *options)
+
+
+def _unflatten(flat: Any) -> Problem:
+    sq, sk, sm, tq, tk, tm, probs, s_scale, t_scale, merge, divergence, temperature = flat
+    return Problem(Side(sq, sk, sm, s_scale), Side(tq, tk, tm, t_scale, probs), merge, divergence, temperature)
+
+
+def _new(problem: Problem, shape: tuple[int, ...]) -> Tensor:
+    query = problem.student.query
+    assert query is not None
+    return query.new_empty(shape, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)

@@ -1,0 +1,84 @@
+"""What a frozen backbone is worth: k-NN and linear probe on its class token, and where that class token looks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attnkd.functional import attention_rows
+from attnkd.merging import merge_attention
+from attnkd.resample import resample_attention
+from attnkd.tap import AttentionTap
+from attnkd.tokens import cls_features, cls_row, patch_grid, token_layout
+
+
+@torch.no_grad()
+def features(model: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
+    """Normalised class tokens [n, D] of a timm model for images [n, C, H, W]; the model is left in evaluation mode."""
+    model.eval()
+    run = model.forward_features
+    return torch.cat([cls_features(model, run(batch)) for batch in images.split(batch_size)])  # type: ignore[operator]
+
+
+def knn_top1(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> float:
+    """Top-1 accuracy in percent of the weighted k-NN classifier used for DINO.
+
+    The k training features nearest in cosine vote for their labels with weight exp(cosine / temperature).
+
+    Args:
+        train_features: [n, D]. train_labels: [n]. test_features: [m, D]. test_labels: [m].
+    """
+    similarity = F.normalize(test_features, dim=1) @ F.normalize(train_features, dim=1).T
+    nearest, index = similarity.topk(min(k, len(train_features)), dim=1)
+    votes = torch.zeros(len(test_features), int(train_labels.max()) + 1, device=test_features.device)
+    votes.scatter_add_(1, train_labels[index], (nearest / temperature).exp())
+    return 100 * (votes.argmax(1) == test_labels).float().mean().item()
+
+
+def linear_probe_top1(
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor
+) -> float:
+    """Top-1 accuracy in percent of a logistic regression on standardised features; arguments as in :func:`knn_top1`."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    probe.fit(train_features.double().cpu().numpy(), train_labels.cpu().numpy())
+    return 100 * float(probe.score(test_features.double().cpu().numpy(), test_labels.cpu().numpy()))
+
+
+@torch.no_grad()
+def cls_attention(model: nn.Module, images: Tensor, temperature: float, grid: tuple[int, int] | None = None) -> Tensor:
+    """The class token's attention in the last block, heads merged by 'logsum'.
+
+    Args:
+        model: timm Vision Transformer with a class token; left in evaluation mode.
+        images: [n, C, H, W].
+        temperature: of the merge.
+        grid: resize every head's row to this (height, width) in patches before merging, as AttnDistill does.
+
+    Returns:
+        [n, 1 + patches]: entry 0 is the class token itself, the rest the patches in row-major order; sums to 1.
+    """
+    model.eval()
+    prefix = token_layout(model).num_prefix_tokens
+    _, (call,) = AttentionTap(model, stop=True)(images)
+    own_grid = patch_grid(model, (images.shape[-2], images.shape[-1]), call.key.shape[2] - prefix)
+    row = cls_row(call, prefix)
+    rows = attention_rows(row.query, row.key, scale=row.scale, mask=row.mask)
+    rows = resample_attention(rows, own_grid, grid or own_grid)
+    return merge_attention(rows, "logsum", temperature)[:, 0, 0]
+
+
+def attention_kl_per_image(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of attention rows [n, keys] → [n], in nats."""
+    return F.kl_div(student.log(), teacher, reduction="none").sum(-1)

@@ -1,0 +1,73 @@
+"""The demo's two timm Vision Transformers, and their checkpoints as timm reads them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers import build_sincos2d_pos_embed
+from torch import Tensor, nn
+
+from attnkd.demo.data import IMAGE_SIZE
+from attnkd.demo.evaluate import features
+
+_COMMON = {"model_name": "vit_tiny_patch16_224", "img_size": IMAGE_SIZE, "in_chans": 1}
+TEACHER: dict[str, Any] = {**_COMMON, "patch_size": 2, "num_classes": 10, "embed_dim": 64, "depth": 3, "num_heads": 4}
+STUDENT: dict[str, Any] = {**_COMMON, "patch_size": 4, "num_classes": 0, "embed_dim": 32, "depth": 3, "num_heads": 2}
+
+
+def create(args: dict[str, Any], seed: int) -> nn.Module:
+    """A timm model with the given ``timm.create_model`` arguments and reproducible initial weights.
+
+    Two choices matter on a thousand images, and are worth several times the epochs: Xavier weights (timm's default,
+    a standard deviation of 0.02, is made for wide models) and position embeddings that start as 2-D sines and cosines.
+    """
+    torch.manual_seed(seed)
+    model: Any = timm.create_model(**args, weight_init="jax")
+    with torch.no_grad():
+        sincos = build_sincos2d_pos_embed(list(model.patch_embed.grid_size), dim=model.embed_dim)
+        model.pos_embed[0, model.num_prefix_tokens :] = sincos
+    return model
+
+
+def describe(model: Any) -> dict[str, int]:
+    """The numbers by which two Vision Transformers compare."""
+    return {
+        "heads": model.blocks[-1].attn.num_heads,
+        "patches": model.patch_embed.num_patches,
+        "width": model.embed_dim,
+        "depth": len(model.blocks),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def save(model: nn.Module, args: dict[str, Any], path: Path) -> None:
+    """Write ``path`` (safetensors) and beside it, as .json, the ``timm.create_model`` arguments it belongs to."""
+    from safetensors.torch import save_file
+
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(weights, temporary, metadata={"format": "pt"})
+    os.replace(temporary, path)
+    path.with_suffix(".json").write_text(json.dumps(args, indent=2) + "\n")
+
+
+def load(path: Path) -> nn.Module:
+    """The model that :func:`save` wrote, by timm alone."""
+    args = json.loads(path.with_suffix(".json").read_text())
+    return timm.create_model(**args, checkpoint_path=str(path))
+
+
+def check_reload(model: nn.Module, path: Path, images: Tensor) -> None:
+    """Load ``path`` with timm and compare with the model it was saved from, on the same device.
+
+    Raises:
+        RuntimeError: the reloaded model's features for ``images`` differ in any bit.
+    """
+    reloaded = load(path).to(images.device)
+    if not torch.equal(features(reloaded, images), features(model, images)):
+        raise RuntimeError(f"{path}: the model that timm loads from it does not give the features of the one saved")

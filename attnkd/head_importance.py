@@ -1,0 +1,253 @@
+"""Which heads of a Vision Transformer matter: the accuracy that is lost when a head's attention is set to zero.
+
+Wu et al.: Self-supervised Models are Good Teaching Assistants for Vision Transformers (SSTA), ICML 2022. Used to choose the
+teachers' heads for :class:`attnkd.ssta.SSTA`; see docs/methods/ssta.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from attnkd.attention_paths import Blocks, attention_paths, plain_class
+from attnkd.distill_task import num_heads
+from attnkd.silence import silenced
+
+SELECTIONS = ("importance", "average", "random")
+
+
+@dataclass
+class HeadImportance:
+    """How many held-out images a model gets right with every combination of one silenced head a block.
+
+    paths: the attentions, in running order. heads: their numbers of heads. images: how many were seen. full: how many of
+    them the whole model gets right. correct: how many with heads silenced: [H1][H2]… for combinations over blocks, a
+    list [H] a block without combinations.
+    """
+
+    model: str
+    paths: list[str]
+    heads: list[int]
+    combinations: bool
+    images: int = 0
+    full: int = 0
+    correct: list = field(default_factory=list)
+    batches: int = 0
+    targets_crc: int = 0
+    weights_crc: int = 0
+    complete: bool = False
+
+    @property
+    def accuracy(self) -> float:
+        """Of the whole model, 0 to 1."""
+        return self.full / self.images
+
+    def importance(self) -> list[Tensor]:
+        """I = Acc(full) − Acc(head's attention set to zero), in shares of 1, float64.
+
+        One tensor [H1, H2, …] with combinations (entry [i, j, …]: head i of the first block, j of the second, … silenced
+        together), one tensor [H] a block without. Negative where the model is better without.
+        """
+        counts = [self.correct] if self.combinations else self.correct
+        return [(self.full - torch.tensor(count, dtype=torch.float64)) / self.images for count in counts]
+
+    def best(self) -> list[int]:
+        """The head to choose in every block: the combination whose loss costs most, the first one of equals."""
+        best = [torch.unravel_index(tensor.flatten().argmax(), tensor.shape) for tensor in self.importance()]
+        return [int(head) for combination in best for head in combination]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write JSON in one step: a reader finds the old file or the new one, whole."""
+        path = Path(path)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> HeadImportance:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: not such a file.
+        """
+        try:
+            return cls(**json.loads(Path(path).read_text()))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: is not a saved HeadImportance ({error}); delete it to start anew") from error
+
+
+@torch.no_grad()
+def head_importance(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    blocks: Blocks = (-3, -2, -1),
+    *,
+    combinations: bool = True,
+    classifier: Callable[[Tensor], Tensor] | None = None,
+    path: str | os.PathLike | None = None,
+    max_batch: int = 1024,
+    progress: bool = True,
+) -> HeadImportance:
+    """Accuracy on a held-out loader with heads silenced, for every head or every combination of one head a block.
+
+    The images of a batch run through the unaltered lower blocks once; at every block of ``blocks`` the batch is then
+    multiplied by its heads. All combinations over the last three of 12 blocks with 6 heads (6³ = 216) so cost 9 + 6 + 36 + 216
+    blocks an image instead of 216 · 12.
+
+    Args:
+        model: timm Vision Transformer on the loader's device; put in evaluation mode, otherwise unchanged.
+        loader: (images [B, C, H, W], class indices [B]) in an order that does not change from run to run.
+        blocks: index, sequence of indices, 'all', or module paths of attentions inside ``model.blocks``.
+        combinations: one head a block silenced at a time in all combinations; False silences one head alone.
+        classifier: from the model's output to class scores [B, classes], for a model without classifier (a linear
+            probe). None takes the output as scores.
+        path: JSON file for the result. It is rewritten after every batch; an unfinished one is continued, a finished one
+            of the same model and settings is returned.
+        max_batch: most images, copies included, that run through a block at once.
+        progress: show a progress bar.
+
+    Raises:
+        TypeError, ValueError: wrong blocks, a loader without images, a file of another model, settings or data.
+        RuntimeError: an attention that does not call ``F.scaled_dot_product_attention``.
+    """
+    paths = attention_paths(model, blocks)
+    heads = [num_heads(model, name) for name in paths]
+    result = _start(model, paths, heads, combinations, path)
+    if result.complete:
+        return result
+    counts = [torch.tensor(c) for c in ([result.correct] if combinations else result.correct)]
+    searches = [paths] if combinations else [[name] for name in paths]
+    classify = (lambda output: output) if classifier is None else classifier
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    crc, bar = 0, _progress(progress, loader)
+    try:
+        for index, (images, targets) in enumerate(bar):
+            crc = zlib.crc32(targets.cpu().numpy().tobytes(), crc)
+            if index < result.batches:
+                if index + 1 == result.batches and crc != result.targets_crc:
+                    raise ValueError(
+                        f"loader: other targets than in the unfinished search at {path}; it must give the same batches in "
+                        "the same order (shuffle=False), or delete the file to start anew"
+                    )
+                continue
+            images, targets = images.to(device), targets.to(device)
+            result.full += int((classify(model(images)).argmax(-1) == targets).sum())
+            for search, count in zip(searches, counts, strict=True):
+                size = max(1, max_batch // math.prod(count.shape[_first_spread(count.shape, max_batch) :]))
+                for chunk, labels in zip(images.split(size), targets.split(size), strict=True):
+                    count += _count(model, classify, chunk, labels, search, count.shape, max_batch)
+            result.images += len(images)
+            result.batches, result.targets_crc = index + 1, crc
+            result.correct = counts[0].tolist() if combinations else [count.tolist() for count in counts]
+            if path is not None:
+                result.save(path)
+    finally:
+        model.train(training)
+    if result.images == 0:
+        raise ValueError("loader: expected images, got none")
+    result.complete = True
+    if path is not None:
+        result.save(path)
+    return result
+
+
+def select_heads(
+    selection: str,
+    model: nn.Module,
+    blocks: Blocks = (-3, -2, -1),
+    *,
+    importance: HeadImportance | None = None,
+    seed: int = 0,
+) -> list[int] | str:
+    """The teacher heads for :class:`attnkd.ssta.SSTA`, one for every block, in running order.
+
+    Args:
+        selection: 'importance': the most important ones of ``importance``; 'random': drawn with ``seed``; 'average': the
+            string 'average', with which the student imitates the mean of all heads.
+        model: the teacher.
+        blocks: its blocks; with 'importance' those that were searched.
+
+    Raises:
+        ValueError: an unknown selection, or importance that is missing, unfinished or of other blocks.
+    """
+    if selection not in SELECTIONS:
+        raise ValueError(f"selection: expected one of {', '.join(map(repr, SELECTIONS))}, got {selection!r}")
+    if selection == "average":
+        return "average"
+    paths = attention_paths(model, blocks)
+    if selection == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return [int(torch.randint(num_heads(model, name), (), generator=generator)) for name in paths]
+    if importance is None or not importance.complete:
+        raise ValueError("importance: 'importance' needs the finished result of head_importance")
+    if importance.paths != paths:
+        raise ValueError(f"importance: expected a search over {paths}, got one over {importance.paths}")
+    return importance.best()
+
+
+def _start(
+    model: nn.Module, paths: list[str], heads: list[int], combinations: bool, path: str | os.PathLike | None
+) -> HeadImportance:
+    """An empty result, or the one at ``path`` if it belongs to this model and these settings."""
+    crc = 0
+    for parameter in model.state_dict().values():
+        crc = zlib.crc32(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), crc)
+    shapes = [heads] if combinations else [[count] for count in heads]
+    zeros = [torch.zeros(shape, dtype=torch.int64).tolist() for shape in shapes]
+    fresh = HeadImportance(plain_class(model).__name__, paths, heads, combinations, weights_crc=crc)
+    fresh.correct = zeros[0] if combinations else zeros
+    if path is None or not Path(path).exists():
+        return fresh
+    found = HeadImportance.load(path)
+    for name in ("model", "paths", "heads", "combinations", "weights_crc"):
+        if getattr(found, name) != getattr(fresh, name):
+            raise ValueError(
+                f"path: {path} belongs to another search ({name} is {getattr(found, name)}, here {getattr(fresh, name)}); "
+                "choose another file or delete it"
+            )
+    return found
+
+
+def _first_spread(shape: Sequence[int], max_batch: int) -> int:
+    """From which block on the heads are spread over the batch; those of earlier blocks are taken in turn."""
+    first = len(shape)
+    while first > 0 and math.prod(shape[first - 1 :]) <= max_batch:
+        first -= 1
+    return first
+
+
+def _count(
+    model: nn.Module,
+    classify: Callable[[Tensor], Tensor],
+    images: Tensor,
+    targets: Tensor,
+    search: Sequence[str],
+    shape: Sequence[int],
+    max_batch: int,
+) -> Tensor:
+    """[H1, H2, …]: how many of the images are right with that combination of heads silenced."""
+    first = _first_spread(shape, max_batch)
+    counts = torch.zeros(tuple(shape), dtype=torch.int64)
+    for fixed in itertools.product(*(range(size) for size in shape[:first])):
+        with silenced(model, dict(zip(search, (*fixed, *[None] * (len(shape) - first)), strict=True))):
+            output = classify(model(images))
+        right = output.argmax(-1).view(len(images), *shape[first:]) == targets.view(-1, *[1] * (len(shape) - first))
+        counts[fixed] = right.sum(0).cpu()
+    return counts
+
+
+def _progress(show: bool, loader: Iterable[tuple[Tensor, Tensor]]) -> Iterable[tuple[Tensor, Tensor]]:
+    from tqdm.auto import tqdm
+
+    return tqdm(loader, desc="head importance", unit="batch", disable=not show)

@@ -1,0 +1,289 @@
+"""Head-specific knowledge distillation: chosen attention heads of a student learn the maps of chosen teacher heads.
+
+The formulas, the choice of heads and blocks, and the weights: docs/methods/head_kd.md.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from attnkd.attention_paths import Blocks, pair_blocks
+from attnkd.distill_task import (
+    DistillTask,
+    FrozenClassifier,
+    Heads,
+    build_student,
+    check_heads,
+    check_pair,
+    num_heads,
+    whole_map_divergence,
+)
+from attnkd.problem import DIVERGENCES, check_choice
+from attnkd.schedule import Schedule, Schedules
+from attnkd.tap import AttentionTap
+from attnkd.tokens import resolve_model, token_layout
+
+_logger = logging.getLogger(__name__)
+
+MODES = ("head_to_head", "block_to_block", "encoder_to_encoder")
+
+ALPHAS: dict[str, tuple[float, ...]] = {"logit_mse": (1.5e-4, 0.015), "cross_entropy": (0.5,), "forward_kl": (0.5,)}
+"""The paper's α by divergence, the default first. Cross-entropy differs from KL by the teacher's entropy, which has no
+gradient, so it shares KL's α."""
+
+CROSS_ENTROPY = nn.CrossEntropyLoss()
+
+
+class HeadKD(DistillTask):
+    """Head-specific knowledge distillation: loss = α · class loss + (1 − α) · attention loss.
+
+    The attention loss is the mean over block pairs of the divergence between whole attention maps, itself the mean over
+    images, heads and query rows. Maps run over class token and patches; registers and distillation tokens are left out.
+
+    Args:
+        student: a timm Vision Transformer, or its name (built from scratch with ``num_classes`` classes).
+        teacher: a timm Vision Transformer with the same patch grid, or its name (built with pretrained weights, without
+            classifier). Its parameters are frozen in place.
+        mode: 'head_to_head': one student head of a block learns from one teacher head. 'block_to_block': all m heads of a
+            student block learn from m of the teacher block's n heads. 'encoder_to_encoder': that in every student block.
+        blocks: of the student: index, sequence of indices, 'all', or module paths. None is the last block, or every block
+            for 'encoder_to_encoder', which takes nothing else.
+        teacher_blocks: the teacher block for each student block, in the same order. None: student block i of Ls learns
+            from teacher block ⌈(i + 1)·Lt/Ls⌉ − 1, so the last from the last, and i from i when depths are equal.
+        heads: 'head_to_head' only: the student head, or one for each block. None is head 0.
+        teacher_heads: 'head_to_head': the teacher head, or one for each block; None is head 0. Otherwise: m distinct heads
+            of the teacher block for the student's heads 0 … m−1, or such a sequence for each block; None is the first m.
+        divergence: 'forward_kl', 'cross_entropy', 'logit_mse' (the paper's MSE on scores before the softmax), or any
+            other of :func:`attnkd.attention_kl`.
+        alpha: α in [0, 1], a number or a :class:`attnkd.schedule.Schedule`. None is the first of ``ALPHAS`` for the
+            divergence.
+        temperature: divides the scores of both sides; a number or a Schedule.
+        wrong_teacher_weight: factor in [0, 1] on the attention loss of images that the teacher misclassifies. Below 1 the
+            teacher must have a classifier for the student's classes.
+        wrong_student_weight: the same for images that the student misclassifies now.
+        criterion: class loss of (student output, targets); None trains on the attention loss alone.
+        num_classes: of a student given by name.
+        input_norm: ((mean, ...), (std, ...)) the images arrive normalised with; the teacher then gets them in the
+            normalisation of its ``pretrained_cfg``. None: it gets them as they are.
+        impl: see :func:`attnkd.attention_kl`.
+        device, dtype: as in ``timm.task.TrainingTask``; the student's when None.
+        verbose: log the pairing.
+
+    Raises:
+        TypeError, ValueError: options out of range; more student heads than teacher heads; heads that do not exist.
+        NotImplementedError: attention that cannot be captured, see :class:`attnkd.AttentionTap`.
+
+    Example::
+
+        task = HeadKD(student, teacher, mode="block_to_block", teacher_heads=[0, 2, 5])
+        task(images, targets)["loss"].backward()
+    """
+
+    def __init__(
+        self,
+        student: str | nn.Module,
+        teacher: str | nn.Module,
+        *,
+        mode: str = "encoder_to_encoder",
+        blocks: Blocks | None = None,
+        teacher_blocks: Blocks | None = None,
+        heads: int | Sequence[int] | None = None,
+        teacher_heads: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
+        divergence: str = "forward_kl",
+        alpha: float | Schedule | None = None,
+        temperature: float | Schedule = 1.0,
+        wrong_teacher_weight: float = 1.0,
+        wrong_student_weight: float = 1.0,
+        criterion: nn.Module | None = CROSS_ENTROPY,
+        num_classes: int | None = None,
+        input_norm: tuple[Sequence[float], Sequence[float]] | None = None,
+        impl: str = "auto",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
+    ) -> None:
+        check_choice("mode", mode, MODES)
+        check_choice("divergence", divergence, DIVERGENCES)
+        if mode == "encoder_to_encoder" and blocks not in (None, "all"):
+            raise ValueError(f"blocks: 'encoder_to_encoder' takes every block, got {blocks!r}; use mode='block_to_block'")
+        student = build_student(student, criterion, num_classes)
+        teacher = resolve_model(teacher, pretrained=True)
+        check_pair(student, "teacher", teacher)
+        check_sample_weights(student, teacher, wrong_teacher_weight, wrong_student_weight, criterion)
+        alpha = check_alpha(alpha, divergence)
+        if alpha == 1 and criterion is None:
+            raise ValueError("alpha: 1 leaves the class loss alone, but criterion is None")
+        if blocks is None:
+            blocks = "all" if mode == "encoder_to_encoder" else -1
+        student_paths, teacher_paths, pairs = pair_blocks(student, teacher, blocks, teacher_blocks)
+        needs_output = wrong_teacher_weight != 1
+        super().__init__(
+            student,
+            student_paths,
+            {"teacher": FrozenClassifier(AttentionTap(teacher, teacher_paths, stop=not needs_output), input_norm)},
+            criterion=criterion,
+            schedules=Schedules(alpha=alpha, temperature=temperature),
+            impl=impl,
+            device=device,
+            dtype=dtype,
+            verbose=verbose,
+        )
+        self.mode, self.divergence = mode, divergence
+        self.wrong_teacher_weight, self.wrong_student_weight = wrong_teacher_weight, wrong_student_weight
+        self.layouts = token_layout(student), token_layout(teacher)
+        self.pairs = pairs
+        self.heads: list[tuple[Heads, Heads]] = []
+        for index, (s, t) in enumerate(pairs):
+            ours = self._student_heads(student, student_paths[s], index, len(pairs), heads)
+            theirs = self._teacher_heads(teacher, teacher_paths[t], index, len(pairs), len(ours), teacher_heads)
+            self.heads.append((ours, theirs))
+        if verbose:
+            for (s, t), (ours, theirs) in zip(pairs, self.heads, strict=True):
+                _logger.info(
+                    f"HeadKD: {student_paths[s]} heads {list(ours)} <- {teacher_paths[t]} heads {list(theirs)} ({divergence})"
+                )
+
+    def forward(self, images: Tensor, targets: Tensor | None = None) -> dict[str, Tensor]:
+        """One training step's losses.
+
+        Args:
+            images: [B, C, H, W], normalised for the student.
+            targets: what ``criterion`` takes: [B] class indices, or [B, classes] probabilities.
+
+        Returns:
+            loss: what to call backward on. attn_loss, task_loss: its unweighted parts; attn_loss is absent while α is 1
+            and the teacher rests, task_loss and output [B, classes] without ``criterion``. attn_sample_weight [B]: the
+            images' weights, if ``wrong_teacher_weight`` or ``wrong_student_weight`` is below 1.
+
+        Raises:
+            ValueError: images of another rank, missing targets, maps of different sizes.
+        """
+        output, student_calls = self.run_student(images, targets)
+        alpha = self.schedules["alpha"]
+        result, parts = {}, []
+        if alpha < 1:
+            target_output, teacher_calls = self.teachers["teacher"](images)
+            weight = self.sample_weight(output, target_output, targets)
+            losses = [
+                whole_map_divergence(
+                    student_calls[s],
+                    self.layouts[0],
+                    teacher_calls[t],
+                    self.layouts[1],
+                    student_heads=ours,
+                    teacher_heads=theirs,
+                    sample_weight=weight,
+                    divergence=self.divergence,
+                    temperature=self.schedules["temperature"],
+                    impl=self.impl,
+                )
+                for (s, t), (ours, theirs) in zip(self.pairs, self.heads, strict=True)
+            ]
+            result["attn_loss"] = torch.stack(losses).mean()
+            parts.append((1 - alpha) * result["attn_loss"])
+            if weight is not None:
+                result["attn_sample_weight"] = weight
+        if self.criterion is not None:
+            assert output is not None
+            result["task_loss"] = self.criterion(output, targets)
+            parts.append(alpha * result["task_loss"])
+            result["output"] = output
+        return {"loss": sum(parts[1:], parts[0]), **result}
+
+    def sample_weight(self, output: Tensor | None, target_output: Tensor | None, targets: Tensor | None) -> Tensor | None:
+        """[B] factors of the images' attention losses; None when all are 1."""
+        weight = None
+        for factor, scores in ((self.wrong_teacher_weight, target_output), (self.wrong_student_weight, output)):
+            if factor == 1:
+                continue
+            assert scores is not None and targets is not None
+            classes = targets if targets.ndim == 1 else targets.argmax(-1)
+            wrong = scores.detach().argmax(-1) != classes
+            own = torch.where(wrong, factor, 1.0)
+            weight = own if weight is None else weight * own
+        return weight
+
+    def _student_heads(
+        self, student: nn.Module, path: str, index: int, pairs: int, heads: int | Sequence[int] | None
+    ) -> Heads:
+        count = num_heads(student, path)
+        if self.mode != "head_to_head":
+            if heads is not None:
+                raise ValueError(f"heads: {self.mode!r} distils all heads of a student block, got {heads!r}")
+            return tuple(range(count))
+        return check_heads("heads", [_one(heads, "heads", index, pairs)], count, path)
+
+    def _teacher_heads(
+        self,
+        teacher: nn.Module,
+        path: str,
+        index: int,
+        pairs: int,
+        wanted: int,
+        heads: int | Sequence[int] | Sequence[Sequence[int]] | None,
+    ) -> Heads:
+        count = num_heads(teacher, path)
+        if self.mode == "head_to_head":
+            return check_heads("teacher_heads", [_one(heads, "teacher_heads", index, pairs)], count, path)
+        if wanted > count:
+            raise ValueError(
+                f"{self.mode}: the student block has m = {wanted} heads and {path} of the teacher n = {count}; every student "
+                "head needs a teacher head of its own, m <= n. Distil single heads with mode='head_to_head'"
+            )
+        if heads is None:
+            return tuple(range(wanted))
+        if isinstance(heads, int):
+            heads = [heads]
+        if heads and not isinstance(heads[0], int):
+            if len(heads) != pairs:
+                raise ValueError(f"teacher_heads: expected one sequence for each of {pairs} blocks, got {len(heads)}")
+            heads = heads[index]  # type: ignore[assignment]
+        chosen = check_heads("teacher_heads", heads, count, path)  # type: ignore[arg-type]
+        if len(chosen) != wanted:
+            raise ValueError(f"teacher_heads: expected m = {wanted} heads like the student block, got {list(chosen)}")
+        return chosen
+
+
+def check_alpha(alpha: float | Schedule | None, divergence: str) -> float | Schedule:
+    """α as given, or the paper's for this divergence; every value it can take must lie in [0, 1]."""
+    if alpha is None:
+        if divergence not in ALPHAS:
+            raise ValueError(f"alpha: needed for divergence={divergence!r}; the paper has values for {', '.join(ALPHAS)} only")
+        return ALPHAS[divergence][0]
+    values = [alpha.value, alpha.start, alpha.end] if isinstance(alpha, Schedule) else [alpha]
+    for value in values:
+        if not 0 <= value <= 1:
+            raise ValueError(f"alpha: expected a number from 0 to 1, got {value}")
+    return alpha
+
+
+def check_sample_weights(
+    student: nn.Module, teacher: nn.Module, wrong_teacher: float, wrong_student: float, criterion: nn.Module | None
+) -> None:
+    """Refuse weights out of range, and weights whose right or wrong cannot be told."""
+    for name, factor in (("wrong_teacher_weight", wrong_teacher), ("wrong_student_weight", wrong_student)):
+        if not 0 <= factor <= 1:
+            raise ValueError(f"{name}: expected a number from 0 to 1, got {factor}")
+        if factor != 1 and criterion is None:
+            raise ValueError(f"{name}: needs targets and the student's output, but criterion is None")
+    classes, theirs = (getattr(model, "num_classes", None) for model in (student, teacher))
+    if wrong_teacher != 1 and (not theirs or theirs != classes):
+        raise ValueError(
+            f"wrong_teacher_weight: expected a teacher that classifies the student's {classes} classes, its num_classes is "
+            f"{theirs}"
+        )
+
+
+def _one(heads: object, name: str, index: int, pairs: int) -> int:
+    """The head of pair ``index``: head 0 by default, the same for all, or one for each."""
+    if heads is None:
+        return 0
+    if isinstance(heads, Sequence):
+        if len(heads) != pairs:
+            raise ValueError(f"{name}: 'head_to_head' expects one head, or one for each of {pairs} blocks, got {heads!r}")
+        heads = heads[index]
+    return heads  # type: ignore[return-value]

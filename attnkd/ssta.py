@@ -1,0 +1,241 @@
+"""SSTA: a self-supervised model as teaching assistant beside a supervised teacher.
+
+Wu et al.: Self-supervised Models are Good Teaching Assistants for Vision Transformers, ICML 2022. The formulas, the defaults
+and how heads are chosen: docs/methods/ssta.md.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnkd.attention_paths import Blocks, pair_blocks
+from attnkd.distill_task import (
+    DistillTask,
+    Heads,
+    build_student,
+    check_heads,
+    check_pair,
+    num_heads,
+    whole_map_divergence,
+)
+from attnkd.head_kd import CROSS_ENTROPY
+from attnkd.problem import DIVERGENCES, check_choice
+from attnkd.schedule import Schedule, Schedules
+from attnkd.student_teacher import FrozenTeacher
+from attnkd.tap import AttentionTap
+from attnkd.tokens import resolve_model, token_layout
+
+_logger = logging.getLogger(__name__)
+
+WEIGHTS = {"teacher": "beta", "assistant": "lambda"}
+"""The teachers' names in results and logs, and the names of their weights."""
+
+
+class SSTA(DistillTask):
+    """The SSTA training task: loss = α · CE + β · KL_SL + λ · KL_SSL.
+
+    In every block of L one student head imitates the whole attention map of one head of the supervised teacher (KL_SL), and
+    another that of one head of the self-supervised assistant (KL_SSL). Each KL is the mean over the blocks of the mean over
+    images and query rows of KL(teacher ‖ student). From epoch ``stop_epoch`` on β = λ = 0 and no teacher runs.
+
+    Give one teacher alone, or two supervised or two self-supervised models, for the paper's ablations.
+
+    Args:
+        student: a timm Vision Transformer, or its name (built from scratch with ``num_classes`` classes).
+        teacher: supervised timm Vision Transformer with the same patch grid, or its name (with pretrained weights), or None.
+        assistant: self-supervised one, likewise. One of the two may be None.
+        blocks: L, blocks of the student: index, sequence of indices, 'all', or module paths.
+        teacher_blocks, assistant_blocks: the block for each of ``blocks``. None: student block i of Ls learns from teacher
+            block ⌈(i + 1)·Lt/Ls⌉ − 1, so the last from the last.
+        teacher_heads, assistant_heads: the head to imitate in each of ``blocks``, or 'average' for the mean of all heads'
+            maps. :func:`attnkd.head_importance.select_heads` finds them.
+        student_heads: (head that imitates the teacher, head that imitates the assistant).
+        alpha: weight of the class loss.
+        beta: weight of KL_SL until ``stop_epoch``. A :class:`attnkd.schedule.Schedule` is used as it is.
+        lam: weight λ of KL_SSL, likewise.
+        stop_epoch: the epoch from which β = λ = 0. The paper stops at 100 of 300. None: never. With it ``set_epoch`` must
+            be called.
+        temperature: divides the scores of both sides; a number or a Schedule.
+        divergence: of the maps, see :func:`attnkd.attention_kl`; the paper's is KL(teacher ‖ student).
+        criterion: class loss of (student output, targets); None trains on the maps alone, and then not past ``stop_epoch``.
+        num_classes: of a student given by name.
+        input_norm: ((mean, ...), (std, ...)) the images arrive normalised with; each teacher then gets them in the
+            normalisation of its ``pretrained_cfg``. None: they get them as they are.
+        impl: see :func:`attnkd.attention_kl`.
+        device, dtype: as in ``timm.task.TrainingTask``; the student's when None.
+        verbose: log the pairing.
+
+    Raises:
+        TypeError, ValueError: options out of range; no teacher; heads that do not exist or one student head for two teachers.
+        NotImplementedError: attention that cannot be captured, see :class:`attnkd.AttentionTap`.
+
+    Example::
+
+        task = SSTA(student, teacher, assistant, teacher_heads=[0, 4, 2], assistant_heads=[5, 1, 3], stop_epoch=100)
+        for epoch in range(300):
+            task.set_epoch(epoch)
+            for images, targets in loader:
+                task(images, targets)["loss"].backward()
+                ...
+    """
+
+    def __init__(
+        self,
+        student: str | nn.Module,
+        teacher: str | nn.Module | None = None,
+        assistant: str | nn.Module | None = None,
+        *,
+        blocks: Blocks = (-3, -2, -1),
+        teacher_blocks: Blocks | None = None,
+        assistant_blocks: Blocks | None = None,
+        teacher_heads: Sequence[int] | str | None = None,
+        assistant_heads: Sequence[int] | str | None = None,
+        student_heads: tuple[int, int] = (0, 1),
+        alpha: float | Schedule = 1.0,
+        beta: float | Schedule = 1.0,
+        lam: float | Schedule = 1.0,
+        stop_epoch: float | None = 100,
+        temperature: float | Schedule = 1.0,
+        divergence: str = "forward_kl",
+        criterion: nn.Module | None = CROSS_ENTROPY,
+        num_classes: int | None = None,
+        input_norm: tuple[Sequence[float], Sequence[float]] | None = None,
+        impl: str = "auto",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
+    ) -> None:
+        check_choice("divergence", divergence, DIVERGENCES)
+        student = build_student(student, criterion, num_classes)
+        given = {
+            "teacher": (teacher, teacher_blocks, teacher_heads),
+            "assistant": (assistant, assistant_blocks, assistant_heads),
+        }
+        if len(student_heads) != 2:
+            raise ValueError(f"student_heads: expected (head for the teacher, head for the assistant), got {student_heads!r}")
+        if teacher is None and assistant is None:
+            raise ValueError("teacher, assistant: expected at least one of them, got None for both")
+        if teacher is not None and assistant is not None and student_heads[0] == student_heads[1]:
+            raise ValueError(f"student_heads: expected a head of its own for each teacher, got {student_heads!r}")
+
+        self_layouts = {"student": token_layout(student)}
+        teachers: dict[str, FrozenTeacher] = {}
+        links: dict[str, list[_Link]] = {}
+        paths: list[str] = []
+        for (name, (source, source_blocks, heads)), head in zip(given.items(), student_heads, strict=True):
+            if source is None:
+                if heads is not None or source_blocks is not None:
+                    raise ValueError(f"{name}_heads, {name}_blocks: given, but {name} is None")
+                continue
+            model = resolve_model(source, pretrained=True)
+            check_pair(student, name, model)
+            paths, model_paths, pairs = pair_blocks(student, model, blocks, source_blocks)
+            for path in paths:
+                check_heads("student_heads", [head], num_heads(student, path), path)
+            chosen = _teacher_heads(name, model, [model_paths[t] for _, t in pairs], heads)
+            links[name] = [(s, (head,), t, theirs) for (s, t), theirs in zip(pairs, chosen, strict=True)]
+            self_layouts[name] = token_layout(model)
+            teachers[name] = FrozenTeacher(AttentionTap(model, model_paths, stop=True), input_norm)
+            if verbose:
+                for (s, ours, t, _), h in zip(links[name], chosen, strict=True):
+                    which = "the mean of its heads" if heads == "average" else f"head {h[0]}"
+                    _logger.info(f"SSTA: {paths[s]} head {ours[0]} <- {name} {model_paths[t]} {which}")
+        super().__init__(
+            student,
+            paths,
+            teachers,
+            criterion=criterion,
+            schedules=Schedules(
+                **{"alpha": alpha, "beta": _until(beta, stop_epoch), "lambda": _until(lam, stop_epoch)},
+                temperature=temperature,
+            ),
+            impl=impl,
+            device=device,
+            dtype=dtype,
+            verbose=verbose,
+        )
+        self.layouts, self.links, self.divergence = self_layouts, links, divergence
+        self.averaged = {name: heads == "average" for name, (_, _, heads) in given.items()}
+
+    def forward(self, images: Tensor, targets: Tensor | None = None) -> dict[str, Tensor]:
+        """One training step's losses.
+
+        Args:
+            images: [B, C, H, W], normalised for the student.
+            targets: what ``criterion`` takes.
+
+        Returns:
+            loss: what to call backward on. teacher_attn_loss, assistant_attn_loss, task_loss: its unweighted parts; those of
+            a teacher are absent while its weight is 0, and then it does not run. output [B, classes] with ``criterion``.
+
+        Raises:
+            ValueError: images of another rank, missing targets, maps of different sizes.
+            RuntimeError: a weight that changes with the epoch before ``set_epoch`` was called; nothing left to train on.
+        """
+        output, calls = self.run_student(images, targets)
+        result, parts = {}, []
+        for name, teacher in self.teachers.items():
+            weight = self.schedules[WEIGHTS[name]]
+            if weight == 0:
+                continue
+            _, teacher_calls = teacher(images)
+            options: dict[str, Any] = {
+                "merge": "mean" if self.averaged[name] else None,
+                "divergence": self.divergence,
+                "temperature": self.schedules["temperature"],
+                "impl": self.impl,
+            }
+            losses = [
+                whole_map_divergence(
+                    calls[s],
+                    self.layouts["student"],
+                    teacher_calls[t],
+                    self.layouts[name],
+                    student_heads=ours,
+                    teacher_heads=theirs,
+                    **options,
+                )
+                for s, ours, t, theirs in self.links[name]
+            ]
+            result[f"{name}_attn_loss"] = torch.stack(losses).mean()
+            parts.append(weight * result[f"{name}_attn_loss"])
+        if self.criterion is not None:
+            result["task_loss"] = self.criterion(output, targets)
+            parts.append(self.schedules["alpha"] * result["task_loss"])
+            assert output is not None
+            result["output"] = output
+        if not parts:
+            raise RuntimeError("SSTA: nothing to train on: every teacher's weight is 0 and criterion is None")
+        return {"loss": sum(parts[1:], parts[0]), **result}
+
+
+_Link = tuple[int, Heads, int, Heads]
+"""Index of the student's attention, its head; index of the teacher's attention, its heads."""
+
+
+def _teacher_heads(name: str, model: nn.Module, paths: list[str], heads: Sequence[int] | str | None) -> list[Heads]:
+    """The heads to imitate in each of the teacher's attentions: one, or all of them for 'average'."""
+    counts = [num_heads(model, path) for path in paths]
+    if heads == "average":
+        return [tuple(range(count)) for count in counts]
+    if heads is None or isinstance(heads, str):
+        raise ValueError(
+            f"{name}_heads: expected 'average' or one head for each of {len(paths)} blocks, got {heads!r}; "
+            "attnkd.head_importance finds the important ones"
+        )
+    if len(heads) != len(paths):
+        raise ValueError(f"{name}_heads: expected one head for each of {len(paths)} blocks, got {list(heads)}")
+    return [
+        check_heads(f"{name}_heads", [head], count, path) for head, count, path in zip(heads, counts, paths, strict=True)
+    ]
+
+
+def _until(weight: float | Schedule, stop_epoch: float | None) -> float | Schedule:
+    if isinstance(weight, Schedule) or stop_epoch is None:
+        return weight
+    return Schedule(weight, stop=stop_epoch)

@@ -1,0 +1,263 @@
+"""Takes the exact query and key tensors out of a model's attention while its fused attention stays on.
+
+The attention module of a tapped block gets a subclass of its own class, made on the fly. While its forward runs under
+:meth:`AttentionTap.capture`, a ``TorchFunctionMode`` sees the call of ``F.scaled_dot_product_attention`` and keeps what
+enters the softmax: queries and keys after normalisation and rotary embedding, mask (or learned bias) and scale. Hooks
+on ``q_norm`` and ``k_norm`` would miss the rotary embedding, hooks on ``qkv`` the norms too. At all other times the
+module behaves as if it had never been touched; parameters, buffers and state_dict keys do not change.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from attnkd.attention_paths import Blocks, attention_paths, plain_class
+
+
+class AttentionCall(NamedTuple):
+    """What one call of ``scaled_dot_product_attention`` put into its softmax: scale · query · keyᵀ + mask."""
+
+    query: Tensor
+    """[B, H, M, D], with the autograd graph of the model."""
+    key: Tensor
+    """[B, H, N, D]."""
+    mask: Tensor | None
+    """Broadcasts to [B, H, M, N]; boolean (True = visible) or additive, such as a relative position bias."""
+    scale: float
+
+
+class AttentionTap(nn.Module):
+    """Runs a model and returns its output together with the attention calls of some of its blocks.
+
+    Wrap ``torch.compile``, DistributedDataParallel or FSDP around the tap, not inside it: what was captured is part of
+    what its forward returns.
+
+    Args:
+        model: any module whose tapped attentions call ``F.scaled_dot_product_attention`` once per forward on
+            [B, H, N, D] tensors: timm Vision Transformers, Hugging Face models with ``attn_implementation='sdpa'``.
+        blocks: which attentions. An index into ``model.blocks`` or a sequence of them (negative counts from the end),
+            'all', or a module path such as 'layers.11.attention' or a sequence of them, in the order wanted.
+        stop: end the model's forward as soon as everything asked for is captured, before that block's softmax; the
+            output is then None. The captured tensors are bit-identical to those of a full forward.
+
+    Raises:
+        TypeError: not a module, or one that cannot be tapped from outside (compiled, data parallel).
+        ValueError: blocks out of range, repeated, ambiguous or not found.
+        NotImplementedError: a kind of attention that is not a softmax over tokens of query-key products.
+
+    Example::
+
+        tap = AttentionTap(timm.create_model("vit_small_patch16_224"), blocks=-1)
+        output, (call,) = tap(images)       # call.query [B, H, N, D], call.key, call.mask, call.scale
+    """
+
+    def __init__(self, model: nn.Module, blocks: Blocks = -1, stop: bool = False) -> None:
+        super().__init__()
+        _check_model(model)
+        self.model = model
+        self.paths = attention_paths(model, blocks)
+        self.stop = stop
+        self._switched_on: list[str] = []
+        self._tap()
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, list[AttentionCall]]:
+        """Call the model with these arguments.
+
+        Returns:
+            The model's output (None with ``stop``) and one :class:`AttentionCall` per tapped attention, in block order.
+
+        Raises:
+            RuntimeError: a tapped attention made no SDPA call, or the gradient of its queries was cut off.
+            NotImplementedError: a call whose queries and keys do not tell the attention; see docs/capture.md.
+        """
+        return self.capture(self.model, *args, **kwargs)
+
+    def capture(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list[AttentionCall]]:
+        """The same for another entry into the model: ``tap.capture(tap.model.forward_features, images)``."""
+        attentions: list[Any] = [self.model.get_submodule(path) for path in self.paths]
+        for path, attention in zip(self.paths, attentions, strict=True):
+            if not isinstance(attention, _Tapped):
+                raise RuntimeError(f"{path}: no longer tapped, untap() was called; make a new AttentionTap")
+            if attention._slot is not None:
+                raise RuntimeError(f"{path}: its tap was entered again while a forward through it is running")
+        _refuse_padding(function, args, kwargs)
+        calls: list[AttentionCall | None] = [None] * len(attentions)
+        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters())
+        output = None
+        try:
+            for index, attention in enumerate(attentions):
+                attention._slot = _Slot(calls, index, self.stop, trains, self.paths[index])
+            output = function(*args, **kwargs)
+        except _Stop:
+            pass
+        finally:
+            for attention in attentions:
+                attention._slot = None
+        captured = [call for call in calls if call is not None]
+        if len(captured) < len(calls):
+            path = self.paths[calls.index(None)]
+            raise RuntimeError(
+                f"{path} ({plain_class(self.model.get_submodule(path)).__name__}): made no call of "
+                "F.scaled_dot_product_attention, so there are no queries and keys to take. Hugging Face models need "
+                "attn_implementation='sdpa'; a block that layer drop skipped cannot be tapped"
+            )
+        return output, captured
+
+    def untap(self) -> nn.Module:
+        """Give the attention modules their own classes back and return the model as it was before."""
+        for path in self.paths:
+            attention: Any = self.model.get_submodule(path)
+            if isinstance(attention, _Tapped):
+                attention.__class__ = plain_class(attention)
+                attention.__dict__.pop("_slot", None)
+            if path in self._switched_on:
+                attention.fused_attn = False
+        self._switched_on = []
+        return self.model
+
+    close = untap
+
+    def extra_repr(self) -> str:
+        return f"paths={self.paths}, stop={self.stop}"
+
+    def _tap(self) -> None:
+        for path in self.paths:
+            attention: Any = self.model.get_submodule(path)
+            if getattr(attention, "fused_attn", None) is False:  # it has an SDPA path, switched off
+                attention.fused_attn = True
+                self._switched_on.append(path)
+            if not isinstance(attention, _Tapped):
+                attention.__class__ = _tapped_class(attention.__class__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._tap()  # the modules of a copied or unpickled tap have their plain classes, see _Tapped.__reduce_ex__
+
+
+class _Stop(Exception):
+    """Ends a model's forward once everything is captured; never leaves AttentionTap."""
+
+
+class _Slot(NamedTuple):
+    """What a tapped attention must know during one forward of its tap."""
+
+    calls: list[AttentionCall | None]
+    position: int
+    stop: bool
+    trains: bool
+    path: str
+
+
+class _CatchSDPA(TorchFunctionMode):
+    def __init__(self, attention: _Tapped, num_tokens: int | None) -> None:
+        super().__init__()
+        self.attention, self.num_tokens = attention, num_tokens
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return self.attention._on_sdpa(self.num_tokens, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class _Tapped:
+    """Mixed into the class of a tapped attention module, see _tapped_class."""
+
+    _plain_class: type[nn.Module]
+    _slot: _Slot | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._slot is None:  # evaluation, EMA, the second run of a checkpointed block: not ours
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        tokens = args[0] if args else None
+        with _CatchSDPA(self, tokens.shape[1] if isinstance(tokens, Tensor) and tokens.ndim == 3 else None):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def _on_sdpa(
+        self,
+        num_tokens: int | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        slot = self._slot
+        assert slot is not None
+        who, reason = f"{slot.path} ({plain_class(self).__name__})", None
+        if slot.calls[slot.position] is not None:
+            reason = "it calls scaled_dot_product_attention more than once in a forward"
+        elif is_causal:
+            reason = "is_causal=True is not supported"
+        elif query.ndim != 4 or key.ndim != 4:
+            reason = f"expected [B, H, N, D] query and key, got {tuple(query.shape)} and {tuple(key.shape)}"
+        elif enable_gqa or query.shape[1] != key.shape[1]:
+            reason = f"grouped-query attention ({query.shape[1]} query and {key.shape[1]} key heads) is not supported"
+        elif num_tokens is not None and num_tokens not in (query.shape[2], key.shape[2]):
+            reason = (
+                f"neither query {tuple(query.shape)} nor key {tuple(key.shape)} runs over its {num_tokens} input tokens"
+            )
+        if reason is not None:
+            raise NotImplementedError(f"{who}: {reason}")
+        if slot.trains and not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{who}: its query has no gradient, because the block runs without gradients inside a forward that has "
+                "them. Reentrant activation checkpointing does this: use use_reentrant=False (in timm: "
+                "set_reentrant_ckpt(False)). To capture without gradients, call the tap under torch.no_grad()"
+            )
+        if torch.is_autocast_enabled(query.device.type):  # SDPA casts below Python: what enters is what it casts to
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+            if attn_mask is not None and attn_mask.is_floating_point():
+                attn_mask = attn_mask.to(dtype)
+        softmax_scale = query.shape[-1] ** -0.5 if scale is None else scale
+        slot.calls[slot.position] = AttentionCall(query, key, attn_mask, softmax_scale)
+        if slot.stop and all(call is not None for call in slot.calls):
+            raise _Stop
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        """Copies and pickles have the plain class: an EMA copy is an ordinary model, a pickle loads without attnkd."""
+        reduced: Any = super().__reduce_ex__(1)  # protocol 1 names the class in the first argument of the rebuilder
+        rebuild, args, state = reduced
+        return rebuild, (plain_class(self), *args[1:]), {k: v for k, v in state.items() if k != "_slot"}
+
+
+@functools.cache
+def _tapped_class(plain: Any) -> type[nn.Module]:
+    return type(f"Tapped{plain.__name__}", (_Tapped, plain), {"_plain_class": plain, "__module__": plain.__module__})
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise TypeError(f"model: wrap {type(model).__name__} around the AttentionTap, not the tap around it")
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise TypeError("model: is compiled; wrap torch.compile around the AttentionTap instead")
+
+
+def _refuse_padding(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> None:
+    """Padded patches of a NaFlex batch: their rows are no attention, and their columns differ from image to image."""
+    valid = kwargs.get("patch_valid")
+    if valid is None and args and isinstance(args[0], dict):
+        valid = args[0].get("patch_valid")
+    if valid is None and len(args) > 1:
+        target = function.forward if isinstance(function, nn.Module) else function
+        valid = dict(zip(inspect.signature(target).parameters, args, strict=False)).get("patch_valid")
+    if valid is not None and not bool(valid.all()):
+        raise NotImplementedError(
+            "patch_valid: the batch has padded patches, whose rows are not attention; batch images of one patch grid"
+        )

@@ -1,0 +1,93 @@
+"""Runs one call of :func:`attnkd.attention_kl` against the float64 oracle: the loss and every gradient."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnkd import reference
+from attnkd.functional import attention_kl
+from attnkd.problem import make_problem
+from attnkd.testing.tolerance import Result, compare
+
+STUDENT = ("student_query", "student_key", "student_mask")
+PROBLEM = (
+    "student_query", "student_key", "teacher_query", "teacher_key", "teacher_probs", "student_scale", "teacher_scale",
+    "student_mask", "teacher_mask", "merge", "divergence", "temperature",
+)  # fmt: skip
+DEFAULTS: dict[str, Any] = {"divergence": "forward_kl", "temperature": 1.0}
+LOGARITHMIC = ("forward_kl", "reverse_kl", "js", "cross_entropy")
+
+
+def prove(impl: str, *, seed: int = 0, **arguments: Any) -> list[Result]:
+    """Compare ``attention_kl(**arguments, impl=impl, reduction='none')`` and its gradients with the oracle.
+
+    The oracle is the float64 reference on the same rounded inputs; the allowance is set by the reference's own error in float32
+    (loss) and in the input's precision (gradients). The upstream gradient is random, scaled so that the gradients are of order
+    one (as a loss scaler does: float16 could not hold them otherwise); rows of infinite value get none, since their gradient
+    means nothing.
+
+    Args:
+        impl: the implementation to judge.
+        seed: seeds the upstream gradient.
+        arguments: those of :func:`attnkd.attention_kl`; a floating point ``student_mask`` is differentiated too.
+
+    Returns:
+        One result for the loss and one for every gradient.
+    """
+    names = [n for n in STUDENT if isinstance(arguments.get(n), Tensor) and arguments[n].is_floating_point()]
+    dtype = arguments["student_query"].dtype
+    oracle_loss, oracle_grads = _run(arguments, names, torch.float64, torch.float64, seed)
+    largest = max((float(g.abs().max()) for g in oracle_grads if g.numel()), default=0.0)
+    boost = 2.0 ** -math.floor(math.log2(largest)) if largest else 1.0
+    eager_loss, _ = _run(arguments, [], dtype, torch.float32, seed)
+    _, eager_grads = _run(arguments, names, dtype, dtype, seed, boost)
+
+    leaves = {n: arguments[n].detach().requires_grad_() for n in names}
+    loss = attention_kl(**(arguments | leaves), reduction="none", impl=impl)
+    grads = torch.autograd.grad(loss, list(leaves.values()), _upstream(oracle_loss, seed, boost).to(loss))
+
+    label = f"{impl} {arguments.get('divergence', 'forward_kl')} merge={arguments.get('merge')} {str(dtype)[6:]}"
+    scale = 1.0 if arguments.get("divergence", "forward_kl") in LOGARITHMIC else 0.0
+    results = [compare(f"{label} loss", loss, oracle_loss, eager_loss.float(), scale=scale)]
+    for name, grad, oracle, eager in zip(names, grads, oracle_grads, eager_grads, strict=True):
+        results.append(compare(f"{label} d{name}", grad, oracle * boost, eager))
+    return results
+
+
+def assert_proved(impl: str, **arguments: Any) -> None:
+    """Like :func:`prove`; raises AssertionError naming everything that is wrong."""
+    wrong = [str(result) for result in prove(impl, **arguments) if not result.ok]
+    if wrong:
+        raise AssertionError("\n".join(wrong))
+
+
+def _run(
+    arguments: dict[str, Any],
+    names: list[str],
+    inputs: torch.dtype,
+    precision: torch.dtype,
+    seed: int,
+    boost: float = 1.0,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The reference in ``precision`` on inputs held in ``inputs``; gradients of the named arguments."""
+    held = {
+        n: a.detach().to(inputs) if isinstance(a, Tensor) and a.is_floating_point() else a for n, a in arguments.items()
+    }
+    leaves = {n: held[n].requires_grad_() for n in names}
+    values: list[Any] = [(held | leaves).get(n, DEFAULTS.get(n)) for n in PROBLEM]
+    problem = make_problem(*values)
+    loss = reference.per_row(problem, precision)
+    if not names:
+        return loss.detach(), ()
+    grads = torch.autograd.grad(loss, list(leaves.values()), _upstream(loss, seed, boost))
+    return loss.detach(), grads
+
+
+def _upstream(loss: Tensor, seed: int, boost: float) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    upstream = torch.randn(loss.shape, generator=generator, dtype=torch.float64).to(loss.device) * boost
+    return torch.where(loss.detach().isfinite(), upstream, 0.0).to(loss.dtype)

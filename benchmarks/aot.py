@@ -1,0 +1,184 @@
+"""`python -m benchmarks aot`: every kernel compiled for every target, without a GPU, and held to what it should use.
+
+A kernel fails the gate when, for some target and call,
+
+* it does not compile;
+* it spills registers;
+* it wants more shared memory than a program may have;
+* less than half of the bytes that its code moves between global memory and registers go by 128-bit instructions, in the
+  direction in which the kernel streams a large tensor (:data:`STREAMS`);
+* a dot of a 16-bit type does not run on the architecture's matrix unit.
+
+The calls are those of :mod:`benchmarks.launches`. This process only schedules: compilation runs in spawned processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+TARGETS = ("sm80", "sm90", "sm100", "sm120", "gfx942")
+STREAMS = {
+    "_row_kl_bwd_kernel": "stores",  # writes dk, reads rows only
+    "_row_kl_merge_kernel": None,  # rows of N fp32: 1/D of K, and not aligned when N is odd
+    "_row_merge_kernel": None,  # the same
+    "_map_bias_kernel": "loads",
+}
+"""What a kernel streams: 'loads' unless named here, None for kernels that move nothing large."""
+
+WIDE_SHARE = 0.5
+SHARED = {"sm80": 166912, "sm90": 232448, "sm100": 232448, "sm120": 101376, "gfx942": 65536}
+MATRIX = {"sm80": "HMMA", "sm90": "HGMMA", "sm100": "UTC", "sm120": "HMMA", "gfx942": "v_mfma"}
+MATRIX_SMALL = {"sm90": "HMMA", "sm100": "HMMA"}  # tiles of fewer rows than the warp-group instructions take
+GROUP_ROWS = 64
+
+
+def faults(record: dict[str, Any]) -> list[str]:
+    """Why a compiled kernel fails the gate; empty when it passes."""
+    if "error" in record:
+        return [record["error"]]
+    found = []
+    target = record["target"]
+    if record["spills"]:
+        found.append(f"spills {record['spills']}")
+    if record["shared"] > SHARED[target]:
+        found.append(f"shared memory {record['shared']} of {SHARED[target]} bytes")
+    direction = STREAMS.get(record["kernel"], "loads")
+    if direction is not None and record[direction] and (share := wide_share(record[direction])) < WIDE_SHARE:
+        found.append(f"{share:.0%} of {direction} are 128 bits wide: {record[direction]}")
+    for dot in record["dots"]:
+        shape, dtype = dot.split()
+        if dtype not in ("f16", "bf16"):
+            continue  # fp32 products are IEEE by choice and have no matrix unit
+        rows = int(shape.split("x")[0])
+        kinds = [MATRIX[target], *([MATRIX_SMALL[target]] if target in MATRIX_SMALL and rows < GROUP_ROWS else [])]
+        if not any(used.startswith(kind) for kind in kinds for used in record["matrix"]):
+            found.append(f"dot {dot} without {' or '.join(kinds)}: {record['matrix'] or 'no matrix instruction'}")
+    return found
+
+
+def wide_share(widths: dict[str, int]) -> float:
+    """The share of the bytes moved by a kernel's load (or store) instructions that 128-bit ones move."""
+    total = sum(int(bits) * count for bits, count in widths.items())
+    return sum(int(bits) * count for bits, count in widths.items() if int(bits) >= 128) / total if total else 1.0
+
+
+def gate(calls: Sequence[Any], targets: Sequence[str] = TARGETS, jobs: int | None = None) -> Iterator[dict[str, Any]]:
+    """Compiles what the calls launch for the targets, in ``jobs`` processes, and yields one record per compiled kernel.
+
+    A record tells the call, target and kernel, what the kernel uses (:func:`benchmarks.compiled.read`) and its ``faults``.
+    Kernels that several calls launch alike come once.
+    """
+    seen = set()
+    pool = ProcessPoolExecutor(jobs or os.cpu_count(), multiprocessing.get_context("spawn"), _compile_here)
+    with pool:
+        pending = {pool.submit(_measure, call, target): (call, target) for target in targets for call in calls}
+        for future in as_completed(pending):
+            call, target = pending[future]
+            records = future.result()
+            if not records:
+                records = [{"kernel": "", "hash": "", "error": "launched no kernel"}]
+            for record in records:
+                key = (target, record["hash"] or call.name)
+                if key in seen:
+                    continue
+                seen.add(key)
+                record = {"call": call.name, "target": target} | record
+                yield record | {"faults": faults(record)}
+            yield {"progress": (call.name, target)}
+
+
+def _compile_here() -> None:
+    """Runs first in every spawned process, before Triton is imported."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _measure(call: Any, target: str) -> list[dict[str, Any]]:
+    from benchmarks.compiled import measure
+
+    return measure(call, target)
+
+
+# --- command ----------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--full", action="store_true", help="every dtype, head dim and option (minutes), not a selection")
+    parser.add_argument("--match", default="", metavar="TEXT", help="only calls whose name contains TEXT")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS, metavar="TARGET", help=", ".join(TARGETS))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every compiled kernel's numbers")
+    parser.add_argument("--jobs", type=int, default=None, metavar="N", help="processes (default: one per CPU)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints a table and what failed; 1 when something did."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from benchmarks import launches
+
+    calls = list(dict.fromkeys(launches.everything() if args.full else launches.representative()))
+    calls = [call for call in calls if args.match in call.name]
+    if not calls:
+        print(f"no call's name contains {args.match!r}", file=sys.stderr)
+        return 2
+    records = []
+    columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(calls) * len(args.targets))
+        for record in gate(calls, args.targets, args.jobs):
+            if "progress" in record:
+                progress.update(task, advance=1, description=" ".join(reversed(record["progress"])))
+            else:
+                records.append(record)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
+    print(table(records))
+    failed = [record for record in records if record["faults"]]
+    for record in failed:
+        print(f"{record['target']} {record['kernel']} [{record['call']}]: {'; '.join(record['faults'])}")
+    print(f"{len(records)} kernels compiled, {len(failed)} failed")
+    return 1 if failed else 0
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """One line per kernel and target: the worst of all its variants."""
+    head = ("kernel", "target", "variants", "registers", "spills", "shared", "128-bit", "matrix", "occupancy", "failed")
+    lines = [head]
+    for kernel, target in dict.fromkeys((r["kernel"], r["target"]) for r in sorted(records, key=_order)):
+        group = [r for r in records if (r["kernel"], r["target"]) == (kernel, target)]
+        good = [r for r in group if "error" not in r]
+        failed = sum(bool(r["faults"]) for r in group)
+        if not good:
+            lines.append((kernel, target, str(len(group)), *["-"] * 6, str(failed)))
+            continue
+        direction = STREAMS.get(kernel, "loads")
+        share = "-" if direction is None else f"{min(wide_share(r[direction]) for r in good):.0%} {direction}"
+        matrix = sorted({kind if len(kind) < 12 else "MFMA" for r in good for kind in r["matrix"]})
+        lines.append(
+            (
+                kernel, target, str(len(group)), _span(r["registers"] for r in good), str(max(r["spills"] for r in good)),
+                str(max(r["shared"] for r in good)), share, " ".join(matrix) or "-",
+                f"{min(r['occupancy'] for r in good):.0%}", str(failed),
+            )
+        )  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _order(record: dict[str, Any]) -> tuple[str, int]:
+    return record["kernel"], TARGETS.index(record["target"])
+
+
+def _span(values: Any) -> str:
+    values = sorted(values)
+    return str(values[0]) if values[0] == values[-1] else f"{values[0]}–{values[-1]}"
