@@ -37,10 +37,9 @@ def per_row(problem: Problem) -> Tensor:
     Differentiable in the student's query, key and floating point mask.
     """
     flat = _flatten(problem)
-    if not _needs_grad(problem):
+    if not _needs_grad(flat):
         return torch.ops.attnkd.chunked_rows(*flat)
-    function = _FewRows if problem.rows_shape[2] <= FEW_ROWS else _Rows
-    return function.apply(_broadcast_from(problem.student.mask), *flat)
+    return (_FewRows if problem.rows_shape[2] <= FEW_ROWS else _Rows).apply(*flat)
 
 
 def weighted_sum(problem: Problem, weight: Tensor) -> Tensor:
@@ -48,10 +47,10 @@ def weighted_sum(problem: Problem, weight: Tensor) -> Tensor:
 
     weight: [B, Ho, M], gets no gradient. The gradients are computed in the forward and scaled in the backward.
     """
-    weight = weight.detach()
-    if not _needs_grad(problem) or problem.rows_shape[2] <= FEW_ROWS:
+    flat, weight = _flatten(problem), weight.detach()
+    if not _needs_grad(flat) or problem.rows_shape[2] <= FEW_ROWS:
         return _sum(weight, per_row(problem))
-    return _WeightedSum.apply(weight, _broadcast_from(problem.student.mask), *_flatten(problem))
+    return _WeightedSum.apply(weight, *flat)
 
 
 def row_logits(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, temperature: float) -> Tensor:
@@ -61,78 +60,74 @@ def row_logits(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, te
     four dimensions. Hidden keys are -inf and send no gradient; so a row that sees no key is all -inf and its softmax is NaN:
     the caller decides what such a row is worth. Differentiable in query, key and a floating point mask.
     """
-    inputs = (query, key, mask, scale, temperature)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, mask)):
-        return _RowLogits.apply(_broadcast_from(mask), *inputs)
-    return torch.ops.attnkd.chunked_logits(*inputs)
+    inputs = (query, key, _stored(mask))
+    function = _RowLogits.apply if _needs_grad(inputs) else torch.ops.attnkd.chunked_logits
+    return function(*inputs, scale, temperature)
 
 
 # -- autograd ---------------------------------------------------------------------------------------------------------
+# The functions take the problem flat: query, key, mask of the student (which may get gradients), then nine arguments more.
 
 
 class _FewRows(torch.autograd.Function):
     """Rows of a problem; keeps the coefficient rows."""
 
     @staticmethod
-    def forward(ctx: Any, mask_shape: list[int] | None, *flat: Any) -> Tensor:
+    def forward(ctx: Any, *flat: Any) -> Tensor:
         rows, ds = torch.ops.attnkd.chunked_coefficients(*flat)
         ctx.save_for_backward(ds, *flat[:3])
-        ctx.options = flat[7], flat[11], mask_shape
+        ctx.options = flat[7], flat[11]
         return rows
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
         ds, *inputs = ctx.saved_tensors
-        return None, *_contract(ctx, ds, grad, inputs), *[None] * 9
+        needs = ctx.needs_input_grad[:3]
+        units = torch.ops.attnkd.chunked_contract(ds, grad, *inputs, *ctx.options, *needs)
+        return *_gradients(units, inputs, needs), *[None] * 9
 
 
 class _Rows(torch.autograd.Function):
     """Rows of a problem; keeps nothing but its inputs."""
 
     @staticmethod
-    def forward(ctx: Any, mask_shape: list[int] | None, *flat: Any) -> Tensor:
+    def forward(ctx: Any, *flat: Any) -> Tensor:
         ctx.save_for_backward(*flat[:7])
-        ctx.options, ctx.mask_shape = flat[7:], mask_shape
+        ctx.options = flat[7:]
         return torch.ops.attnkd.chunked_rows(*flat)
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
-        inputs, (query, key, mask) = ctx.saved_tensors, ctx.needs_input_grad[1:4]
-        _, *units = torch.ops.attnkd.chunked_gradients(
-            *inputs, *ctx.options, grad, query, key, ctx.mask_shape if mask else None
-        )
-        grads = [_like(unit, x) if need else None for unit, x, need in zip(units, inputs, (query, key, mask))]
-        return None, *grads, *[None] * 9
+        inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
+        _, *units = torch.ops.attnkd.chunked_gradients(*inputs, *ctx.options, grad, *needs)
+        return *_gradients(units, inputs, needs), *[None] * 9
 
 
 class _WeightedSum(torch.autograd.Function):
     """Σ weight · rows; keeps dq, dk and dmask in float32 (float64)."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask_shape: list[int] | None, *flat: Any) -> Tensor:
-        query, key, mask = ctx.needs_input_grad[2:5]
-        rows, *units = torch.ops.attnkd.chunked_gradients(*flat, weight, query, key, mask_shape if mask else None)
-        ctx.save_for_backward(*flat[:3], *units)
+    def forward(ctx: Any, weight: Tensor, *flat: Any) -> Tensor:
+        rows, *units = torch.ops.attnkd.chunked_gradients(*flat, weight, *ctx.needs_input_grad[1:4])
+        ctx.save_for_backward(*units)
+        ctx.dtypes = [None if x is None else x.dtype for x in flat[:3]]
         return _sum(weight, rows)
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
-        inputs, units = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        needs = ctx.needs_input_grad[2:5]
-        grads = [_like(unit * grad, x) if need else None for unit, x, need in zip(units, inputs, needs)]
-        return None, None, *grads, *[None] * 9
+        units, needs = ctx.saved_tensors, ctx.needs_input_grad[1:4]
+        grads = [(unit * grad).to(dtype) if need else None for unit, dtype, need in zip(units, ctx.dtypes, needs)]
+        return None, *grads, *[None] * 9
 
 
 class _RowLogits(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, mask_shape: list[int] | None, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, temperature: float
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, temperature: float) -> Tensor:
         ctx.save_for_backward(query, key, mask)
-        ctx.options = scale, temperature, mask_shape
+        ctx.options = scale, temperature
         return torch.ops.attnkd.chunked_logits(query, key, mask, scale, temperature)
 
     @staticmethod
@@ -142,47 +137,57 @@ class _RowLogits(torch.autograd.Function):
         if mask is not None:
             grad = grad.masked_fill(~mask if mask.dtype == torch.bool else mask <= HIDDEN_BELOW, 0.0)
         one = grad.new_ones((1, 1, 1)).expand(grad.shape[:3])
-        return None, *_contract(ctx, grad, one, (query, key, mask)), None, None
+        needs = ctx.needs_input_grad[:3]
+        units = torch.ops.attnkd.chunked_contract(grad, one, query, key, mask, *ctx.options, *needs)
+        return *_gradients(units, (query, key, mask), needs), None, None
 
 
-def _contract(ctx: Any, ds: Tensor, weight: Tensor, inputs: Any) -> list[Tensor | None]:
-    """Coefficient rows → gradients of (query, key, mask)."""
-    scale, temperature, mask_shape = ctx.options
-    query, key, mask = ctx.needs_input_grad[1:4]
-    units = torch.ops.attnkd.chunked_contract(
-        ds, weight, *inputs, scale, temperature, query, key, mask_shape if mask else None
-    )
-    return [_like(unit, x) if need else None for unit, x, need in zip(units, inputs, (query, key, mask))]
+class _Unexpand(torch.autograd.Function):
+    """An expanded view → what it was expanded from, without summing a full-size gradient on the way back.
+
+    The gradient goes back as a view again: its copies share each entry equally, and add up to it in the backward of expand.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mask: Tensor, *dims: int) -> Tensor:
+        ctx.shape, ctx.dims = mask.shape, dims
+        for dim in dims:
+            mask = mask.narrow(dim, 0, 1)
+        return mask
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+        copies = 1
+        for dim in ctx.dims:
+            copies *= ctx.shape[dim]
+        return (grad / copies).expand(ctx.shape), *[None] * len(ctx.dims)
 
 
-def _needs_grad(problem: Problem) -> bool:
-    student = problem.student
-    tensors = (student.query, student.key, student.mask)
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+def _stored(mask: Tensor | None) -> Tensor | None:
+    """The mask without its broadcast dimensions, so that neither it nor its gradient is ever [B, H, M, N]."""
+    if mask is None:
+        return None
+    dims = [dim for dim, (size, stride) in enumerate(zip(mask.shape, mask.stride())) if size > 1 and stride == 0]
+    if mask.requires_grad and not torch.compiler.is_compiling():
+        # Only what the last expand() repeated: a view that the user made has a gradient of its own for every copy.
+        expanded = type(mask.grad_fn).__name__ == "ExpandBackward0"
+        before = mask.grad_fn._saved_self_sym_sizes if expanded else mask.shape  # type: ignore[union-attr]
+        before = (1,) * (mask.ndim - len(before)) + tuple(before)
+        dims = [dim for dim in dims if before[dim] == 1]
+    return _Unexpand.apply(mask, *dims) if dims else mask
+
+
+def _needs_grad(flat: tuple) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in flat[:3])
+
+
+def _gradients(units: Any, inputs: Any, needs: Any) -> list[Tensor | None]:
+    return [unit.to(x.dtype) if need else None for unit, x, need in zip(units, inputs, needs)]
 
 
 def _sum(weight: Tensor, rows: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, weight * rows).sum()
-
-
-def _broadcast_from(mask: Tensor | None) -> list[int] | None:
-    """The shape a learnable mask had before it was expanded to [B, H, M, N]: its gradient is summed to that shape at once.
-
-    Read from the autograd node of ``expand``, so a mask that was expanded by somebody else counts as it is.
-    """
-    if mask is None or not mask.requires_grad:
-        return None
-    shape = list(mask.shape)
-    if not torch.compiler.is_compiling() and type(mask.grad_fn).__name__ == "ExpandBackward0":
-        before = list(mask.grad_fn._saved_self_sym_sizes)  # type: ignore[union-attr]
-        shape = [1] * (len(shape) - len(before)) + before
-    return shape
-
-
-def _like(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient in x's dtype and shape. Where x is an expanded view, its copies share the sum that they will add up to."""
-    copies = x.numel() // max(grad.numel(), 1)
-    return (grad / copies if copies > 1 else grad).to(x.dtype).expand(x.shape)
 
 
 # -- operators --------------------------------------------------------------------------------------------------------
@@ -191,7 +196,7 @@ _PROBLEM = (
     "Tensor query, Tensor key, Tensor? mask, Tensor? teacher_query, Tensor? teacher_key, Tensor? teacher_mask, "
     "Tensor? teacher_probs, float scale, float teacher_scale, str? merge, str divergence, float temperature"
 )
-_NEEDS = "bool need_query, bool need_key, SymInt[]? mask_shape"
+_NEEDS = "bool need_query, bool need_key, bool need_mask"
 _library = torch.library.Library("attnkd", "FRAGMENT")
 
 
@@ -235,10 +240,10 @@ def _coefficients_op(meta: bool, *flat: Any) -> tuple[Tensor, Tensor]:
 
 @_operator(f"chunked_gradients({_PROBLEM}, Tensor weight, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor)")
 def _gradients_op(meta: bool, *args: Any) -> tuple[Tensor, ...]:
-    *flat, weight, need_query, need_key, mask_shape = args
+    *flat, weight, need_query, need_key, need_mask = args
     problem = _unflatten(flat)
     rows = _new(problem, problem.rows_shape)
-    grads = Gradients(problem.student, problem.temperature, rows.dtype, need_query, need_key, mask_shape)
+    grads = Gradients(problem.student, problem.temperature, rows.dtype, need_query, need_key, need_mask)
     if not meta:
         sweep(problem, rows, weight=weight.to(rows.dtype), gradients=grads)
     return rows, *grads.tensors
@@ -269,7 +274,7 @@ def _logits_op(meta: bool, query: Tensor, key: Tensor, mask: Tensor | None, scal
 def _flatten(problem: Problem) -> tuple:
     s, t = problem.student, problem.teacher
     options = (s.scale, t.scale, problem.merge, problem.divergence, problem.temperature)
-    return (s.query, s.key, s.mask, t.query, t.key, t.mask, t.probs, *options)
+    return (s.query, s.key, _stored(s.mask), t.query, t.key, _stored(t.mask), t.probs, *options)
 
 
 def _unflatten(flat: Any) -> Problem:

@@ -128,20 +128,18 @@ def logits(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, temper
 
 
 class Gradients:
-    """dq [B, H, M, D], dk [B, H, N, D] and dmask (``mask_shape``, summed where that is 1), added up block by block.
+    """dq [B, H, M, D], dk [B, H, N, D] and dmask (the mask's shape: summed where that is 1), added up block by block.
 
     Those that are not needed are empty.
     """
 
-    def __init__(
-        self, side: Side, temperature: float, dtype: torch.dtype, query: bool, key: bool, mask_shape: list[int] | None
-    ) -> None:
+    def __init__(self, side: Side, temperature: float, dtype: torch.dtype, query: bool, key: bool, mask: bool) -> None:
         assert side.query is not None and side.key is not None
         self.side, self.temperature = side, temperature
         self.query = side.query.new_empty(side.query.shape if query else (0,), dtype=dtype)
         self.key = side.key.new_zeros(side.key.shape if key else (0,), dtype=dtype)
-        self.mask = side.query.new_zeros((0,) if mask_shape is None else mask_shape, dtype=dtype)
-        self.needs_query, self.needs_key, self.needs_mask = query, key, mask_shape is not None
+        self.mask = side.query.new_zeros(side.mask.shape if mask and side.mask is not None else (0,), dtype=dtype)
+        self.needs_query, self.needs_key, self.needs_mask = query, key, mask
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,39 +26,36 @@ _INPUTS = (
     "Tensor teacher_query, Tensor teacher_key, Tensor? teacher_mask, float teacher_scale, "
     "str? merge, str divergence, float temperature"
 )
-_SAVED = "Tensor lse_s, Tensor lse_t, Tensor centre, Tensor weight, Tensor unit"
+_SAVED = "Tensor lse_s, Tensor lse_t, Tensor centre, Tensor weight"
 
 
-def _map_fwd(qs, ks, ms, scale_s, qt, kt, mt, scale_t, merge, divergence, temperature, need_unit):
+def _map_fwd(qs, ks, ms, scale_s, qt, kt, mt, scale_t, merge, divergence, temperature):
     """loss [B, Ho, M] and what the backward needs; see :class:`attnkd_kernels.map_launch.Saved`."""
     student, teacher, arch = Side(qs, ks, ms, scale_s), Side(qt, kt, mt, scale_t), architecture(qs.device)
-    saved = allocate(student, teacher, merge, divergence, need_unit, arch)
+    saved = allocate(student, teacher, merge, divergence)
     with on_device(qs):
         for call in forward_calls(student, teacher, merge, divergence, temperature, saved, arch):
             call.launch()
     return tuple(saved)
 
 
-def _map_fwd_fake(qs, ks, ms, scale_s, qt, kt, mt, scale_t, merge, divergence, temperature, need_unit):
+def _map_fwd_fake(qs, ks, ms, scale_s, qt, kt, mt, scale_t, merge, divergence, temperature):
     student, teacher = Side(qs, ks, ms, scale_s), Side(qt, kt, mt, scale_t)
-    return tuple(allocate(student, teacher, merge, divergence, need_unit, architecture(qs.device)))
+    return tuple(allocate(student, teacher, merge, divergence))
 
 
 def _map_bwd(
     grad, qs, ks, ms, scale_s, qt, kt, mt, scale_t, merge, divergence, temperature,
-    lse_s, lse_t, centre, weight, unit, need_dq, need_dk, need_dmask,
+    lse_s, lse_t, centre, weight, need_dq, need_dk, need_dmask,
 ):  # fmt: skip
     """dq like query, dk like key, dmask fp32 [Bb, Hb, Mb, Nb]; what is not needed is empty."""
     student, teacher, arch = Side(qs, ks, ms, scale_s), Side(qt, kt, mt, scale_t), architecture(qs.device)
-    problem = (student, teacher, merge, divergence, temperature, Saved(grad, lse_s, lse_t, centre, weight, unit), grad)
+    problem = (student, teacher, merge, divergence, temperature, Saved(grad, lse_s, lse_t, centre, weight), grad)
     dq, dk, dmask = (grad.new_empty(0) for _ in range(3))
     with on_device(qs):
         if need_dq:
             dq = torch.empty_like(qs)
-            if unit.numel():
-                torch.mul(unit, grad.unsqueeze(-1), out=dq)
-            else:
-                gradient_call(*problem, dq, True, arch).launch()
+            gradient_call(*problem, dq, True, arch).launch()
         if need_dk:
             dk = torch.empty_like(ks)
             gradient_call(*problem, dk, False, arch).launch()
@@ -71,7 +68,7 @@ def _map_bwd(
 
 def _map_bwd_fake(
     grad, qs, ks, ms, scale_s, qt, kt, mt, scale_t, merge, divergence, temperature,
-    lse_s, lse_t, centre, weight, unit, need_dq, need_dk, need_dmask,
+    lse_s, lse_t, centre, weight, need_dq, need_dk, need_dmask,
 ):  # fmt: skip
     dq, dk, dmask = (grad.new_empty(0) for _ in range(3))
     if need_dmask:
@@ -92,7 +89,7 @@ def _register(schema: str, function: Any, fake: Any) -> Any:
     return getattr(torch.ops.attnkd, name).default
 
 
-_fwd = _register(f"map_fwd({_INPUTS}, bool need_unit) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _map_fwd, _map_fwd_fake)
+_fwd = _register(f"map_fwd({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _map_fwd, _map_fwd_fake)
 _bwd = _register(
     f"map_bwd(Tensor grad, {_INPUTS}, {_SAVED}, bool need_dq, bool need_dk, bool need_dmask) -> (Tensor, Tensor, Tensor)",
     _map_bwd,
@@ -108,9 +105,7 @@ class MapDivergenceFunction(torch.autograd.Function):
         scale_s, scale_t, merge, divergence, temperature = options
         stored_s, stored_t = _stored(ms), _stored(mt)
         with torch.autocast(qs.device.type, enabled=False):
-            loss, *saved = _fwd(
-                qs, ks, stored_s, scale_s, qt, kt, stored_t, scale_t, merge, divergence, temperature, ctx.needs_input_grad[0]
-            )
+            loss, *saved = _fwd(qs, ks, stored_s, scale_s, qt, kt, stored_t, scale_t, merge, divergence, temperature)
         ctx.save_for_backward(qs, ks, stored_s, qt, kt, stored_t, *saved)
         ctx.options = options
         ctx.mask_shape = None if ms is None else ms.shape

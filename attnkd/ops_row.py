@@ -13,7 +13,8 @@ from torch import Tensor
 
 from attnkd.autograd import first_order_only
 from attnkd.problem import Problem, Side
-from attnkd_kernels.row_kl import MAX_WIDTH, ONE_SWEEP, fits_whole, row_kl_bwd, row_kl_fwd
+from attnkd_kernels.row_kl import MAX_WIDTH, ONE_SWEEP, fits_whole, row_kl_fwd
+from attnkd_kernels.row_kl_bwd import row_kl_bwd
 from attnkd_kernels.row_logits import row_logits_bwd, row_logits_fwd
 from attnkd_kernels.row_merge import MAX_KEYS, row_merge
 

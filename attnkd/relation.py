@@ -9,7 +9,6 @@ Wang, Cao, Shi, Wu, Yang: Attention Probe: Vision Transformer Distillation in th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -78,7 +77,8 @@ def relation_row_loss(
 
         loss = ops_relation.per_image(student_features, teacher_features, *prefixes, EPS)
     elif implementation == "chunked":
-        loss = _Chunked.apply(student_features, teacher_features, *prefixes, normalize_dim)
+        need_grad = torch.is_grad_enabled() and student_features.requires_grad
+        loss = _Chunked.apply(student_features, teacher_features, *prefixes, normalize_dim, need_grad)
     else:
         loss = reference_per_image(student_features, teacher_features, *prefixes, normalize_dim)
     if reduction == "none":
@@ -119,48 +119,50 @@ class _Chunked(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, student, teacher, student_prefix, teacher_prefix, normalize_dim):
-        need_grad = student.requires_grad
-        losses, saved = [student.new_empty(0, dtype=_accumulator(student))], []
+    def forward(ctx, student, teacher, student_prefix, teacher_prefix, normalize_dim, need_grad):
+        losses, saved = [], []
+        elements = max(math.prod(student.shape[1:]), math.prod(teacher.shape[1:]))
+        size = max(CHUNK // elements, 1)
         with torch.autocast(student.device.type, enabled=False):
-            for images in _chunks(student, teacher):
-                r_s, v = _row(student[images], student_prefix, normalize_dim)
-                gap = r_s - _row(teacher[images], teacher_prefix, normalize_dim)[0].to(r_s.dtype)
+            for s, t in zip(student.split(size), teacher.split(size), strict=True):
+                r_s, v = _row(s, student_prefix, normalize_dim)
+                gap = r_s - _row(t, teacher_prefix, normalize_dim)[0].to(r_s.dtype)
                 losses.append(gap.square().mean(1))
                 if need_grad:
                     saved.append((2.0 / gap.shape[1] * gap, r_s, v))
-        if need_grad and saved:
-            ctx.save_for_backward(student, teacher, *(torch.cat(parts) for parts in zip(*saved, strict=True)))
-        ctx.options = (student_prefix, normalize_dim)
+        if need_grad:
+            ctx.save_for_backward(student, *(torch.cat(parts) for parts in zip(*saved, strict=True)))
+            ctx.options = (student_prefix, normalize_dim, size)
         return torch.cat(losses)
 
     @staticmethod
     @first_order_only
     def backward(ctx, grad):
-        if not ctx.saved_tensors:
-            return grad.new_empty(ctx.needs_input_grad[0] and 0), None, None, None, None
-        student, teacher, e, r, v = ctx.saved_tensors
-        prefix, normalize_dim = ctx.options
+        student, e, r, v = ctx.saved_tensors
+        prefix, normalize_dim, size = ctx.options
         gradient = torch.zeros_like(student) if prefix > 1 else torch.empty_like(student)
+        chunks = (x.split(size) for x in (student, grad[:, None] * e, r, v, gradient))
         with torch.autocast(student.device.type, enabled=False):
-            for images in _chunks(student, teacher):
-                f = student[images].to(e.dtype)
-                cls, patches = f[:, :1], f[:, prefix:]
-                up = grad[images, None] * e[images]
-                if normalize_dim == -1:
-                    v_0, v_j = v[images, :1], v[images, 1:]
-                    a = (up * v_0 * v_j)[..., None]
-                    d_patches = a * cls - (up * r[images] * v_j.square())[..., None] * patches
-                    d_cls = a.mT @ patches - (up * r[images]).sum(1)[:, None, None] * v_0[..., None].square() * cls
-                else:
-                    w = v[images, None].square()
-                    total = up[:, None] @ patches
-                    shrink = 2 * w * cls * total
-                    d_patches = w * (up[..., None] * cls - shrink * patches)
-                    d_cls = w * (total - shrink * cls)
-                gradient[images, :1] = d_cls.to(gradient.dtype)
-                gradient[images, prefix:] = d_patches.to(gradient.dtype)
-        return gradient, None, None, None, None
+            for f, e_i, r_i, v_i, d in zip(*chunks, strict=True):
+                d_cls, d_patches = _gradients(f[:, :1].to(e.dtype), f[:, prefix:].to(e.dtype), e_i, r_i, v_i, normalize_dim)
+                d[:, :1] = d_cls
+                d[:, prefix:] = d_patches
+        return gradient, None, None, None, None, None
+
+
+def _gradients(
+    cls: Tensor, patches: Tensor, e: Tensor, r: Tensor, v: Tensor, normalize_dim: int
+) -> tuple[Tensor, Tensor]:
+    """dF of the class token [b, 1, C] and of the patches [b, P, C], from e and r [b, P] and the inverse norms v."""
+    if normalize_dim == -1:
+        v_0, v_j = v[:, :1], v[:, 1:]
+        a, diagonal = (e * v_0 * v_j)[..., None], (e * r * v_j.square())[..., None]
+        diagonal_0 = ((e * r).sum(1, keepdim=True) * v_0.square())[..., None]
+        return a.mT @ patches - diagonal_0 * cls, a * cls - diagonal * patches
+    w = v[:, None].square()
+    total = e[:, None] @ patches
+    shrink = 2 * w * cls * total
+    return w * (total - shrink * cls), w * (e[..., None] * cls - shrink * patches)
 
 
 def _row(features: Tensor, prefix: int, normalize_dim: int) -> tuple[Tensor, Tensor]:
@@ -181,14 +183,6 @@ def _inverse(square: Tensor) -> Tensor:
 
 def _accumulator(features: Tensor) -> torch.dtype:
     return torch.float64 if features.dtype == torch.float64 else torch.float32
-
-
-def _chunks(student: Tensor, teacher: Tensor) -> Iterator[slice]:
-    """Slices of the batch whose features have at most CHUNK elements (but one image at least)."""
-    elements = max(student[0].numel(), teacher[0].numel()) if len(student) else 1
-    size = max(CHUNK // elements, 1)
-    for start in range(0, len(student), size):
-        yield slice(start, start + size)
 
 
 def _choose(impl: str, student: Tensor, teacher: Tensor, normalize_dim: int) -> str:

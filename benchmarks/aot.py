@@ -5,8 +5,8 @@ A kernel fails the gate when, for some target and call,
 * it does not compile;
 * it spills registers;
 * it wants more shared memory than a program may have;
-* less than half of the bytes that its code moves between global memory and registers go by 128-bit instructions, in the
-  direction in which the kernel streams a large tensor (:data:`STREAMS`);
+* its code has fewer 128-bit loads (or stores) than the tiles that it loads (stores) need, so that some tile of an aligned
+  tensor moves in smaller pieces;
 * a dot of a 16-bit type does not run on the architecture's matrix unit.
 
 The calls are those of :mod:`benchmarks.launches`. This process only schedules: compilation runs in spawned processes.
@@ -25,15 +25,6 @@ from pathlib import Path
 from typing import Any
 
 TARGETS = ("sm80", "sm90", "sm100", "sm120", "gfx942")
-STREAMS = {
-    "_row_kl_bwd_kernel": "stores",  # writes dk, reads rows only
-    "_row_kl_merge_kernel": None,  # rows of N fp32: 1/D of K, and not aligned when N is odd
-    "_row_merge_kernel": None,  # the same
-    "_map_bias_kernel": "loads",
-}
-"""What a kernel streams: 'loads' unless named here, None for kernels that move nothing large."""
-
-WIDE_SHARE = 0.5
 SHARED = {"sm80": 166912, "sm90": 232448, "sm100": 232448, "sm120": 101376, "gfx942": 65536}
 MATRIX = {"sm80": "HMMA", "sm90": "HGMMA", "sm100": "UTC", "sm120": "HMMA", "gfx942": "v_mfma"}
 MATRIX_SMALL = {"sm90": "HMMA", "sm100": "HMMA"}  # tiles of fewer rows than the warp-group instructions take
@@ -50,9 +41,9 @@ def faults(record: dict[str, Any]) -> list[str]:
         found.append(f"spills {record['spills']}")
     if record["shared"] > SHARED[target]:
         found.append(f"shared memory {record['shared']} of {SHARED[target]} bytes")
-    direction = STREAMS.get(record["kernel"], "loads")
-    if direction is not None and record[direction] and (share := wide_share(record[direction])) < WIDE_SHARE:
-        found.append(f"{share:.0%} of {direction} are 128 bits wide: {record[direction]}")
+    for direction in ("load", "store"):
+        if record["aligned"] and (share := wide_share(record, direction)) < 1:
+            found.append(f"128-bit {direction}s cover {share:.0%} of the tiles: {record[direction + 's']}")
     for dot in record["dots"]:
         shape, dtype = dot.split()
         if dtype not in ("f16", "bf16"):
@@ -64,10 +55,11 @@ def faults(record: dict[str, Any]) -> list[str]:
     return found
 
 
-def wide_share(widths: dict[str, int]) -> float:
-    """The share of the bytes moved by a kernel's load (or store) instructions that 128-bit ones move."""
-    total = sum(int(bits) * count for bits, count in widths.items())
-    return sum(int(bits) * count for bits, count in widths.items() if int(bits) >= 128) / total if total else 1.0
+def wide_share(record: dict[str, Any], direction: str) -> float:
+    """How much of the tiles that a kernel loads (stores) its 128-bit instructions can move; at most 1."""
+    tiles = record["tiles"][direction]
+    wide = sum(int(bits) // 8 * count for bits, count in record[direction + "s"].items() if int(bits) >= 128)
+    return min(1.0, wide * record["threads"] / tiles) if tiles else 1.0
 
 
 def gate(calls: Sequence[Any], targets: Sequence[str] = TARGETS, jobs: int | None = None) -> Iterator[dict[str, Any]]:
@@ -90,7 +82,7 @@ def gate(calls: Sequence[Any], targets: Sequence[str] = TARGETS, jobs: int | Non
                 if key in seen:
                     continue
                 seen.add(key)
-                record = {"call": call.name, "target": target} | record
+                record = {"call": call.name, "aligned": call.aligned, "target": target} | record
                 yield record | {"faults": faults(record)}
             yield {"progress": (call.name, target)}
 
@@ -161,8 +153,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         if not good:
             lines.append((kernel, target, str(len(group)), *["-"] * 6, str(failed)))
             continue
-        direction = STREAMS.get(kernel, "loads")
-        share = "-" if direction is None else f"{min(wide_share(r[direction]) for r in good):.0%} {direction}"
+        share = f"{min((wide_share(r, d) for r in good if r['aligned'] for d in ('load', 'store')), default=1):.0%}"
         matrix = sorted({kind if len(kind) < 12 else "MFMA" for r in good for kind in r["matrix"]})
         lines.append(
             (

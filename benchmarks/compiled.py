@@ -155,8 +155,9 @@ def read(target: str, key: str, kernel: Any) -> dict[str, Any]:
 
     Returns:
         registers (per thread), spills (bytes of stack on NVIDIA; registers spilled plus bytes of scratch on AMD), shared
-        (bytes), loads and stores (global instructions by width in bits), matrix (matrix instructions by kind), dots (the
-        source's dots as 'MxK dtype'), warps, occupancy (resident warps / possible warps).
+        (bytes), loads and stores (global instructions by width in bits), tiles (bytes of the two-dimensional tiles that the
+        source loads and stores), matrix (matrix instructions by kind), dots (the source's dots as 'MxK dtype'), warps,
+        threads, occupancy (resident warps / possible warps).
     """
     if (target, key) not in _cache:
         reader = _read_amd if TARGETS[target].gpu.backend == "hip" else _read_nvidia
@@ -164,6 +165,8 @@ def read(target: str, key: str, kernel: Any) -> dict[str, Any]:
             "shared": kernel.metadata.shared,
             "warps": kernel.metadata.num_warps,
             "dots": sorted(set(_dots(kernel.asm["ttir"]))),
+            "tiles": {kind: _tile_bytes(kernel.asm["ttir"], kind) for kind in ("load", "store")},
+            "threads": kernel.metadata.num_warps * TARGETS[target].gpu.warp_size,
         }
         facts["occupancy"] = round(occupancy(target, facts["registers"], facts["shared"], facts["warps"]), 3)
         _cache[target, key] = facts
@@ -173,6 +176,12 @@ def read(target: str, key: str, kernel: Any) -> dict[str, Any]:
 def _dots(ttir: str) -> list[str]:
     found = re.findall(r"tt\.dot .*?: tensor<(\d+)x(\d+)x(\w+)>", ttir)
     return [f"{m}x{k} {dtype}" for m, k, dtype in found]
+
+
+def _tile_bytes(ttir: str, kind: str) -> int:
+    """Bytes of the two-dimensional tiles that the source loads (stores), each counted once."""
+    shapes = re.findall(rf"tt\.{kind} .*?: tensor<(\d+)x(\d+)x!tt\.ptr<[a-z]+(\d+)>>", ttir)
+    return sum(int(m) * int(n) * int(bits) // 8 for m, n, bits in shapes if "1" not in (m, n))
 
 
 def _read_nvidia(kernel: Any) -> dict[str, Any]:

@@ -65,6 +65,11 @@ class Call:
         return " ".join(words)
 
     @property
+    def aligned(self) -> bool:
+        """Whether every tile starts at a multiple of 16 bytes: a mask's rows of N elements do not, for most N."""
+        return self.mask is None or self.rows == 1
+
+    @property
     def rows_of(self) -> int:
         return self.rows or self.keys
 

@@ -33,7 +33,6 @@ def online_kl(
     w·factor_w [BM, BN]: logits of the side that weighs, v·factor_v: of the other; multiplied here, where the product fuses
     with a subtraction (factors > 0, or 1 for finished logits). cross = Σ 2^(z_w−top_w) · ((z_w − top_w) − (z_v − top_v)) over
     the keys that both see; both and clash split sum_w into the keys that the other side sees and those that it does not.
-    Returns the new statistics, 2^(z_w−top_w), 2^(z_v−top_v) and the two rescaling factors.
     """
     new_w = tl.maximum(top_w, tl.max(w, 1) * factor_w)
     new_v = tl.maximum(top_v, tl.max(v, 1) * factor_v)
@@ -64,7 +63,7 @@ def online_kl(
     else:
         cross = shrink_w * (cross + sum_w * step) + tl.sum(ew * difference, 1)
         sum_w = sum_w * shrink_w + tl.sum(ew, 1)
-    return new_w, new_v, sum_w, sum_v, cross, both, clash, ew, ev, shrink_w, shrink_v
+    return new_w, new_v, sum_w, sum_v, cross, both, clash
 
 
 @triton.jit

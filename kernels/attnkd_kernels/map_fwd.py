@@ -5,14 +5,6 @@
 for forward_kl, reverse_kl, cross_entropy, mse and logit_mse; per head, or over one wide head (log-sum merging). Two matrix
 products and two exponentials per (row, key); no [M, N] tensor. js and the mean merge need finished normalisers: map_value.py.
 
-UNIT (forward_kl and cross_entropy, heads of at most BD channels): the query gradient of an upstream gradient of 1,
-
-    unit_i = scale/T · Σ_j (p_s,ij − p_t,ij) k_j,
-
-is itself an online attention output, so two more products here replace a whole sweep of three in the backward. It is kept
-as Σ (p_s − p_t) k with the probabilities normalised by what was seen so far and corrected by Σ p_t k when more arrives:
-the rounding to the matrix unit's type then falls on the *difference* and close maps keep an exact gradient.
-
 Saved for the backward: LSE_S, LSE_T [B, Ho, M] (log2 units), CENTRE [B, Ho, M] (map_forms.py),
 WEIGHT [B, Ho, M] (2 / count; the two MSEs), all fp32. Recomputed there: the logits.
 FUSE leaves the products unscaled until the maximum is subtracted: one fused multiply-add in place of two operations. It needs
@@ -42,19 +34,17 @@ def _map_fwd_kernel(
     LSE_T,  # [B, Ho, M] fp32
     CENTRE,  # [B, Ho, M] fp32
     WEIGHT,  # [B, Ho, M] fp32
-    UNIT,  # [B, Ho, M, D_S] like QS
     qs_b, qs_h, qs_m, qs_d,
     ks_b, ks_h, ks_n, ks_d,
     ms_b, ms_h, ms_m, ms_n,
     qt_b, qt_h, qt_m, qt_d,
     kt_b, kt_h, kt_n, kt_d,
     mt_b, mt_h, mt_m, mt_n,
-    un_b, un_h, un_m, un_d,
-    factor_s, bias_s, factor_t, bias_t, unit_scale,
+    factor_s, bias_s, factor_t, bias_t,
     HO, M, N,
     D_S: tl.constexpr, D_T: tl.constexpr, WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr,
     KIND_S: tl.constexpr, KIND_T: tl.constexpr, MASK_HEADS_S: tl.constexpr, MASK_HEADS_T: tl.constexpr,
-    DIV: tl.constexpr, WITH_UNIT: tl.constexpr, FUSE: tl.constexpr,
+    DIV: tl.constexpr, FUSE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD_S: tl.constexpr, BD_T: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(M, BM)
@@ -82,22 +72,20 @@ def _map_fwd_kernel(
     y = tl.zeros([BM], tl.float32)  # both, or slope
     w = tl.zeros([BM], tl.float32)  # clash, or teacher
     count = tl.zeros([BM], tl.float32)
-    unit = tl.zeros([BM, BD_S], tl.float32)  # Σ (p_s − p_t) k
-    unit_t = tl.zeros([BM, BD_S], tl.float32)  # Σ p_t k
 
     last = ((N - 1) // BN) * BN
     for n0 in range(0, last, BN):
-        top_s, top_t, sum_s, sum_t, x, y, w, count, unit, unit_t = _fwd_tile(
+        top_s, top_t, sum_s, sum_t, x, y, w, count = _fwd_tile(
             a_s, a_t, qs, ks, mask_s, qt, kt, mask_t, m0, n0, M, N, factor_s, bias_s, factor_t, bias_t,
-            top_s, top_t, sum_s, sum_t, x, y, w, count, unit, unit_t,
+            top_s, top_t, sum_s, sum_t, x, y, w, count,
             D_S, D_T, WIDTH_S, WIDTH_T, KIND_S, KIND_T, MASK_HEADS_S, MASK_HEADS_T,
-            DIV, WITH_UNIT, FUSE, BM, BN, BD_S, BD_T, False,
+            DIV, FUSE, BM, BN, BD_S, BD_T, False,
         )  # fmt: skip
-    top_s, top_t, sum_s, sum_t, x, y, w, count, unit, unit_t = _fwd_tile(
+    top_s, top_t, sum_s, sum_t, x, y, w, count = _fwd_tile(
         a_s, a_t, qs, ks, mask_s, qt, kt, mask_t, m0, last, M, N, factor_s, bias_s, factor_t, bias_t,
-        top_s, top_t, sum_s, sum_t, x, y, w, count, unit, unit_t,
+        top_s, top_t, sum_s, sum_t, x, y, w, count,
         D_S, D_T, WIDTH_S, WIDTH_T, KIND_S, KIND_T, MASK_HEADS_S, MASK_HEADS_T,
-        DIV, WITH_UNIT, FUSE, BM, BN, BD_S, BD_T, True,
+        DIV, FUSE, BM, BN, BD_S, BD_T, True,
     )  # fmt: skip
 
     m = m0 + tl.arange(0, BM)
@@ -122,24 +110,15 @@ def _map_fwd_kernel(
         tl.store(CENTRE + at, tl.where(alive, centre, 0.0), mask=inside)
         tl.store(LSE_S + at, tl.where(alive, top_s + tl.log2(sum_s), DEAD), mask=inside)
         tl.store(LSE_T + at, tl.where(alive, top_t + tl.log2(tl.maximum(sum_t, TINY)), DEAD), mask=inside)
-    if WITH_UNIT:
-        if MASKED:  # Σ share · p_s k − Σ_both p_t k
-            unit = unit - (1.0 + centre)[:, None] * (unit + unit_t)
-        unit = tl.where(alive[:, None], unit * unit_scale, 0.0)
-        c = tl.arange(0, BD_S)
-        columns = tl.cast(h + c // D_S, tl.int64) * un_h + (c % D_S) * un_d
-        start = UNIT + b * un_b + tl.cast(m0, tl.int64) * un_m
-        pointers = start + (tl.arange(0, BM)[:, None] * un_m + columns[None, :])  # [BM, BD_S]
-        tl.store(pointers, unit.to(UNIT.dtype.element_ty), mask=inside[:, None] & (c < WIDTH_S)[None, :])
 
 
 @triton.jit
 def _fwd_tile(
     a_s, a_t, qs, ks, mask_s, qt, kt, mask_t, m0, n0, M, N, factor_s, bias_s, factor_t, bias_t,
-    top_s, top_t, sum_s, sum_t, x, y, w, count, unit, unit_t,
+    top_s, top_t, sum_s, sum_t, x, y, w, count,
     D_S: tl.constexpr, D_T: tl.constexpr, WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr,
     KIND_S: tl.constexpr, KIND_T: tl.constexpr, MASK_HEADS_S: tl.constexpr, MASK_HEADS_T: tl.constexpr,
-    DIV: tl.constexpr, WITH_UNIT: tl.constexpr, FUSE: tl.constexpr,
+    DIV: tl.constexpr, FUSE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD_S: tl.constexpr, BD_T: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """One tile [BM, BN] of both maps: the statistics after it."""
@@ -168,24 +147,11 @@ def _fwd_tile(
             s, t, later_s, later_t, top_s, top_t, sum_s, sum_t, x, y, w, count, MASKED
         )
     elif DIV == "reverse_kl":
-        top_s, top_t, sum_s, sum_t, x, y, w, _ew, _ev, _rw, _rv = online_kl(
+        top_s, top_t, sum_s, sum_t, x, y, w = online_kl(
             s, t, later_s, later_t, top_s, top_t, sum_s, sum_t, x, y, w, MASKED, False
         )
     else:
-        old_s = sum_s
-        old_t = sum_t
-        top_t, top_s, sum_t, sum_s, x, y, w, et, es, shrink_t, shrink_s = online_kl(
+        top_t, top_s, sum_t, sum_s, x, y, w = online_kl(
             t, s, later_t, later_s, top_t, top_s, sum_t, sum_s, x, y, w, MASKED, DIV == "cross_entropy"
         )
-        if WITH_UNIT:
-            over_s = 1.0 / sum_s
-            over_t = 1.0 / tl.maximum(sum_t, TINY)
-            keep_s = old_s * shrink_s * over_s
-            keep_t = old_t * shrink_t * over_t
-            p_t = et * over_t[:, None]
-            gap = es * over_s[:, None] - p_t
-            unit = unit * keep_s[:, None] + unit_t * (keep_s - keep_t)[:, None]
-            unit_t = unit_t * keep_t[:, None]
-            unit = tl.dot(gap.to(k_s.dtype), k_s, unit, input_precision="ieee")
-            unit_t = tl.dot(p_t.to(k_s.dtype), k_s, unit_t, input_precision="ieee")
-    return top_s, top_t, sum_s, sum_t, x, y, w, count, unit, unit_t
+    return top_s, top_t, sum_s, sum_t, x, y, w, count

@@ -18,7 +18,7 @@ from attnkd_kernels.map_bias import _map_bias_kernel
 from attnkd_kernels.map_bwd import _map_bwd_kernel
 from attnkd_kernels.map_fwd import _map_fwd_kernel
 from attnkd_kernels.map_lse import _map_lse_kernel
-from attnkd_kernels.map_tiles import Tile, architecture, has_unit, pick_tile
+from attnkd_kernels.map_tiles import Tile, pick_tile
 from attnkd_kernels.map_value import _map_value_kernel
 
 _NONE, _BOOL, _FLOAT, _BOOL_ROW, _FLOAT_ROW = range(5)
@@ -35,7 +35,7 @@ class Side(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the forward leaves: loss [B, Ho, M], LSEs [B, H', M] in log2 units, centre, weight and the unit query gradient.
+    """What the forward leaves: loss [B, Ho, M], LSEs [B, H', M] in log2 units, centre and weight.
 
     H' counts the heads whose softmax is taken: all of a side's with a mean, else Ho.
     """
@@ -45,7 +45,6 @@ class Saved(NamedTuple):
     lse_t: Tensor
     centre: Tensor
     weight: Tensor
-    unit: Tensor
 
 
 @dataclass
@@ -67,7 +66,7 @@ def needs_value_sweep(divergence: str, merge: str | None) -> bool:
     return divergence == "js" or merge == "mean"
 
 
-def allocate(student: Side, teacher: Side, merge: str | None, divergence: str, need_unit: bool, arch: str) -> Saved:
+def allocate(student: Side, teacher: Side, merge: str | None, divergence: str) -> Saved:
     """Empty outputs of the forward for these inputs (also used to describe them without running)."""
     q = student.query
     B, H, M, _ = q.shape
@@ -75,14 +74,12 @@ def allocate(student: Side, teacher: Side, merge: str | None, divergence: str, n
     heads_s = H if merge == "mean" else outer
     heads_t = teacher.query.shape[1] if merge == "mean" else outer
     fp32 = dict(dtype=torch.float32, device=q.device)
-    unit = has_unit(arch, q.dtype, wide_width(student, merge), wide_width(teacher, merge), merge, divergence) and need_unit
     return Saved(
         torch.empty((B, outer, M), **fp32),
         torch.empty((B, heads_s, M), **fp32),
         torch.empty((B, heads_t, M), **fp32),
         torch.empty((B, heads_s, M), **fp32),
         torch.empty((B, outer, M) if divergence in ("mse", "logit_mse") else (0,), **fp32),
-        torch.empty_like(q) if unit else q.new_empty(0),
     )
 
 
@@ -101,16 +98,13 @@ def forward_calls(
     widths = wide_width(student, merge), wide_width(teacher, merge)
     calls = []
     if not needs_value_sweep(divergence, merge):
-        need_unit = saved.unit.numel() > 0
-        tile = pick_tile("fwd_unit" if need_unit else "fwd", arch, student.query.dtype, *widths)
+        tile = pick_tile("fwd", arch, student.query.dtype, *widths)
         arguments = {
             "LOSS": saved.loss, "LSE_S": saved.lse_s, "LSE_T": saved.lse_t, "CENTRE": saved.centre,
             "WEIGHT": saved.weight if saved.weight.numel() else saved.loss,
-            "UNIT": saved.unit if need_unit else saved.loss,
-            **_sides(student, teacher, merge, temperature), **_strides("un", saved.unit if need_unit else None),
-            "unit_scale": student.scale / temperature, "HO": outer, "M": M, "N": N,
-            **_widths(tile, widths), "DIV": divergence, "WITH_UNIT": need_unit,
-            "FUSE": _can_fuse(student, teacher, divergence, temperature), "BM": tile.queries, "BN": tile.keys,
+            **_sides(student, teacher, merge, temperature),
+            "HO": outer, "M": M, "N": N,
+            **_widths(tile, widths), "DIV": divergence, "FUSE": _can_fuse(student, teacher, divergence, temperature), "BM": tile.queries, "BN": tile.keys,
         }  # fmt: skip
         return [Call(_map_fwd_kernel, (B * outer * triton.cdiv(M, tile.queries),), arguments, tile.options)]
 
@@ -261,9 +255,8 @@ def _side(letter: str, side: Side, merge: str | None, temperature: float) -> dic
     }  # fmt: skip
 
 
-def _strides(name: str, tensor: Tensor | None, letters: str = "bhmd") -> dict[str, int]:
-    strides = (0,) * len(letters) if tensor is None else tensor.stride()
-    return {f"{name}_{letter}": stride for letter, stride in zip(letters, strides)}
+def _strides(name: str, tensor: Tensor, letters: str = "bhmd") -> dict[str, int]:
+    return {f"{name}_{letter}": stride for letter, stride in zip(letters, tensor.stride())}
 
 
 def _mask_strides(name: str, side: Side) -> dict[str, int]:

@@ -54,8 +54,3 @@ def pick_tile(op: str, arch: str, dtype: torch.dtype, width_s: int, width_t: int
     if arch == "cpu":
         return Tile(64, 32, 4, 1, whole=128, chunk=32, out_columns=64)
     return Tile(64, 64, 4, 2)
-
-
-def has_unit(arch: str, dtype: torch.dtype, width_s: int, width_t: int, merge: str | None, divergence: str) -> bool:
-    """Whether the forward emits the unit query gradient."""
-    return divergence in ("forward_kl", "cross_entropy") and merge != "mean" and max(width_s, width_t) <= 128

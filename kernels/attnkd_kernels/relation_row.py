@@ -28,7 +28,7 @@ from torch import Tensor
 from attnkd_kernels import launch
 
 TILE = 4096  # elements of a feature tile
-WARPS = 4
+WARPS = {2: 4, 4: 8}  # by bytes of a feature: four warps on a float32 tile spill
 
 
 @triton.jit
@@ -239,7 +239,7 @@ def relation_row_fwd(
             _relation_row_fwd_kernel[(B * blocks,)](
                 student, teacher, loss, b_0, coef, eps * eps, 1.0 / P, P, blocks, *student.stride(), *teacher.stride(),
                 FIRST_S=student_prefix, FIRST_T=teacher_prefix, C_S=C_S, C_T=C_T, NEED_GRAD=need_grad,
-                BN=BN, BC_S=BC_S, BC_T=BC_T, num_warps=WARPS, **launch.OPTIONS,
+                BN=BN, BC_S=BC_S, BC_T=BC_T, num_warps=WARPS[student.element_size()], **launch.OPTIONS,
             )  # fmt: skip
     return loss.sum(1) if blocks > 1 else loss.view(B), coef, b_0
 
@@ -260,13 +260,13 @@ def relation_row_bwd(grad: Tensor, coef: Tensor, b_0: Tensor, student: Tensor, s
         _relation_row_bwd_kernel[(B * splits * chunks,)](
             grad, coef, b_0, student, df, acc, P, blocks, splits, tiles, *grad.stride(), *student.stride(), *df.stride(),
             FIRST=student_prefix, C=C, ONE_SPLIT=splits == 1, BLOCKS=launch.padded(blocks), BN=BN, BC=BC,
-            num_warps=WARPS, **launch.OPTIONS,
+            num_warps=WARPS[student.element_size()], **launch.OPTIONS,
         )  # fmt: skip
         if splits > 1:
             (f_b, _, f_c), (df_b, _, df_c) = student.stride(), df.stride()
             _relation_row_cls_kernel[(B, chunks)](
                 grad, acc, b_0, student, df, blocks, splits, *grad.stride(), f_b, f_c, df_b, df_c,
-                C=C, BLOCKS=launch.padded(blocks), BC=BC, num_warps=WARPS, **launch.OPTIONS,
+                C=C, BLOCKS=launch.padded(blocks), BC=BC, num_warps=WARPS[student.element_size()], **launch.OPTIONS,
             )  # fmt: skip
     return df
 

@@ -6,7 +6,7 @@
 The first and last launches of everything that needs finished rows: attention_rows, mean/max/min merging, and the divergences
 whose coefficients are no sums of exponentials. ``wide`` sums the heads' scores (log-sum merging is one wide head).
 
-dk is the rank-M outer product that row_kl's backward writes, so that kernel is used; dq reads K a second time.
+dk is the rank-M outer product that row_kl's backward writes, so that kernel (row_kl_bwd) is used; dq reads K a second time.
 Any strides; fp16, bf16, fp32; fp32 accumulation. Limits: W ≤ 2048.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attnkd_kernels import launch
 from attnkd_kernels.row_common import ALIVE, load_keys, masked_logits, wide_offsets
-from attnkd_kernels.row_kl import row_kl_bwd
+from attnkd_kernels.row_kl_bwd import row_kl_bwd
 
 TILE = 8192  # elements of a K tile
 

@@ -1,0 +1,253 @@
+"""One operation on one shape: every implementation checked first, then timed."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import cases, gate
+from benchmarks.cases import Inputs, Shape
+from benchmarks.registry import Implementation, Operation
+from benchmarks.timing import Clock, host_us, measure
+
+
+class DeviceLost(RuntimeError):
+    """The device answers no more; nothing that is measured after this would mean anything."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    clock: None where times would mean nothing (kernels in the interpreter): cases are checked only.
+    report: whether measured numbers go into the records; a smoke run measures and drops them.
+    """
+
+    device: torch.device
+    modes: tuple[str, ...] = cases.MODES
+    clock: Clock | None = None
+    report: bool = True
+    budget_ms: float = 200.0
+    compile_mode: str = "default"
+    compile_backend: str = "inductor"
+    count_launches: bool = True
+
+
+class Run:
+    """An implementation on given inputs, as functions to time."""
+
+    def __init__(self, operation: Operation, implementation: Implementation, inputs: Inputs, settings: Settings) -> None:
+        rows = inputs.shape.tokens if implementation.all_queries else operation.rows(inputs.shape)
+        named = inputs.leaves(rows, operation.with_value)
+        self.leaves = list(named.values())
+        self.tensors = operation.tensors(named, inputs, rows)
+        self.function = implementation.function
+        self.upstream: list[Tensor] = []
+        if implementation.compiled:
+            torch._dynamo.reset()  # every case is compiled for its own sizes
+            options: dict[str, Any] = {"backend": settings.compile_backend}
+            if settings.compile_backend == "inductor":
+                options["mode"] = settings.compile_mode
+            self.function = torch.compile(self.function, fullgraph=True, dynamic=False, **options)
+
+    def forward(self) -> tuple[Tensor, ...]:
+        found = self.function(*self.tensors)
+        return found if isinstance(found, tuple) else (found,)
+
+    def backward(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        needed = [x for x in outputs if x.requires_grad]
+        return torch.autograd.grad(needed, self.leaves, self.upstream)
+
+    def send(self, outputs: tuple[Tensor, ...], upstream: list[Tensor]) -> None:
+        """Prepare the upstream gradients in the results' dtypes, so that no conversion is timed."""
+        self.upstream = [g.to(x.dtype) for x, g in zip(outputs, upstream, strict=True) if x.requires_grad]
+
+    def mode(self, name: str) -> tuple[Callable[[Any], Any], Callable[[], Any]]:
+        """(what is timed, what prepares it)."""
+        if name == "fwd":
+            return lambda _: self.forward(), lambda: None
+        if name == "bwd":
+            return self.backward, self.forward
+        return lambda _: self.backward(self.forward()), lambda: None
+
+
+def measure_case(
+    operation: Operation,
+    shape: Shape,
+    dtype: torch.dtype,
+    settings: Settings,
+    implementations: tuple[str, ...] | None = None,
+    seed: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """Records of every implementation and mode, ours first."""
+    identity = {"operation": operation.name, **cases.describe(shape, dtype)}
+    chosen = [i for i in operation.implementations if implementations is None or i.name in implementations]
+    try:
+        inputs = cases.make_inputs(shape, dtype, settings.device, operation.merged, seed)
+        expected = gate.truth(operation, inputs)
+    except (RuntimeError, MemoryError) as error:
+        status, detail = failure(error, ours=True, device=settings.device)
+        for implementation in chosen:
+            for mode in settings.modes:
+                names = {"mode": mode, "implementation": implementation.name}
+                yield identity | names | {"status": status, "detail": f"the float64 check itself: {detail}"}
+        return
+    work = operation.work(shape, dtype.itemsize)
+    for implementation in chosen:
+        for record in _measure_implementation(operation, implementation, inputs, dtype, expected, settings):
+            parts = [work[part] for part in ("fwd", "bwd") if record["mode"] in (part, "both")]
+            floor = {"floor_bytes": sum(w.bytes for w in parts), "flops": sum(w.flops for w in parts)}
+            yield identity | record | floor
+        release(settings.device)
+
+
+def _measure_implementation(
+    operation: Operation,
+    implementation: Implementation,
+    inputs: Inputs,
+    dtype: torch.dtype,
+    expected: gate.Truth,
+    settings: Settings,
+) -> Iterator[dict[str, Any]]:
+    identity = {"implementation": implementation.name}
+    checked: dict[str, Any] = {}
+    run = None
+    modes = list(settings.modes)
+    try:
+        start = time.perf_counter()
+        run = Run(operation, implementation, inputs, settings)
+        outputs = run.forward()
+        run.send(outputs, expected.upstream)
+        gradients = run.backward(outputs)
+        synchronize(settings.device)
+        first_ms = (time.perf_counter() - start) * 1e3
+        verdict = gate.judge(operation, implementation, dtype, expected, outputs, gradients)
+        checked = {"status": "ok" if verdict.ok else "FAIL", "error": _finite(verdict.error), "detail": verdict.detail}
+        if settings.clock is not None and settings.report:
+            checked["first_call_ms"] = round(first_ms, 3)
+        del outputs, gradients
+    except Exception as error:
+        status, detail = failure(error, implementation.ours, settings.device)
+        checked = {"status": status, "detail": detail}
+        alone = None if status == "OOM" or "fwd" not in modes else _forward_only(operation, implementation, inputs, dtype, expected, settings)
+        if alone is not None:
+            modes.remove("fwd")
+            yield identity | {"mode": "fwd"} | alone
+    for mode in modes:
+        record = identity | {"mode": mode} | {key: value for key, value in checked.items() if value != ""}
+        if checked["status"] == "ok" and settings.clock is not None and run is not None:
+            try:
+                numbers = _numbers(run, mode, settings)
+                record |= numbers if settings.report else {}
+            except Exception as error:
+                status, detail = failure(error, implementation.ours, settings.device)
+                record |= {"status": status, "detail": detail}
+        yield record
+
+
+def _forward_only(
+    operation: Operation, implementation: Implementation, inputs: Inputs, dtype: torch.dtype, expected: gate.Truth, settings: Settings
+) -> dict[str, Any] | None:
+    """Of an implementation whose backward does not run here: whether its forward is right. It gets no time."""
+    try:
+        run = Run(operation, implementation, inputs, settings)
+        with torch.no_grad():
+            outputs = run.forward()
+        verdict = gate.judge(operation, implementation, dtype, expected, outputs, ())
+    except Exception as error:
+        failure(error, implementation.ours, settings.device)
+        return None
+    record = {"status": "ok" if verdict.ok else "FAIL", "error": _finite(verdict.error), "detail": verdict.detail or "no backward here"}
+    return record
+
+
+def _numbers(run: Run, mode: str, settings: Settings) -> dict[str, Any]:
+    call, setup = run.mode(mode)
+    assert settings.clock is not None
+    timing = measure(call, setup, clock=settings.clock, budget_ms=settings.budget_ms)
+    found: dict[str, Any] = {"ms": timing.as_dict()}
+    if settings.device.type == "cuda":
+        found["peak_bytes"] = peak_bytes(lambda: call(setup()) if mode != "bwd" else call(_reset_after(setup, settings.device)), settings)
+        if settings.count_launches:
+            found |= count_launches(call, setup, settings.device)
+    if mode != "bwd":
+        found["host_us"] = round(host_us(lambda: call(None), lambda: synchronize(settings.device)), 1)
+    return found
+
+
+def _reset_after(setup: Callable[[], Any], device: torch.device) -> Any:
+    argument = setup()
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return argument
+
+
+def peak_bytes(call: Callable[[], Any], settings: Settings) -> int:
+    """Device memory at the peak of the call beyond what was allocated before it, results included."""
+    synchronize(settings.device)
+    torch.cuda.reset_peak_memory_stats(settings.device)
+    before = torch.cuda.memory_allocated(settings.device)
+    result = call()
+    synchronize(settings.device)
+    peak = torch.cuda.max_memory_allocated(settings.device)
+    del result
+    return peak - before
+
+
+def count_launches(call: Callable[[Any], Any], setup: Callable[[], Any], device: torch.device) -> dict[str, Any]:
+    """Kernels, copies and fills that one call puts on the device; empty where the profiler sees nothing."""
+    argument = setup()
+    synchronize(device)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        call(argument)
+        synchronize(device)
+    events = [e for e in recorded.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    names: dict[str, int] = {}
+    for event in events:
+        short = event.name.split("(")[0][-80:]
+        names[short] = names.get(short, 0) + 1
+    return {"launches": len(events), "kernels": names} if events else {}
+
+
+def failure(error: BaseException, ours: bool, device: torch.device) -> tuple[str, str]:
+    """(status, first line of the message) of a case that raised.
+
+    Raises:
+        DeviceLost: the device does not answer any more.
+    """
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    detail = f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(error).lower()
+    error.__traceback__ = None  # it holds the tensors of the failed call
+    try:
+        release(device)
+    except Exception as lost:
+        raise DeviceLost(f"{detail}; then {type(lost).__name__}: {str(lost).splitlines()[0]}") from None
+    if out_of_memory:
+        return "OOM", ""
+    # What the package does not offer it refuses with NotImplementedError; anything else is a bug of ours.
+    return ("unsupported" if isinstance(error, NotImplementedError) or not ours else "error"), detail
+
+
+def release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _finite(value: float) -> float | None:
+    return float(f"{value:.3g}") if value == value and abs(value) != float("inf") else None
