@@ -1,4 +1,4 @@
-"""What the methods that compare whole maps share: a student that trains, frozen teachers beside it, and scheduled weights."""
+"""What methods that compare whole maps share: a student that trains, frozen teachers beside it, scheduled weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attnkd.functional import attention_kl
 from attnkd.schedule import Schedules
 from attnkd.student_teacher import FrozenTeacher, TappedStudent
 from attnkd.tap import AttentionCall, AttentionTap
-from attnkd.tokens import TokenLayout, TrainingTask, image_size, input_stats, resolve_model, token_layout, unwrap_model
+from attnkd.tokens import TokenLayout, TrainingTask, image_size, input_stats, resolve_model, unwrap_model
 
 _logger = logging.getLogger(__name__)
 
@@ -35,8 +35,8 @@ class FrozenClassifier(FrozenTeacher):
 class DistillTask(TrainingTask):
     """Base of training tasks with a class loss, whole-map attention losses and weights that follow schedules.
 
-    A ``timm.task.TrainingTask``: EMA, DDP, compilation and checkpoints work as in timm's distillation tasks. Teachers are
-    frozen, stay in evaluation mode, and are not submodules: they are in no optimizer, state_dict or checkpoint.
+    A ``timm.task.TrainingTask``: EMA, DDP, compilation and checkpoints work as in timm's distillation tasks. Teachers
+    are frozen, stay in evaluation mode, and are not submodules: they are in no optimizer, state_dict or checkpoint.
 
     Args:
         student: the model that trains.
@@ -65,7 +65,7 @@ class DistillTask(TrainingTask):
         parameter = next(student.parameters())
         super().__init__(device=device or parameter.device, dtype=dtype or parameter.dtype, verbose=verbose)
         self.criterion, self.schedules, self.impl = criterion, schedules, impl
-        self.trainable_module = TappedStudent(
+        self.trainable_module: Any = TappedStudent(
             AttentionTap(student, list(student_paths), stop=criterion is None), None, criterion is not None
         )
         for name, teacher in teachers.items():
@@ -73,8 +73,8 @@ class DistillTask(TrainingTask):
             if teacher.scale is None and input_stats(student) != input_stats(teacher.tap.model):
                 _logger.warning(
                     f"{name}: pretrained with image mean and std {input_stats(teacher.tap.model)}, the student's are "
-                    f"{input_stats(student)}; images must arrive as the teacher expects them, or say with input_norm how they "
-                    "arrive"
+                    f"{input_stats(student)}; images must arrive as the teacher expects them, or say with input_norm "
+                    "how they arrive"
                 )
         # In __dict__, not in _modules: parameters(), state_dict(), train() and requires_grad_() must not reach them.
         self.__dict__["teachers"] = dict(teachers)
@@ -115,7 +115,7 @@ class DistillTask(TrainingTask):
         )
         return self
 
-    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> Any:
         """Compile student and teachers; call it before :meth:`prepare_distributed`. Returns the eval model."""
         options = {"backend": backend, "mode": mode, **compile_kwargs}
         self.eval_model = torch.compile(self.student, **options)
@@ -142,7 +142,9 @@ class DistillTask(TrainingTask):
         if state and "schedules" in state:
             self.schedules.load_state_dict(state["schedules"])
         elif strict:
-            raise RuntimeError(f"{type(self).__name__}: the checkpoint has no task state 'schedules' (strict=False ignores that)")
+            raise RuntimeError(
+                f"{type(self).__name__}: the checkpoint has no task state 'schedules' (strict=False ignores that)"
+            )
 
     def untap(self) -> tuple[nn.Module, list[nn.Module]]:
         """Give student and teachers back as plain models; the task cannot run after that."""
@@ -261,8 +263,8 @@ def whole_map_divergence(
         student_layout, teacher_layout: which of their tokens are class token, other prefix tokens and patches.
         student_heads, teacher_heads: student head i learns from teacher head i; with ``merge`` any numbers of heads.
         merge: None, or how the heads of each side become one map first.
-        sample_weight: [B], multiplies every image's rows; the divisor stays the number of rows, so that a batch of small
-            weights has a small loss.
+        sample_weight: [B], multiplies every image's rows; the divisor stays the number of rows, so that a batch of
+            small weights has a small loss.
         options: divergence, temperature, impl; see :func:`attnkd.attention_kl`.
 
     Raises:
@@ -273,9 +275,9 @@ def whole_map_divergence(
     t = take_heads(shared_map(teacher, teacher_layout, keep_cls), teacher_heads)
     if s.query.shape[2] != t.query.shape[2]:
         raise ValueError(
-            f"whole maps need the same tokens: the student's map is {s.query.shape[2]} x {s.key.shape[2]}, the teacher's "
-            f"{t.query.shape[2]} x {t.key.shape[2]} (class token and patches); use models with the same patch grid, or a "
-            "method that compares class-token rows (AttnDistill), which can be resized"
+            f"whole maps need the same tokens: the student's map is {s.query.shape[2]} x {s.key.shape[2]}, the "
+            f"teacher's {t.query.shape[2]} x {t.key.shape[2]} (class token and patches); use models with the same patch "
+            "grid, or a method that compares class-token rows (AttnDistill), which can be resized"
         )
     reduction, row_weight = "mean", None
     if sample_weight is not None:

@@ -48,22 +48,24 @@ class HeadKD(DistillTask):
         student: a timm Vision Transformer, or its name (built from scratch with ``num_classes`` classes).
         teacher: a timm Vision Transformer with the same patch grid, or its name (built with pretrained weights, without
             classifier). Its parameters are frozen in place.
-        mode: 'head_to_head': one student head of a block learns from one teacher head. 'block_to_block': all m heads of a
-            student block learn from m of the teacher block's n heads. 'encoder_to_encoder': that in every student block.
-        blocks: of the student: index, sequence of indices, 'all', or module paths. None is the last block, or every block
-            for 'encoder_to_encoder', which takes nothing else.
+        mode: 'head_to_head': one student head of a block learns from one teacher head. 'block_to_block': all m heads of
+            a student block learn from m of the teacher block's n heads. 'encoder_to_encoder': that in every student
+            block.
+        blocks: of the student: index, sequence of indices, 'all', or module paths. None is the last block, or every
+            block for 'encoder_to_encoder', which takes nothing else.
         teacher_blocks: the teacher block for each student block, in the same order. None: student block i of Ls learns
             from teacher block ⌈(i + 1)·Lt/Ls⌉ − 1, so the last from the last, and i from i when depths are equal.
         heads: 'head_to_head' only: the student head, or one for each block. None is head 0.
-        teacher_heads: 'head_to_head': the teacher head, or one for each block; None is head 0. Otherwise: m distinct heads
-            of the teacher block for the student's heads 0 … m−1, or such a sequence for each block; None is the first m.
+        teacher_heads: 'head_to_head': the teacher head, or one for each block; None is head 0. Otherwise: m distinct
+            heads of the teacher block for the student's heads 0 … m−1, or such a sequence for each block; None is the
+            first m.
         divergence: 'forward_kl', 'cross_entropy', 'logit_mse' (the paper's MSE on scores before the softmax), or any
             other of :func:`attnkd.attention_kl`.
         alpha: α in [0, 1], a number or a :class:`attnkd.schedule.Schedule`. None is the first of ``ALPHAS`` for the
             divergence.
         temperature: divides the scores of both sides; a number or a Schedule.
-        wrong_teacher_weight: factor in [0, 1] on the attention loss of images that the teacher misclassifies. Below 1 the
-            teacher must have a classifier for the student's classes.
+        wrong_teacher_weight: factor in [0, 1] on the attention loss of images that the teacher misclassifies. Below 1
+            the teacher must have a classifier for the student's classes.
         wrong_student_weight: the same for images that the student misclassifies now.
         criterion: class loss of (student output, targets); None trains on the attention loss alone.
         num_classes: of a student given by name.
@@ -109,7 +111,9 @@ class HeadKD(DistillTask):
         check_choice("mode", mode, MODES)
         check_choice("divergence", divergence, DIVERGENCES)
         if mode == "encoder_to_encoder" and blocks not in (None, "all"):
-            raise ValueError(f"blocks: 'encoder_to_encoder' takes every block, got {blocks!r}; use mode='block_to_block'")
+            raise ValueError(
+                f"blocks: 'encoder_to_encoder' takes every block, got {blocks!r}; use mode='block_to_block'"
+            )
         student = build_student(student, criterion, num_classes)
         teacher = resolve_model(teacher, pretrained=True)
         check_pair(student, "teacher", teacher)
@@ -144,7 +148,8 @@ class HeadKD(DistillTask):
         if verbose:
             for (s, t), (ours, theirs) in zip(pairs, self.heads, strict=True):
                 _logger.info(
-                    f"HeadKD: {student_paths[s]} heads {list(ours)} <- {teacher_paths[t]} heads {list(theirs)} ({divergence})"
+                    f"HeadKD: {student_paths[s]} heads {list(ours)} <- {teacher_paths[t]} heads {list(theirs)}, "
+                    f"{divergence}"
                 )
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> dict[str, Tensor]:
@@ -194,7 +199,9 @@ class HeadKD(DistillTask):
             result["output"] = output
         return {"loss": sum(parts[1:], parts[0]), **result}
 
-    def sample_weight(self, output: Tensor | None, target_output: Tensor | None, targets: Tensor | None) -> Tensor | None:
+    def sample_weight(
+        self, output: Tensor | None, target_output: Tensor | None, targets: Tensor | None
+    ) -> Tensor | None:
         """[B] factors of the images' attention losses; None when all are 1."""
         weight = None
         for factor, scores in ((self.wrong_teacher_weight, target_output), (self.wrong_student_weight, output)):
@@ -231,8 +238,8 @@ class HeadKD(DistillTask):
             return check_heads("teacher_heads", [_one(heads, "teacher_heads", index, pairs)], count, path)
         if wanted > count:
             raise ValueError(
-                f"{self.mode}: the student block has m = {wanted} heads and {path} of the teacher n = {count}; every student "
-                "head needs a teacher head of its own, m <= n. Distil single heads with mode='head_to_head'"
+                f"{self.mode}: the student block has m = {wanted} heads and {path} of the teacher n = {count}; every "
+                "student head needs a teacher head of its own, m <= n. Distil single heads with mode='head_to_head'"
             )
         if heads is None:
             return tuple(range(wanted))
@@ -241,7 +248,7 @@ class HeadKD(DistillTask):
         if heads and not isinstance(heads[0], int):
             if len(heads) != pairs:
                 raise ValueError(f"teacher_heads: expected one sequence for each of {pairs} blocks, got {len(heads)}")
-            heads = heads[index]  # type: ignore[assignment]
+            heads = heads[index]
         chosen = check_heads("teacher_heads", heads, count, path)  # type: ignore[arg-type]
         if len(chosen) != wanted:
             raise ValueError(f"teacher_heads: expected m = {wanted} heads like the student block, got {list(chosen)}")
@@ -252,7 +259,9 @@ def check_alpha(alpha: float | Schedule | None, divergence: str) -> float | Sche
     """α as given, or the paper's for this divergence; every value it can take must lie in [0, 1]."""
     if alpha is None:
         if divergence not in ALPHAS:
-            raise ValueError(f"alpha: needed for divergence={divergence!r}; the paper has values for {', '.join(ALPHAS)} only")
+            raise ValueError(
+                f"alpha: needed for divergence={divergence!r}; the paper has values for {', '.join(ALPHAS)} only"
+            )
         return ALPHAS[divergence][0]
     values = [alpha.value, alpha.start, alpha.end] if isinstance(alpha, Schedule) else [alpha]
     for value in values:
@@ -273,8 +282,8 @@ def check_sample_weights(
     classes, theirs = (getattr(model, "num_classes", None) for model in (student, teacher))
     if wrong_teacher != 1 and (not theirs or theirs != classes):
         raise ValueError(
-            f"wrong_teacher_weight: expected a teacher that classifies the student's {classes} classes, its num_classes is "
-            f"{theirs}"
+            f"wrong_teacher_weight: expected a teacher that classifies the student's {classes} classes, its num_classes "
+            f"is {theirs}"
         )
 
 
@@ -284,6 +293,8 @@ def _one(heads: object, name: str, index: int, pairs: int) -> int:
         return 0
     if isinstance(heads, Sequence):
         if len(heads) != pairs:
-            raise ValueError(f"{name}: 'head_to_head' expects one head, or one for each of {pairs} blocks, got {heads!r}")
+            raise ValueError(
+                f"{name}: 'head_to_head' expects one head, or one for each of {pairs} blocks, got {heads!r}"
+            )
         heads = heads[index]
     return heads  # type: ignore[return-value]

@@ -127,8 +127,13 @@ def draw(
                     kl = per_head[index, column]
                 elif who == "student" and title.endswith("of heads"):
                     kl = merged_kl[index]
-                axes.imshow(pixels, cmap="gray", vmin=0, vmax=1)
-                axes.imshow(upsample(values, size).cpu().numpy(), cmap="inferno", alpha=0.65, vmin=0)
+                heat = upsample(values, size).cpu().numpy()
+                if pixels.ndim == 2:  # strokes would shine through and be read as attention: outline them instead
+                    axes.imshow(heat, cmap="inferno", vmin=0)
+                    axes.contour(pixels, levels=[0.5], colors="white", linewidths=0.8)
+                else:
+                    axes.imshow(pixels)
+                    axes.imshow(heat, cmap="inferno", alpha=0.65, vmin=0)
                 axes.set_title(title if kl is None else f"{title}\nKL {kl.item():.3f}", fontsize=8)
     figure.suptitle(
         "Attention of the class token over the patches; every map from 0 (dark) to its own maximum (bright)", fontsize=9

@@ -14,8 +14,8 @@ UNITS = ("epoch", "step")
 class Schedule:
     """A number as a function of time t, counted in epochs or in optimizer steps.
 
-    ``start`` → ``value`` over the first ``warmup``, then ``value``, then → ``end`` over the last ``decay`` before ``stop``,
-    and ``end`` from t = ``stop`` on. The rise is linear, the fall linear or half a cosine.
+    ``start`` → ``value`` over the first ``warmup``, then ``value``, then → ``end`` over the last ``decay`` before
+    ``stop``, and ``end`` from t = ``stop`` on. The rise is linear, the fall linear or half a cosine.
 
     Args:
         value: in force after the warm-up.
@@ -54,13 +54,14 @@ class Schedule:
             _check_number("stop", self.stop, minimum=0.0)
         for name, choices in (("shape", SHAPES), ("unit", UNITS)):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
+                listed = ", ".join(map(repr, choices))
+                raise ValueError(f"{name}: expected one of {listed}, got {getattr(self, name)!r}")
         if self.stop is None and self.decay:
             raise ValueError(f"decay: needs stop, the time at which the fall ends, got decay={self.decay} without one")
         if self.stop is not None and self.warmup + self.decay > self.stop:
             raise ValueError(
-                f"stop: expected at least warmup + decay = {self.warmup + self.decay}, got {self.stop}; the rise and the fall "
-                "would overlap"
+                f"stop: expected at least warmup + decay = {self.warmup + self.decay}, got {self.stop}; the rise and the "
+                "fall would overlap"
             )
 
     def at(self, t: float) -> float:
@@ -112,8 +113,8 @@ class Schedules:
         time = self.time[schedule.unit]
         if time is None:
             raise RuntimeError(
-                f"{name}: changes by {schedule.unit}, but set_{schedule.unit}() was never called; call it with the current "
-                f"{schedule.unit} (0 at the start) before the first forward"
+                f"{name}: changes by {schedule.unit}, but set_{schedule.unit}() was never called; call it with the "
+                f"current {schedule.unit} (0 at the start) before the first forward"
             )
         return schedule.at(time)
 
@@ -130,7 +131,7 @@ class Schedules:
         return {name: self[name] for name in self.numbers}
 
     def state_dict(self) -> dict[str, Any]:
-        """The time. What the numbers are at which time belongs to the configuration, as in torch's schedulers with lambdas."""
+        """The time alone: what the numbers are at which time belongs to the configuration."""
         return dict(self.time)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

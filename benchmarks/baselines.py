@@ -132,6 +132,23 @@ def flex_divergence(
     return (gap - aux_t.lse + aux_s.lse).sum() / student_query.shape[0]
 
 
+def relation(whole: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """relation_row_loss of (student_features, teacher_features), from the Gram matrix or from its first row only."""
+
+    def function(student: Tensor, teacher: Tensor) -> Tensor:
+        rows = []
+        for features in (student, teacher):
+            if whole:
+                normal = F.normalize(features, dim=-1)
+                rows.append((normal @ normal.mT)[:, 0, 1:].float())
+            else:
+                normal = F.normalize(features.float(), dim=-1)
+                rows.append((normal[:, :1] * normal[:, 1:]).sum(-1))
+        return F.mse_loss(rows[0], rows[1])
+
+    return function
+
+
 def attention_from_maps(rows: int | None) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Both models' attention outputs and the divergence of their first ``rows`` rows (None: all), from stored maps.
 

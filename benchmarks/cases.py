@@ -77,36 +77,42 @@ def token_sweep(heads: int, batch: int) -> list[Shape]:
 
 @dataclass
 class Inputs:
-    """Views of two packed qkv projections [B, N, 3, H, D], with the strides that timm's blocks have.
+    """Random tensors of one case, by name.
 
-    student, teacher: {'query', 'key', 'value'}, each [B, H, N, D]. Logits have standard deviation 1 on both sides.
+    student, teacher: {'query', 'key', 'value'}, each [B, H, N, D]: views of a packed qkv projection [B, N, 3, H, D], with the
+    strides that timm's blocks have and logits of standard deviation 1; or {'features'} [B, N, H·D], contiguous.
     """
 
     shape: Shape
     student: dict[str, Tensor]
     teacher: dict[str, Tensor]
 
-    def leaves(self, rows: int, with_value: bool) -> dict[str, Tensor]:
+    def leaves(self, names: tuple[str, ...], rows: int) -> dict[str, Tensor]:
         """The student's tensors as leaves that require grad, their strides kept; the query cut to its first rows."""
-        names = ("query", "key", "value") if with_value else ("query", "key")
         cut = {name: self.student[name][:, :, :rows] if name == "query" else self.student[name] for name in names}
         return {name: tensor.detach().requires_grad_() for name, tensor in cut.items()}
 
 
-def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, merged: bool, seed: int) -> Inputs:
+def make_inputs(
+    shape: Shape, dtype: torch.dtype, device: torch.device, names: tuple[str, ...], merged: bool, seed: int
+) -> Inputs:
     """Fresh random inputs.
 
     Args:
+        names: what of the student takes part; 'features' alone, or queries, keys and values.
         merged: give the teacher ``teacher_heads`` heads instead of the student's number.
         seed: of the random numbers; every check takes another.
     """
     generator = torch.Generator(device).manual_seed(seed)
 
     def side(heads: int) -> dict[str, Tensor]:
-        packed = torch.randn(
-            (shape.batch, shape.tokens, 3, heads, shape.head_dim), generator=generator, dtype=dtype, device=device
-        )
-        return dict(zip(("query", "key", "value"), packed.permute(2, 0, 3, 1, 4).unbind(0), strict=True))
+        size = (shape.batch, shape.tokens, 3, heads, shape.head_dim)
+        if names == ("features",):
+            size = (shape.batch, shape.tokens, heads * shape.head_dim)
+        random = torch.randn(size, generator=generator, dtype=dtype, device=device)
+        if names == ("features",):
+            return {"features": random}
+        return dict(zip(("query", "key", "value"), random.permute(2, 0, 3, 1, 4).unbind(0), strict=True))
 
     return Inputs(shape, side(shape.heads), side(shape.teacher_heads if merged else shape.heads))
 

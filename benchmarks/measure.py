@@ -46,7 +46,7 @@ class Run:
 
     def __init__(self, operation: Operation, implementation: Implementation, inputs: Inputs, settings: Settings) -> None:
         rows = inputs.shape.tokens if implementation.all_queries else operation.rows(inputs.shape)
-        named = inputs.leaves(rows, operation.with_value)
+        named = inputs.leaves(operation.leaves, rows)
         self.leaves = list(named.values())
         self.tensors = operation.tensors(named, inputs, rows)
         self.function = implementation.function
@@ -91,7 +91,7 @@ def measure_case(
     identity = {"operation": operation.name, **cases.describe(shape, dtype)}
     chosen = [i for i in operation.implementations if implementations is None or i.name in implementations]
     try:
-        inputs = cases.make_inputs(shape, dtype, settings.device, operation.merged, seed)
+        inputs = cases.make_inputs(shape, dtype, settings.device, operation.leaves, operation.merged, seed)
         expected = gate.truth(operation, inputs)
     except (RuntimeError, MemoryError) as error:
         status, detail = failure(error, ours=True, device=settings.device)

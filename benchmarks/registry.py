@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import attnkd
+from attnkd.relation import relation_row_loss
 from benchmarks import baselines
 from benchmarks.cases import Inputs, Shape
 
@@ -48,13 +49,13 @@ class Operation:
     """An operation: inputs, truth, competitors, and the least work it takes.
 
     one_row: only the class token's row is compared.
-    merged: teacher and student differ in their number of heads.
+    merged: teacher and student differ in their number of heads (width).
     tensors: from the student's leaves and the inputs to the functions' arguments.
     reference: the same on float64 tensors; returns a tuple. Where the functions give a batch mean, it gives the sum.
     results: shapes of what the functions return, () for a batch mean.
     implementations: ours first; speed-ups are ours over each.
     work: of the forward and of the backward.
-    with_value: values take part.
+    leaves: the student's tensors that get a gradient.
     by_rows: the truth may be summed up over slices of query rows.
     exact: the package's result is as exact as the precision of its inputs allows (no other library's half-precision attention
         is part of it).
@@ -70,7 +71,7 @@ class Operation:
     work: Callable[[Shape, int], dict[str, Work]]
     tensors: Callable[[dict[str, Tensor], Inputs, int], tuple[Tensor, ...]]
     merged: bool = False
-    with_value: bool = False
+    leaves: tuple[str, ...] = ("query", "key")
     by_rows: bool = False
     exact: bool = True
     outliers: float = 0.0
@@ -254,7 +255,40 @@ def _attention_and(name: str, summary: str, one_row: bool) -> Operation:
         return [one, one, ()]
 
     return Operation(
-        name, summary, False, tuple(found), reference, results, work, _pair_with_values, with_value=True, exact=False
+        name, summary, False, tuple(found), reference, results, work, _pair_with_values,
+        leaves=("query", "key", "value"), exact=False,
+    )
+
+
+def _relation_row() -> Operation:
+    def ours(impl: str) -> Function:
+        return lambda student, teacher: relation_row_loss(student, teacher, impl=impl)
+
+    def work(shape: Shape, itemsize: int) -> dict[str, Work]:
+        tokens = shape.batch * shape.tokens
+        student, teacher = (tokens * heads * shape.head_dim for heads in (shape.heads, shape.teacher_heads))
+        # A norm and a product with the class token on each side; the backward needs both features again.
+        forward = Work((student + teacher) * itemsize, 4 * (student + teacher))
+        return {"fwd": forward, "bwd": Work(2 * student * itemsize + 4 * 3 * tokens, 8 * student)}
+
+    return Operation(
+        "relation_row",
+        "squared error between cosine similarities of class token and patches",
+        True,
+        (
+            Implementation("ours", "the package, Triton", ours("triton"), ours=True),
+            Implementation("chunked", "the package, plain PyTorch", ours("chunked"), ours=True),
+            Implementation("eager_map", "the Gram matrix", baselines.relation(True)),
+            Implementation("compile_map", "the Gram matrix, compiled", baselines.relation(True), compiled=True),
+            Implementation("eager_row", "the row only", baselines.relation(False)),
+            Implementation("compile_row", "the row only, compiled", baselines.relation(False), compiled=True),
+        ),
+        lambda student, teacher: (relation_row_loss(student, teacher, reduction="sum", impl="reference"),),
+        lambda shape: [()],
+        work,
+        lambda leaves, inputs, rows: (leaves["features"], inputs.teacher["features"]),
+        merged=True,
+        leaves=("features",),
     )
 
 
@@ -266,6 +300,7 @@ OPERATIONS = {
         _divergence("whole_map", "KL of all rows, head by head", False),
         _attention_rows("attention_rows", "class-token row of probabilities"),
         _against_rows(),
+        _relation_row(),
         _attention_and("attention_cls_row", "attention of both models and the class-token KL", True),
         _attention_and("attention_whole_map", "attention of both models and the KL of all rows", False),
         _divergence("cls_row_mean", "KL of the class-token row, heads averaged", True, "mean"),

@@ -8,7 +8,6 @@ from attnkd.testing.guard import LAYOUTS, canaries, lay_out
 from attnkd.testing.proof import assert_proved
 from attnkd.testing.traffic import Meter
 
-
 HAS_GPU = torch.cuda.is_available()
 interpreter_only = pytest.mark.skipif(HAS_GPU, reason="bytes are counted in the interpreter")
 

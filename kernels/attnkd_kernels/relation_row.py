@@ -28,7 +28,6 @@ from torch import Tensor
 from attnkd_kernels import launch
 
 TILE = 4096  # elements of a feature tile
-WARPS = {2: 4, 4: 8}  # by bytes of a feature: four warps on a float32 tile spill
 
 
 @triton.jit
@@ -206,6 +205,10 @@ def _block_c(channels: int) -> int:
     return 128 if channels % 128 == 0 else 64
 
 
+def _warps(*features: Tensor) -> int:
+    return 8 if any(f.element_size() > 2 for f in features) else 4  # four spill on float32 tiles
+
+
 def _block_n(patches: int, channels_s: int, channels_t: int) -> int:
     """Patches of a tile in the forward."""
     return min(TILE // max(_block_c(channels_s), _block_c(channels_t)), launch.padded(patches))
@@ -239,7 +242,7 @@ def relation_row_fwd(
             _relation_row_fwd_kernel[(B * blocks,)](
                 student, teacher, loss, b_0, coef, eps * eps, 1.0 / P, P, blocks, *student.stride(), *teacher.stride(),
                 FIRST_S=student_prefix, FIRST_T=teacher_prefix, C_S=C_S, C_T=C_T, NEED_GRAD=need_grad,
-                BN=BN, BC_S=BC_S, BC_T=BC_T, num_warps=WARPS[student.element_size()], **launch.OPTIONS,
+                BN=BN, BC_S=BC_S, BC_T=BC_T, num_warps=_warps(student, teacher), **launch.OPTIONS,
             )  # fmt: skip
     return loss.sum(1) if blocks > 1 else loss.view(B), coef, b_0
 
@@ -260,13 +263,13 @@ def relation_row_bwd(grad: Tensor, coef: Tensor, b_0: Tensor, student: Tensor, s
         _relation_row_bwd_kernel[(B * splits * chunks,)](
             grad, coef, b_0, student, df, acc, P, blocks, splits, tiles, *grad.stride(), *student.stride(), *df.stride(),
             FIRST=student_prefix, C=C, ONE_SPLIT=splits == 1, BLOCKS=launch.padded(blocks), BN=BN, BC=BC,
-            num_warps=WARPS[student.element_size()], **launch.OPTIONS,
+            num_warps=_warps(student), **launch.OPTIONS,
         )  # fmt: skip
         if splits > 1:
             (f_b, _, f_c), (df_b, _, df_c) = student.stride(), df.stride()
             _relation_row_cls_kernel[(B, chunks)](
                 grad, acc, b_0, student, df, blocks, splits, *grad.stride(), f_b, f_c, df_b, df_c,
-                C=C, BLOCKS=launch.padded(blocks), BC=BC, num_warps=WARPS[student.element_size()], **launch.OPTIONS,
+                C=C, BLOCKS=launch.padded(blocks), BC=BC, num_warps=_warps(student), **launch.OPTIONS,
             )  # fmt: skip
     return df
 
