@@ -74,7 +74,7 @@ def class_maps(
     try:
         _, calls = tap.eval()(images)
     finally:
-        tap.untap().train(training)
+        model.train(training)
     call = cls_row(calls[tap.paths.index(wanted)], layout.num_prefix_tokens)
     rows = attention_rows(call.query, call.key, scale=call.scale, mask=call.mask, impl=impl)
     grid = patch_grid(model, images.shape[-2:], rows.shape[-1] - 1)

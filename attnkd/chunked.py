@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from attnkd.autograd import first_order_only
-from attnkd.chunked_sweep import Gradients, blocks, clip, logits, sweep
+from attnkd.chunked_sweep import Gradients, all_logits, contract, sweep
 from attnkd.problem import HIDDEN_BELOW, Problem, Side
 
 FEW_ROWS = 16
@@ -255,10 +255,10 @@ def _gradients_op(meta: bool, *args: Any) -> tuple[Tensor, ...]:
 )
 def _contract_op(meta: bool, *args: Any) -> tuple[Tensor, ...]:
     ds, weight, query, key, mask, scale, temperature, *needs = args
-    grads = Gradients(Side(query, key, mask, scale), temperature, ds.dtype, *needs)
+    student = Side(query, key, mask, scale)
+    grads = Gradients(student, temperature, ds.dtype, *needs)
     if not meta:
-        for at in blocks(ds.device, query.shape[:3], cost=ds.shape[3], split_heads=True):
-            grads.add(at, clip(ds, at), clip(weight, at).unsqueeze(-1))
+        contract(ds, weight, student, grads)
     return grads.tensors
 
 
@@ -267,7 +267,7 @@ def _logits_op(meta: bool, query: Tensor, key: Tensor, mask: Tensor | None, scal
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     z = query.new_empty((*query.shape[:3], key.shape[2]), dtype=dtype)
     if not meta:
-        logits(query, key, mask, scale, temperature, z)
+        all_logits(Side(query, key, mask, scale), temperature, z)
     return z
 
 

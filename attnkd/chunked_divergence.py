@@ -8,7 +8,7 @@ relative to the rows' maxima, so a common offset of the logits costs no precisio
 The derivative leaves as ``ds`` and a factor per row: ∂row/∂z_s = factor · ds. The factor is applied to [.., D]
 queries later instead of [.., N] rows here.
 
-Shapes: z, ds [b, h, r, N]; rows, factor [b, h, r, 1]; b, h, r: the images, heads and query rows of the block (h = 1 where
+Shapes: z, ds [P, r, N]; rows, factor [P, r, 1]; b, h, r: the images, heads and query rows of the block (h = 1 where
 heads are merged). Hidden keys have z = −inf. Arguments named ``z`` are overwritten.
 """
 
@@ -25,10 +25,10 @@ from torch import Tensor
 class Softmax:
     """softmax(z) in pieces, each made when it is first asked for.
 
-    shifted: u = z − max z, in the memory of z [b, h, r, N]; −inf at hidden keys.
-    exp: e^u [b, h, r, N], 0 at hidden keys; in ``scratch()``, or with :meth:`exp_` in the place of ``shifted``.
-    total: Σ e^u [b, h, r, 1]; 1 in rows that see no key.
-    masked: keys may be hidden.  alive [b, h, r, 1]: the row sees a key; None where nothing is masked.
+    shifted: u = z − max z, in the memory of z [P, r, N]; −inf at hidden keys.
+    exp: e^u [P, r, N], 0 at hidden keys; in ``scratch()``, or with :meth:`exp_` in the place of ``shifted``.
+    total: Σ e^u [P, r, 1]; 1 in rows that see no key.
+    masked: keys may be hidden.  alive [P, r, 1]: the row sees a key; None where nothing is masked.
     """
 
     def __init__(self, z: Tensor, scratch: Callable[[], Tensor], masked: bool) -> None:
@@ -109,29 +109,21 @@ def _drop_dead(
 
 
 def _forward_kl(s: Softmax, t: Softmax, need_ds: bool) -> _Result:
-    hidden = s.hidden()
     mean = _mean(t, t.spend_shifted().sub_(s.shifted), s)
     s.exp_()
-    rows = mean + s.total.log() - t.total.log()
-    return rows, *_towards_teacher(s, t, hidden, need_ds)
+    return mean + s.total.log() - t.total.log(), *_gap(s, t, need_ds)
 
 
 def _cross_entropy(s: Softmax, t: Softmax, need_ds: bool) -> _Result:
-    hidden = s.hidden()
     mean = _mean(t, t.spend_shifted().copy_(s.shifted), s)
     s.exp_()
-    return s.total.log() - mean, *_towards_teacher(s, t, hidden, need_ds)
+    return s.total.log() - mean, *_gap(s, t, need_ds)
 
 
-def _towards_teacher(
-    s: Softmax, t: Softmax, hidden: Tensor | None, need_ds: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """∂/∂z_s of −Σ p_t log p_s: p_s − p_t. Keys hidden from the student take their p_t with them."""
+def _gap(s: Softmax, t: Softmax, need_ds: bool) -> tuple[Tensor | None, Tensor | None]:
+    """∂/∂z_s of −Σ p_t log p_s, which is p_s − p_t."""
     if not need_ds:
         return None, None
-    if hidden is not None:
-        kept = t.exp.masked_fill_(hidden, 0.0).sum(-1, keepdim=True) / t.total
-        s.exp.mul_(kept)
     return s.exp.addcmul_(t.exp, s.total / t.total, value=-1.0), s.total.reciprocal()
 
 
@@ -139,17 +131,12 @@ def _reverse_kl(s: Softmax, t: Softmax, need_ds: bool) -> _Result:
     p_s, hidden = s.exp, t.hidden()
     value = s.spend_shifted().sub_(t.shifted)
     t.exp_()
-    constant = t.total.log() - s.total.log()
     mean = _mean(s, value, t)
-    rows = mean + constant
+    rows = mean + t.total.log() - s.total.log()
     if not need_ds:
         return rows, None, None
-    if hidden is not None:  # a row that is +inf keeps the gradient of its finite terms
-        value.masked_fill_(hidden, 0.0)
-        mean = value.sum(-1, keepdim=True) / s.total
-        seen = p_s.masked_fill(hidden, 0.0)
-        share = seen.sum(-1, keepdim=True) / s.total
-        value.addcmul_(seen.addcmul_(p_s, share, value=-1.0), constant + 1.0)
+    if hidden is not None:  # a row that is +inf must not make the gradients of others NaN
+        mean = value.masked_fill_(hidden, 0.0).sum(-1, keepdim=True) / s.total
     return rows, value.addcmul_(p_s, mean, value=-1.0), s.total.reciprocal()
 
 
@@ -193,7 +180,7 @@ _KINDS = {
 
 
 def _mean(side: Softmax, value: Tensor, other: Softmax) -> Tensor:
-    """Σ p · value, [b, h, r, 1]; a key of probability 0 adds 0 even to an infinite value. ``value`` becomes e · value."""
+    """Σ p · value, [P, r, 1]; a key of probability 0 adds 0 even to an infinite value. ``value`` becomes e · value."""
     value.mul_(side.exp)
     if side.masked or other.masked:
         value.masked_fill_(side.exp == 0, 0.0)
@@ -209,32 +196,34 @@ def _count_visible(hidden: Tensor) -> Tensor:
 
 
 class MergedHeads:
-    """The heads of one side merged by their mean, max or min, from each head's own finished softmax.
+    """The heads of one side merged by their mean, max or min, from each head's own finished softmax [b · H, r, N].
 
-    logits: [b, 1, r, N], whose softmax is the merged row (AttnDistill, Sec. 4.3); the caller may overwrite it.
+    logits: [b, r, N], whose softmax is the merged row (AttnDistill, Sec. 4.3); the caller may overwrite it.
     """
 
-    def __init__(self, heads: Softmax, merge: str) -> None:
-        log_p = heads.spend_shifted().sub_(heads.total.log())
+    def __init__(self, softmax: Softmax, merge: str | None, num_heads: int) -> None:
+        log_p = softmax.spend_shifted().sub_(softmax.total.log()).unflatten(0, (-1, num_heads))
         if merge == "mean":  # its 1 / H is constant along the row
             merged = log_p.logsumexp(1, keepdim=True)
         else:
             merged = log_p.amax(1, keepdim=True) if merge == "max" else log_p.amin(1, keepdim=True)
         self._hidden = None
-        if heads.masked:  # a key that some head does not see is hidden
+        if softmax.masked:  # a key that some head does not see is hidden
             self._hidden = torch.isneginf(log_p).any(1, keepdim=True)
             merged.masked_fill_(self._hidden, -math.inf)
-        self.logits, self._merged, self._log_p, self._heads = merged.clone(), merged, log_p, heads
+        self._log_p, self._merged, self._softmax, self._merge = log_p, merged, softmax, merge
+        self.logits = merged.squeeze(1).clone()
 
-    def backward_(self, ds: Tensor, merge: str | None) -> Tensor:
-        """∂/∂merged logits [b, 1, r, N] → ∂/∂z of the heads [b, h, r, N]."""
-        if merge == "mean":
+    def backward_(self, ds: Tensor) -> Tensor:
+        """∂/∂logits [b, r, N] → ∂/∂z of the heads [b · H, r, N]."""
+        if self._merge == "mean":
             share = self._log_p.sub_(self._merged).exp_()
         else:  # ties share equally
             share = torch.eq(self._log_p, self._merged, out=self._log_p)
             share.div_(share.sum(1, keepdim=True))
-        share.mul_(ds)
+        share.mul_(ds.unsqueeze(1))
         if self._hidden is not None:
             share.masked_fill_(self._hidden, 0.0)
-        total = share.sum(-1, keepdim=True) / self._heads.total
-        return share.addcmul_(self._heads.exp, total, value=-1.0)
+        share = share.flatten(0, 1)
+        total = share.sum(-1, keepdim=True) / self._softmax.total
+        return share.addcmul_(self._softmax.exp, total, value=-1.0)

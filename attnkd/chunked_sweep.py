@@ -1,13 +1,15 @@
 """The walk over blocks of (images, heads, query rows) behind ``impl="chunked"``: logits in, rows and gradients out.
 
-All work tensors of a walk are allocated once, at the size of the largest block, and written in place. Queries and keys are
-read where they are: any strides, no copy of a [B, H, N, D] tensor in float32 (half precision is widened block by block).
+A block's images and heads are one dimension P, that of a batched matmul: P = b · h, or b where the logits are summed over heads.
+Work tensors are allocated once a walk and written in place; a block's stay in the cache. Queries and keys are read where they
+are, with any strides; half precision is widened group by group.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +17,221 @@ from torch import Tensor
 from attnkd.chunked_divergence import MergedHeads, Softmax, divergence_, logit_mse_
 from attnkd.problem import HIDDEN_BELOW, Problem, Side
 
-CPU_BLOCK = 128 * 1024
-"""Logits in a block per CPU thread: float32 buffers of them stay in the second-level cache."""
+CPU_BLOCK = 192 * 1024
+"""Logits in a block per CPU thread: three float32 buffers of them just about fill a second-level cache of 2 MiB."""
 DEVICE_BLOCK = 16 * 1024 * 1024
 """Logits in a block on any other device: few launches, 64 MiB a buffer."""
 
-Block = tuple[slice, slice, slice]
-"""Images, heads and query rows."""
+
+class Group(NamedTuple):
+    """Images and heads that are walked together, block of query rows after block of query rows."""
+
+    images: slice
+    heads: slice
+    rows: list[slice]
+
+    def of(self, x: Tensor) -> Tensor:
+        """The group's part of a tensor [B, H, ...], whose B and H may be 1 instead."""
+        everything = slice(None)
+        return x[self.images if x.shape[0] > 1 else everything, self.heads if x.shape[1] > 1 else everything]
+
+
+def groups(device: torch.device, shape: Sequence[int], cost: int, split_heads: bool) -> Iterator[Group]:
+    """Cut a [B, H, M] grid of rows, each of ``cost`` logits, into blocks that fit the budget of the device."""
+    batch, heads, num_rows = shape
+    if num_rows == 0:
+        return
+    threads, budget = 1, DEVICE_BLOCK
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        budget = threads * CPU_BLOCK
+    rows_step = _even(num_rows, budget // (threads * cost))
+    pairs = budget // (rows_step * cost)
+    pairs = max(pairs - pairs % threads, 1)  # a batched matmul gives whole matrices to its threads
+    heads_step = _even(heads, pairs) if split_heads else heads
+    batch_step = _even(batch, pairs // heads_step if split_heads else pairs)
+    rows = [slice(r, min(r + rows_step, num_rows)) for r in range(0, num_rows, rows_step)]
+    for b in range(0, batch, batch_step):
+        for h in range(0, heads, heads_step):
+            yield Group(slice(b, min(b + batch_step, batch)), slice(h, min(h + heads_step, heads)), rows)
+
+
+def _even(size: int, step: int) -> int:
+    """The step that covers ``size`` in as few steps as ``step``, but evenly."""
+    count = max(-(-size // max(step, 1)), 1)
+    return max(-(-size // count), 1)
+
+
+def fold(x: Tensor) -> Tensor:
+    """A view: [b, h, ...] → [b · h, ...]."""
+    return x.view(-1, *x.shape[2:])
+
+
+class Operands:
+    """Queries [b, h, M, D] and keys [b, h, N, D] as operands of batched matmuls, without a copy.
+
+    All in one matmul where strides let b and h fold, else head by head. ``wide``: logits are summed over heads.
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, wide: bool, dtype: torch.dtype) -> None:
+        self.batch, self.heads = query.shape[:2]
+        self.wide = wide
+        query, key = query.to(dtype), key.to(dtype)
+        folds = all(x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in (query, key))
+        self.together = self.heads == 1 or (folds and not wide)
+        self.query, self.key = self.split(query), self.split(key)
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """[b, h, ...] → [b · h, ...], or a [b, ...] for every head."""
+        return [fold(x)] if self.together else list(x.unbind(1))
+
+    def part(self, z: Tensor, index: int) -> Tensor:
+        """What belongs to an operand of [P, ...]."""
+        return z if self.together or self.wide else z.unflatten(0, (self.batch, self.heads))[:, index]
+
+    def product_(self, z: Tensor, at: slice, scale: float, keep: float) -> None:
+        """z [P, r, N] ← keep · z + scale · q·k (summed over heads if wide)."""
+        for i, (query, key) in enumerate(zip(self.query, self.key)):
+            out = self.part(z, i)
+            torch.baddbmm(out, query[:, at], key.mT, beta=1.0 if self.wide and i else keep, alpha=scale, out=out)
+
+
+class _Rows:
+    """One side of a group: makes a block's logits and softmax."""
+
+    def __init__(self, side: Side, problem: Problem, group: Group, work: Workspace) -> None:
+        self.side, self.merge, self.temperature, self.work = side, problem.merge, problem.temperature, work
+        self.probs = None if side.probs is None else group.of(side.probs)
+        self.mask = None if side.mask is None else group.of(side.mask)
+        if side.query is not None and side.key is not None:
+            if self.merge is not None:
+                group = group._replace(heads=slice(0, side.num_heads))
+            query, key = side.query[group.images, group.heads], side.key[group.images, group.heads]
+            self.operands = Operands(query, key, self.merge == "logsum", work.dtype)
+
+    @property
+    def merges_softmax(self) -> bool:
+        """Whether every head has a softmax of its own before it is merged."""
+        return self.merge not in (None, "logsum")
+
+    def logits(self, at: slice) -> Tensor:
+        """[P, r, N]; hidden keys are −inf."""
+        z = self.work.new(logits_shape(self.operands, at))
+        fill_logits_(z, self.operands, self.mask, at, self.side.scale, self.temperature)
+        return z
+
+    def softmax(self, at: slice) -> Softmax:
+        """[P, r, N], or [b, r, N] of merged heads."""
+        if self.probs is not None:
+            probs = self.probs[:, :, at].flatten(0, 1)
+            return Softmax.of_probs(probs, self.work.new(probs.shape), lambda: self.work.new(probs.shape))
+        z, masked = self.logits(at), self.mask is not None
+        softmax = Softmax(z, lambda: self.work.new(z.shape), masked)
+        if not self.merges_softmax:
+            return softmax
+        self.merged = MergedHeads(softmax, self.merge, self.operands.heads)
+        return Softmax(self.merged.logits, lambda: torch.empty_like(self.merged.logits), masked)
+
+    def unmerge(self, ds: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """Derivatives by merged logits → derivatives by each head's logits; ∂row/∂z = factor · ds of both."""
+        if not self.merges_softmax:
+            return ds, factor
+        return self.merged.backward_(ds), factor.repeat_interleave(self.operands.heads, 0)
+
+
+def logits_shape(operands: Operands, at: slice) -> tuple[int, int, int]:
+    pairs = operands.batch * (1 if operands.wide else operands.heads)
+    return pairs, at.stop - at.start, operands.key[0].shape[1]
+
+
+def fill_logits_(z: Tensor, operands: Operands, mask: Tensor | None, at: slice, scale: float, temperature: float) -> None:
+    """z [P, r, N] ← (scale · q·k + mask) / temperature, hidden keys −inf; mask: [b, h, M, N], sizes of 1 broadcast."""
+    if mask is None:
+        return operands.product_(z, at, scale / temperature, keep=0.0)
+    by_head = z.unflatten(0, (operands.batch, -1))
+    mask = mask[:, :, at] if mask.shape[2] > 1 else mask
+    if mask.dtype == torch.bool:
+        operands.product_(z, at, scale / temperature, keep=0.0)
+        by_head.masked_fill_(~(mask.all(1, keepdim=True) if operands.wide else mask), -math.inf)
+        return
+    by_head.copy_(mask[:, :1] if operands.wide else mask)
+    for head in range(1, operands.heads if operands.wide else 1):
+        by_head.add_(mask[:, [head if mask.shape[1] > 1 else 0]])
+    z.masked_fill_(z <= HIDDEN_BELOW, -math.inf)
+    operands.product_(z, at, scale / temperature, keep=1.0 / temperature)
+
+
+class Gradients:
+    """dq [B, H, M, D], dk [B, H, N, D] and dmask (the mask's shape: summed where that is 1), added up block by block.
+
+    Those that are not needed are empty.
+    """
+
+    def __init__(self, side: Side, temperature: float, dtype: torch.dtype, query: bool, key: bool, mask: bool) -> None:
+        assert side.query is not None and side.key is not None
+        self.temperature, self.scale = temperature, side.scale
+        new = side.query.new_empty
+        self.query = new(side.query.shape if query else (0,), dtype=dtype)
+        self.key = new(side.key.shape if key else (0,), dtype=dtype)
+        self.mask = new(side.mask.shape if mask and side.mask is not None else (0,), dtype=dtype).zero_()
+        self.needs = query, key, mask
+        if side.query.shape[2] == 0:  # no block will write it
+            self.key.zero_()
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query, self.key, self.mask
+
+    def of(self, group: Group, operands: Operands) -> GroupGradients:
+        return GroupGradients(self, group, operands)
+
+
+class GroupGradients:
+    """A group's part of :class:`Gradients`."""
+
+    def __init__(self, total: Gradients, group: Group, operands: Operands) -> None:
+        self.operands, self.temperature, self.scale = operands, total.temperature, total.scale / total.temperature
+        needs_query, needs_key, needs_mask = total.needs
+        self.query = operands.split(group.of(total.query)) if needs_query else None
+        self.key = operands.split(group.of(total.key)) if needs_key else None
+        self.mask = group.of(total.mask) if needs_mask else None
+
+    def add(self, at: slice, ds: Tensor, upstream: Tensor) -> None:
+        """ds: [P, r, N]; upstream [P, r, 1] times ds is ∂loss/∂logits."""
+        operands, factor = self.operands, upstream * self.scale
+        for i, (query, key) in enumerate(zip(operands.query, operands.key)):
+            d, f = operands.part(ds, i), operands.part(factor, i)
+            if self.query is not None:
+                dq = self.query[i][:, at]
+                torch.bmm(d, key, out=dq)
+                dq.mul_(f)
+            if self.key is not None:
+                dk = self.key[i]
+                torch.baddbmm(dk, d.mT, query[:, at] * f, beta=1.0 if at.start else 0.0, out=dk)
+        if self.mask is not None:
+            into = self.mask[:, :, at] if self.mask.shape[2] > 1 else self.mask
+            dz = (ds * (upstream / self.temperature)).unflatten(0, (operands.batch, -1))
+            into += dz.expand(-1, operands.heads, -1, -1).sum_to_size(into.shape)
+
+
+class Workspace:
+    """Work tensors by the order in which a block asks for them; a smaller block takes the front of what a larger one left."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.dtype, self._like, self._flat, self._next = like.dtype, like, list[Tensor](), 0
+
+    def restart(self) -> None:
+        """The next block begins: everything handed out so far may be overwritten."""
+        self._next = 0
+
+    def new(self, shape: Sequence[int]) -> Tensor:
+        numel = math.prod(shape)
+        if self._next == len(self._flat):
+            self._flat.append(self._like.new_empty(numel))
+        elif self._flat[self._next].numel() < numel:
+            self._flat[self._next] = self._like.new_empty(numel)
+        self._next += 1
+        return self._flat[self._next - 1][:numel].view(shape)
 
 
 def sweep(
@@ -36,195 +246,57 @@ def sweep(
     coefficients: [B, Hz, M, N] receives ∂row/∂z_s (Hz = 1 for merge "logsum", else H).
     weight: [B, Ho, M], and gradients: receive the gradients of Σ weight · rows.
     """
-    student, teacher, temperature = problem.student, problem.teacher, problem.temperature
-    assert student.query is not None and student.key is not None
-    batch, heads, num_rows, _ = student.query.shape
-    num_keys = student.key.shape[2]
-    headwise = problem.merge not in (None, "logsum")
-    cost = num_keys * (max(heads, teacher.num_heads) if headwise else 1)
-    work = _Workspace(rows)
+    student, teacher = problem.student, problem.teacher
     need_ds = coefficients is not None or gradients is not None
-    for at in blocks(rows.device, (batch, heads, num_rows), cost, split_heads=problem.merge is None):
-        work.restart()
-        ds, factor = _block(problem, at, need_ds, work, rows)
-        if ds is None or factor is None:
-            continue
-        if coefficients is not None:
-            torch.mul(ds, factor, out=clip(coefficients, at))
-        if gradients is not None and weight is not None:
-            gradients.add(at, ds, clip(weight, at).unsqueeze(-1) * factor)
+    heads, cost = student.num_heads, problem.num_keys
+    if problem.merge not in (None, "logsum"):
+        cost *= max(heads, teacher.num_heads)
+    work = Workspace(rows)
+    grid = (rows.shape[0], heads, rows.shape[2])
+    for group in groups(rows.device, grid, cost, split_heads=problem.merge is None):
+        s, t = _Rows(student, problem, group, work), _Rows(teacher, problem, group, work)
+        out = fold(group.of(rows)).unsqueeze(-1)
+        all_ds = None if coefficients is None else fold(group.of(coefficients))
+        upstream = None if weight is None else group.of(weight).flatten(0, 1).unsqueeze(-1)
+        into = None if gradients is None else gradients.of(group, s.operands)
+        for at in group.rows:
+            work.restart()
+            if problem.divergence == "logit_mse":
+                masked = student.mask is not None or teacher.mask is not None
+                row, ds, factor = logit_mse_(s.logits(at), t.logits(at), masked)
+            else:
+                target = t.softmax(at)
+                row, ds, factor = divergence_(problem.divergence, s.softmax(at), target, need_ds)
+            out[:, at] = row
+            if ds is None or factor is None or not need_ds:
+                continue
+            if upstream is not None:
+                factor = factor * upstream[:, at]
+            ds, factor = s.unmerge(ds, factor)
+            if all_ds is not None:
+                torch.mul(ds, factor, out=all_ds[:, at])
+            if into is not None:
+                into.add(at, ds, factor)
 
 
-def _block(
-    problem: Problem, at: Block, need_ds: bool, work: _Workspace, rows: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """Write the rows of one block; return ∂row/∂z_s as ds [b, hz, r, N] and a factor [b, ho, r, 1]."""
-    merge, kind, temperature = problem.merge, problem.divergence, problem.temperature
-    if kind == "logit_mse":
-        z_s, z_t = (_logits(side, merge, temperature, at, work) for side in (problem.student, problem.teacher))
-        masked = problem.student.mask is not None or problem.teacher.mask is not None
-        row, ds, factor = logit_mse_(z_s, z_t, masked)
-        merged = None
-    else:
-        teacher, _ = _softmax(problem.teacher, merge, temperature, at, work)
-        student, merged = _softmax(problem.student, merge, temperature, at, work)
-        row, ds, factor = divergence_(kind, student, teacher, need_ds)
-    clip(rows, at).copy_(row.squeeze(-1))
-    return (ds if merged is None or ds is None else merged.backward_(ds, merge)), factor
-
-
-def _softmax(
-    side: Side, merge: str | None, temperature: float, at: Block, work: _Workspace
-) -> tuple[Softmax, MergedHeads | None]:
-    """The block's rows of one side, and the heads they were merged from where their softmax must be finished first."""
-    if side.probs is not None:
-        probs = clip(side.probs, at)
-        return Softmax.of_probs(probs, work.new(probs.shape), lambda: work.new(probs.shape)), None
-    z = _logits(side, merge, temperature, at, work)
-    masked = side.mask is not None
-    softmax = Softmax(z, lambda: work.new(z.shape), masked)
-    if merge is None or merge == "logsum":
-        return softmax, None
-    heads = MergedHeads(softmax, merge)
-    return Softmax(heads.logits, lambda: torch.empty_like(heads.logits), masked), heads
-
-
-def _logits(side: Side, merge: str | None, temperature: float, at: Block, work: _Workspace) -> Tensor:
+def contract(ds: Tensor, weight: Tensor, side: Side, gradients: Gradients) -> None:
+    """The gradients of Σ weight · ds · logits: ds [B, Hz, M, N] with Hz = 1 for logits summed over heads, weight [B, H or 1, M]."""
     assert side.query is not None and side.key is not None
-    if merge is not None:
-        at = (at[0], slice(0, side.num_heads), at[2])
-    b, h, r = at
-    query, key = side.query[b, h, r], side.key[b, h]
-    mask = None if side.mask is None else clip(side.mask, at)
-    z = work.new((query.shape[0], 1 if merge == "logsum" else query.shape[1], query.shape[2], key.shape[2]))
-    logits(query, key, mask, side.scale, temperature, z)
-    return z
+    wide = ds.shape[1] < side.num_heads
+    weight = weight.expand(ds.shape[:3])
+    for group in groups(ds.device, side.query.shape[:3], ds.shape[3], split_heads=True):
+        operands = Operands(group.of(side.query), group.of(side.key), wide, ds.dtype)
+        into = gradients.of(group, operands)
+        group_ds, upstream = group.of(ds).flatten(0, 1), group.of(weight).flatten(0, 1).unsqueeze(-1)
+        for at in group.rows:
+            into.add(at, group_ds[:, at], upstream[:, at])
 
 
-def logits(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, temperature: float, out: Tensor) -> None:
-    """out ← (scale · query·key + mask) / temperature, hidden keys −inf.
-
-    query: [b, h, r, D]; key: [b, h, N, D]; mask: broadcastable to [b, h, r, N]; out: [b, h, r, N], or [b, 1, r, N] for the
-    sum over heads.
-    """
-    query, key = query.to(out.dtype), key.to(out.dtype)
-    additive = mask is not None and mask.dtype != torch.bool
-    summed = out.shape[1] < query.shape[1]
-    if additive:
-        assert mask is not None
-        for head in range(query.shape[1] if summed else 1):
-            part = mask if not summed else mask[:, min(head, mask.shape[1] - 1)].unsqueeze(1)
-            out.copy_(part) if head == 0 else out.add_(part)
-        out.masked_fill_(out <= HIDDEN_BELOW, -math.inf)
-    beta, alpha = (1.0 / temperature if additive else 0.0), scale / temperature
-    if summed:
-        for head in range(query.shape[1]):
-            pick = slice(head, head + 1)
-            matmul_(out, query[:, pick], key[:, pick].transpose(2, 3), beta=beta if head == 0 else 1.0, alpha=alpha)
-    else:
-        matmul_(out, query, key.transpose(2, 3), beta=beta, alpha=alpha)
-    if mask is not None and mask.dtype == torch.bool:
-        out.masked_fill_(~(mask.all(1, keepdim=True) if summed else mask), -math.inf)
-
-
-class Gradients:
-    """dq [B, H, M, D], dk [B, H, N, D] and dmask (the mask's shape: summed where that is 1), added up block by block.
-
-    Those that are not needed are empty.
-    """
-
-    def __init__(self, side: Side, temperature: float, dtype: torch.dtype, query: bool, key: bool, mask: bool) -> None:
-        assert side.query is not None and side.key is not None
-        self.side, self.temperature = side, temperature
-        self.query = side.query.new_empty(side.query.shape if query else (0,), dtype=dtype)
-        self.key = side.key.new_zeros(side.key.shape if key else (0,), dtype=dtype)
-        self.mask = side.query.new_zeros(side.mask.shape if mask and side.mask is not None else (0,), dtype=dtype)
-        self.needs_query, self.needs_key, self.needs_mask = query, key, mask
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.query, self.key, self.mask
-
-    def add(self, at: Block, ds: Tensor, weight: Tensor) -> None:
-        """ds: [b, h or 1, r, N], ∂row/∂z_s; weight: [b, h or 1, r, 1], ∂loss/∂row."""
-        assert self.side.query is not None and self.side.key is not None
-        b, h, r = at
-        factor = weight * (self.side.scale / self.temperature)
-        query = self.side.query[at]
-        shared = ds.expand(-1, query.shape[1], -1, -1)
-        if self.needs_query:
-            grad = self.query[at]
-            matmul_(grad, shared, self.side.key[b, h].to(ds.dtype))
-            grad.mul_(factor)
-        if self.needs_key:
-            matmul_(self.key[b, h], shared.transpose(2, 3), query * factor, beta=1.0)
-        if self.needs_mask:
-            into = clip(self.mask, at)
-            into.add_((shared * (weight / self.temperature)).sum_to_size(into.shape))
-
-
-def blocks(device: torch.device, shape: tuple[int, int, int], cost: int, split_heads: bool) -> Iterator[Block]:
-    """Blocks of a [B, H, M] grid of rows, ``cost`` logits a row; all rows of some heads before the next heads."""
-    batch, heads, num_rows = shape
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
-    budget = threads * CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK
-    rows_step = _even(num_rows, budget // (threads * cost))
-    pairs = budget // max(rows_step * cost, 1)
-    pairs = max(pairs - pairs % threads, 1)  # a batched matmul gives whole heads to its threads
-    heads_step = _even(heads, pairs) if split_heads else heads
-    batch_step = _even(batch, pairs // heads_step if split_heads else pairs)
-    for b in range(0, batch, batch_step):
-        for h in range(0, heads, heads_step):
-            for r in range(0, num_rows, rows_step):
-                yield (
-                    slice(b, min(b + batch_step, batch)),
-                    slice(h, min(h + heads_step, heads)),
-                    slice(r, min(r + rows_step, num_rows)),
-                )
-
-
-def _even(size: int, step: int) -> int:
-    """The step that covers ``size`` in as many, but even, steps."""
-    count = -(-size // max(step, 1))
-    return max(-(-size // max(count, 1)), 1)
-
-
-def clip(x: Tensor, at: Block) -> Tensor:
-    """The block of a tensor [B, H, M, ...] whose dimensions may be 1 instead."""
-    if 1 in x.shape[:3]:
-        at = tuple(slice(None) if size == 1 else s for size, s in zip(x.shape, at))  # type: ignore[assignment]
-    return x[at]
-
-
-def matmul_(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 0.0, alpha: float = 1.0) -> None:
-    """out ← beta · out + alpha · a @ b in four dimensions, without copying operands that only look like four.
-
-    One batched matmul where both leading dimensions fold into one, else one for every index of the smaller of them.
-    """
-    batch, heads = out.shape[:2]
-    if batch > 1 and heads > 1 and all(x.stride(0) == heads * x.stride(1) for x in (out, a, b)):
-        out, a, b = out.view(1, -1, *out.shape[2:]), a.flatten(0, 1).unsqueeze(0), b.flatten(0, 1).unsqueeze(0)
-        batch = 1
-    dim = 0 if batch < heads else 1
-    for o, x, y in zip(out.unbind(dim), a.unbind(dim), b.unbind(dim)):
-        torch.baddbmm(o, x, y, beta=beta, alpha=alpha, out=o)
-
-
-class _Workspace:
-    """Work tensors by the order in which a block asks for them; a smaller block takes the front of what a larger one left."""
-
-    def __init__(self, like: Tensor) -> None:
-        self._like, self._flat, self._next = like, list[Tensor](), 0
-
-    def restart(self) -> None:
-        """The next block begins: everything handed out so far may be overwritten."""
-        self._next = 0
-
-    def new(self, shape: tuple[int, ...]) -> Tensor:
-        numel = math.prod(shape)
-        if self._next == len(self._flat):
-            self._flat.append(self._like.new_empty(numel))
-        elif self._flat[self._next].numel() < numel:
-            self._flat[self._next] = self._like.new_empty(numel)
-        self._next += 1
-        return self._flat[self._next - 1][:numel].view(shape)
+def all_logits(side: Side, temperature: float, out: Tensor) -> None:
+    """Logits of every row, [B, H, M, N], as in :func:`fill_logits_`."""
+    assert side.query is not None and side.key is not None
+    for group in groups(out.device, side.query.shape[:3], out.shape[3], split_heads=True):
+        operands = Operands(group.of(side.query), group.of(side.key), False, out.dtype)
+        mask, z = None if side.mask is None else group.of(side.mask), fold(group.of(out))
+        for at in group.rows:
+            fill_logits_(z[:, at], operands, mask, at, side.scale, temperature)

@@ -12,6 +12,8 @@ from attnkd import __version__
 COMMANDS = {
     # name: (module with add_arguments(parser) and run(args) -> int, one-line help)
     "info": ("attnkd.info", "versions, devices, and which implementation each operation would use here"),
+    "maps": ("attnkd.maps", "where teacher and student look: every head, merged and rolled out, with the KL of each"),
+    "validate": ("attnkd.validate", "the kernels against the float64 reference, on this machine"),
     "demo": ("attnkd.demo", "distil a small ViT on real handwritten digits and compare with and without attention"),
 }
 

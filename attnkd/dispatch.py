@@ -45,15 +45,9 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def why_not_fused(problem: Problem) -> str | None:
     """The reason for which no fused kernel covers this problem, or None."""
-    if problem.rows_shape[2] <= MAX_ROWS:
-        from attnkd import ops_row  # needs Triton, which the caller knows to be there
+    from attnkd import ops_map, ops_row  # they need Triton, which the caller knows to be there
 
-        return ops_row.why_not(problem)
-    if problem.teacher.probs is not None:
-        return f"teacher_probs with more than {MAX_ROWS} query rows has no fused kernel"
-    if problem.merge in ("max", "min"):
-        return f"merge={problem.merge!r} with more than {MAX_ROWS} query rows has no fused kernel"
-    return None
+    return (ops_row if problem.rows_shape[2] <= MAX_ROWS else ops_map).why_not(problem)
 
 
 def choose(impl: str, problem: Problem) -> str:

@@ -152,12 +152,15 @@ def attention_rows(
         rows = reference.attention_rows(side, merge, temperature)
         return rows if query.dtype == torch.float64 else rows.float()
     logits = _row_logits(implementation, side, merge == "logsum", temperature)
+    if mask is not None:  # a softmax over nothing would be NaN, and so would its gradient
+        alive = ~logits.isneginf().all(-1, keepdim=True)
+        logits = torch.where(alive, logits, 0.0)
     if merge not in (None, "logsum"):
         logits = merge_logits(logits, merge)
+    rows = logits.softmax(-1)
     if mask is None:
-        return logits.softmax(-1)
-    alive = ~logits.isneginf().all(-1, keepdim=True)
-    return torch.where(alive, torch.where(alive, logits, 0.0).softmax(-1), 0.0)
+        return rows
+    return torch.where(alive if merge is None else alive.all(1, keepdim=True), rows, 0.0)
 
 
 def _per_row(implementation: str, problem: Problem) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from attnkd.attention_paths import Blocks, attention_paths, plain_class
 from attnkd.distill_task import num_heads
-from attnkd.silence import silenced
+from attnkd.silence import block_path, silenced
 
 SELECTIONS = ("importance", "average", "random")
 
@@ -120,6 +120,10 @@ def head_importance(
         RuntimeError: an attention that does not call ``F.scaled_dot_product_attention``.
     """
     paths = attention_paths(model, blocks)
+    owners = [block_path(path) for path in paths]
+    running = [name for name, _ in model.named_modules() if name in owners]
+    if owners != running:
+        raise ValueError(f"blocks: expected at most one attention a block, in running order, got {paths}")
     heads = [num_heads(model, name) for name in paths]
     result = _start(model, paths, heads, combinations, path)
     if result.complete:

@@ -38,7 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="MODEL",
             help="timm model name (pretrained weights), or a model.safetensors of attnkd demo; default: the newest of --run",
         )
-        option(f"--{name}-checkpoint", type=Path, metavar="FILE", help=f"weights for the --{name} named, as timm reads them")
+        option(
+            f"--{name}-checkpoint",
+            type=Path,
+            metavar="FILE",
+            help=f"weights for the --{name} named, as timm reads them",
+        )
     option("--run", type=Path, default=Path("runs/demo"), metavar="DIR", help="a demo's results (default: runs/demo)")
     option("--digits", type=int, default=4, metavar="N", help="how many digits, for one-channel models (default: 4)")
     option("--block", type=int, default=-1, help="the student's block (default: the last)")
@@ -117,7 +122,9 @@ def draw(
             line[0].set_ylabel(who, fontsize=9)
             if row == 0:
                 line[0].set_title(name, fontsize=8)
-            cells = [(f"head {head}", maps.heads_map[index, head], line[1 + head]) for head in range(maps.rows.shape[1])]
+            cells = [
+                (f"head {head}", maps.heads_map[index, head], line[1 + head]) for head in range(maps.rows.shape[1])
+            ]
             cells.append((f"{merge} of heads", maps.merged_map[index], line[1 + heads]))
             if maps.rollout_map is not None:
                 cells.append(("rollout", maps.rollout_map[index], line[2 + heads]))
@@ -130,7 +137,7 @@ def draw(
                 heat = upsample(values, size).cpu().numpy()
                 if pixels.ndim == 2:  # strokes would shine through and be read as attention: outline them instead
                     axes.imshow(heat, cmap="inferno", vmin=0)
-                    axes.contour(pixels, levels=[0.5], colors="white", linewidths=0.8)
+                    axes.contour(pixels, levels=[0.5], colors="deepskyblue", linewidths=0.9)
                 else:
                     axes.imshow(pixels)
                     axes.imshow(heat, cmap="inferno", alpha=0.65, vmin=0)
@@ -182,7 +189,9 @@ def load_pictures(
     """
     channels = [model.patch_embed.proj.in_channels for model in (teacher, student)]  # type: ignore[union-attr]
     if channels[0] != channels[1] or channels[0] not in (1, 3):
-        raise ValueError(f"teacher, student: expected both for 1 or both for 3 channels, got {channels[0]} and {channels[1]}")
+        raise ValueError(
+            f"teacher, student: expected both for 1 or both for 3 channels, got {channels[0]} and {channels[1]}"
+        )
     if channels[0] == 1:
         if files:
             raise ValueError("images: these models take one channel; they are shown on handwritten digits")

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from attnkd_kernels.map_launch import Saved, Side, allocate, bias_call, forward_calls, gradient_call, on_device
+from attnkd_kernels.launch import num_processors, on_device
+from attnkd_kernels.map_launch import Saved, Side, allocate, bias_call, forward_calls, gradient_call
 from attnkd_kernels.map_tiles import MAX_MEAN_WIDTH, architecture
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -60,7 +61,7 @@ def _map_bwd(
             dk = torch.empty_like(ks)
             gradient_call(*problem, dk, False, arch).launch()
         if need_dmask:
-            call, parts = bias_call(*problem, arch, _processors(qs.device))
+            call, parts = bias_call(*problem, arch, num_processors(qs.device))
             call.launch()
             dmask = parts.sum(0) if call.grid[0] else parts.new_zeros(parts.shape[1:])
     return dq, dk, dmask
@@ -75,10 +76,6 @@ def _map_bwd_fake(
         b, h, m, n = ms.shape
         dmask = grad.new_empty((b, 1 if merge == "logsum" else h, m, n))
     return torch.empty_like(qs) if need_dq else dq, torch.empty_like(ks) if need_dk else dk, dmask
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def _register(schema: str, function: Any, fake: Any) -> Any:

@@ -38,9 +38,9 @@ def per_row(problem: Problem, dtype: torch.dtype = torch.float64) -> Tensor:
     return loss if problem.student.query.dtype == torch.float64 else loss.float()
 
 
-def attention_rows(side: Side, merge: str | None, temperature: float) -> Tensor:
-    """The attention probabilities, [B, Ho, M, N], float64; rows that see no key are 0."""
-    z, visible = side_logits(side, merge, temperature, torch.float64)
+def attention_rows(side: Side, merge: str | None, temperature: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The attention probabilities, [B, Ho, M, N], computed in ``dtype``; rows that see no key are 0."""
+    z, visible = side_logits(side, merge, temperature, dtype)
     return torch.where(visible, _log_softmax(z, visible).exp(), 0.0)
 
 

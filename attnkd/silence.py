@@ -22,7 +22,7 @@ def silenced(model: nn.Module, heads: dict[str, int | None]) -> Iterator[None]:
     Args:
         heads: for every attention path the head to silence, or None for each in turn: there the batch [B, …] becomes
             [B·H, …], copy h of an image with head h silenced. The outputs of several such blocks are ordered
-            [B, H of the first, H of the second, …].
+            [B, H of the first, H of the second, …]. At most one attention a block, in running order.
     """
     mode, handles, switched = _Silence(), [], []
     try:
@@ -34,7 +34,7 @@ def silenced(model: nn.Module, heads: dict[str, int | None]) -> Iterator[None]:
             count = num_heads(model, path)
             keep = 1 - torch.eye(count, device=next(model.parameters()).device)
             if head is None:
-                handles.append(_block_of(model, path).register_forward_pre_hook(_spread(count)))
+                handles.append(model.get_submodule(block_path(path)).register_forward_pre_hook(_spread(count)))
             else:
                 keep = keep[head : head + 1]
             handles.append(attention.register_forward_pre_hook(mode.arm(keep)))
@@ -80,8 +80,9 @@ def _spread(copies: int) -> Callable[..., tuple]:
     return lambda _, args: (args[0].repeat_interleave(copies, 0), *args[1:])
 
 
-def _block_of(model: nn.Module, path: str) -> nn.Module:
+def block_path(path: str) -> str:
+    """The path of the block that an attention belongs to: where the residual stream enters."""
     match = re.match(r"(.*\.)?blocks\.\d+", path)
     if match is None:
         raise ValueError(f"blocks: expected attentions inside a list named 'blocks', got {path!r}")
-    return model.get_submodule(match.group())
+    return match.group()

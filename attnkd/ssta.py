@@ -117,7 +117,9 @@ class SSTA(DistillTask):
             "assistant": (assistant, assistant_blocks, assistant_heads),
         }
         if len(student_heads) != 2:
-            raise ValueError(f"student_heads: expected (head for the teacher, head for the assistant), got {student_heads!r}")
+            raise ValueError(
+                f"student_heads: expected (head for the teacher, head for the assistant), got {student_heads!r}"
+            )
         if teacher is None and assistant is None:
             raise ValueError("teacher, assistant: expected at least one of them, got None for both")
         if teacher is not None and assistant is not None and student_heads[0] == student_heads[1]:
@@ -231,7 +233,8 @@ def _teacher_heads(name: str, model: nn.Module, paths: list[str], heads: Sequenc
     if len(heads) != len(paths):
         raise ValueError(f"{name}_heads: expected one head for each of {len(paths)} blocks, got {list(heads)}")
     return [
-        check_heads(f"{name}_heads", [head], count, path) for head, count, path in zip(heads, counts, paths, strict=True)
+        check_heads(f"{name}_heads", [head], count, path)
+        for head, count, path in zip(heads, counts, paths, strict=True)
     ]
 
 

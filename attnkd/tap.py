@@ -217,8 +217,9 @@ class _Tapped:
                 "them. Reentrant activation checkpointing does this: use use_reentrant=False (in timm: "
                 "set_reentrant_ckpt(False)). To capture without gradients, call the tap under torch.no_grad()"
             )
-        if torch.is_autocast_enabled(query.device.type):  # SDPA casts below Python: what enters is what it casts to
-            dtype = torch.get_autocast_dtype(query.device.type)
+        device = query.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)  # SDPA casts below Python: what enters is what it casts to
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
             if attn_mask is not None and attn_mask.is_floating_point():
                 attn_mask = attn_mask.to(dtype)

@@ -9,8 +9,19 @@ from collections.abc import Sequence
 
 COMMANDS = {
     # name: (module with add_arguments(parser) and run(args) -> int, one-line help)
+    "run": (
+        "benchmarks.run",
+        "every operation against its opponents, scaling, training steps, first calls (needs a GPU)",
+    ),
     "aot": ("benchmarks.aot", "compile every kernel for every GPU target and check what it uses (no GPU needed)"),
     "traffic": ("benchmarks.traffic", "count the bytes every kernel moves, against the least possible (no GPU needed)"),
+    "compare": ("benchmarks.compare", "what became slower or larger from one result file to another"),
+    "plot": ("benchmarks.plot", "figures from result files"),
+    "table": ("benchmarks.table", "write the tables of README and docs from the committed results"),
+    "tune": (
+        "benchmarks.tune",
+        "search launch configurations for this device and print the rows to commit (needs a GPU)",
+    ),
 }
 
 

@@ -5,8 +5,8 @@ A kernel fails the gate when, for some target and call,
 * it does not compile;
 * it spills registers;
 * it wants more shared memory than a program may have;
-* its code has fewer 128-bit loads (or stores) than the tiles that it loads (stores) need, so that some tile of an aligned
-  tensor moves in smaller pieces;
+* its code has fewer 128-bit loads than the tiles that it loads need, so that some tile of an aligned tensor moves in
+  smaller pieces; the same for stores, unless a matrix unit laid out what is stored;
 * a dot of a 16-bit type does not run on the architecture's matrix unit.
 
 The calls are those of :mod:`benchmarks.launches`. This process only schedules: compilation runs in spawned processes.
@@ -15,7 +15,6 @@ The calls are those of :mod:`benchmarks.launches`. This process only schedules: 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -41,7 +40,7 @@ def faults(record: dict[str, Any]) -> list[str]:
         found.append(f"spills {record['spills']}")
     if record["shared"] > SHARED[target]:
         found.append(f"shared memory {record['shared']} of {SHARED[target]} bytes")
-    for direction in ("load", "store"):
+    for direction in _directions(record):
         if record["aligned"] and (share := wide_share(record, direction)) < 1:
             found.append(f"128-bit {direction}s cover {share:.0%} of the tiles: {record[direction + 's']}")
     for dot in record["dots"]:
@@ -60,6 +59,10 @@ def wide_share(record: dict[str, Any], direction: str) -> float:
     tiles = record["tiles"][direction]
     wide = sum(int(bits) // 8 * count for bits, count in record[direction + "s"].items() if int(bits) >= 128)
     return min(1.0, wide * record["threads"] / tiles) if tiles else 1.0
+
+
+def _directions(record: dict[str, Any]) -> tuple[str, ...]:
+    return ("load",) if record["dots"] else ("load", "store")
 
 
 def gate(calls: Sequence[Any], targets: Sequence[str] = TARGETS, jobs: int | None = None) -> Iterator[dict[str, Any]]:
@@ -103,9 +106,13 @@ def _measure(call: Any, target: str) -> list[dict[str, Any]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--full", action="store_true", help="every dtype, head dim and option (minutes), not a selection")
+    parser.add_argument(
+        "--full", action="store_true", help="every dtype, head dim and option (minutes), not a selection"
+    )
     parser.add_argument("--match", default="", metavar="TEXT", help="only calls whose name contains TEXT")
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS, metavar="TARGET", help=", ".join(TARGETS))
+    parser.add_argument(
+        "--targets", nargs="+", choices=TARGETS, default=TARGETS, metavar="TARGET", help=", ".join(TARGETS)
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every compiled kernel's numbers")
     parser.add_argument("--jobs", type=int, default=None, metavar="N", help="processes (default: one per CPU)")
 
@@ -123,7 +130,13 @@ def run(args: argparse.Namespace) -> int:
         print(f"no call's name contains {args.match!r}", file=sys.stderr)
         return 2
     records = []
-    columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (
+        TextColumn("compiling"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=len(calls) * len(args.targets))
         for record in gate(calls, args.targets, args.jobs):
@@ -132,8 +145,13 @@ def run(args: argparse.Namespace) -> int:
             else:
                 records.append(record)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
+        import torch
+
+        from benchmarks import machine, schema
+
+        facts = machine.describe(torch.device("cpu"))
+        settings = {"full": args.full, "targets": list(args.targets), "match": args.match}
+        schema.save(args.json, schema.document("aot", facts, "python -m benchmarks aot", settings, records))
     print(table(records))
     failed = [record for record in records if record["faults"]]
     for record in failed:
@@ -153,17 +171,19 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         if not good:
             lines.append((kernel, target, str(len(group)), *["-"] * 6, str(failed)))
             continue
-        share = f"{min((wide_share(r, d) for r in good if r['aligned'] for d in ('load', 'store')), default=1):.0%}"
+        share = min((wide_share(r, d) for r in good if r["aligned"] for d in _directions(r)), default=1.0)
         matrix = sorted({kind if len(kind) < 12 else "MFMA" for r in good for kind in r["matrix"]})
         lines.append(
             (
                 kernel, target, str(len(group)), _span(r["registers"] for r in good), str(max(r["spills"] for r in good)),
-                str(max(r["shared"] for r in good)), share, " ".join(matrix) or "-",
+                str(max(r["shared"] for r in good)), f"{share:.0%}", " ".join(matrix) or "-",
                 f"{min(r['occupancy'] for r in good):.0%}", str(failed),
             )
         )  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def _order(record: dict[str, Any]) -> tuple[str, int]:

@@ -94,7 +94,7 @@ def measure(call: Call, target: str) -> list[dict[str, Any]]:
         try:
             call.run()
         except Exception as error:  # the launcher itself
-            records.append({"kernel": "", "hash": "", "error": _first_line(error)})
+            records.append({"kernel": "", "hash": "", "error": _what(error)})
     return records
 
 
@@ -110,7 +110,7 @@ def _captured(target: str, records: list[dict[str, Any]]) -> Iterator[None]:
             record["hash"] = kernel.hash
             record |= read(target, kernel.hash, kernel)
         except Exception as error:
-            record["error"] = _first_line(error)
+            record["error"] = _what(error)
         records.append(record)
 
     triton.runtime.driver.set_active(_Driver(target))
@@ -140,9 +140,10 @@ def _no_gpu(target: str) -> Iterator[None]:
         yield
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or repr(error)
-    return f"{type(error).__name__}: {text.splitlines()[0][:200]}"
+def _what(error: Exception) -> str:
+    """The error's type and its last line, which is where the compiler puts the message."""
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return f"{type(error).__name__}: {lines[-1].strip()[:200]}"
 
 
 # --- reading machine code ---------------------------------------------------------------------------------------------
@@ -196,8 +197,8 @@ def _read_nvidia(kernel: Any) -> dict[str, Any]:
     return {
         "registers": int(resources[1]),
         "spills": int(resources[2]),
-        "loads": _widths(re.findall(r"\b(?:LDG|LDGSTS|UTMALDG)(?:\.[\w.]+)?", sass), _nvidia_width),
-        "stores": _widths(re.findall(r"\b(?:STG|UTMASTG)(?:\.[\w.]+)?", sass), _nvidia_width),
+        "loads": _widths(re.findall(r"\b(?:LDG|LDGSTS|UTMALDG)\b(?:\.[\w.]+)?", sass), _nvidia_width),
+        "stores": _widths(re.findall(r"\b(?:STG|UTMASTG)\b(?:\.[\w.]+)?", sass), _nvidia_width),
         "matrix": _count(re.findall(r"\b(HGMMA|HMMA|IMMA|DMMA|QMMA|OMMA|UTC\w*MMA)\b", sass)),
     }
 

@@ -108,15 +108,15 @@ def judge(
         if share > 0:
             return Verdict(error, f"{name}: error {error:.2g}, allowed {allowed:.2g}")
     for leaf, actual, oracle in zip(operation.leaves, gradients, expected.gradients, strict=False):
-        name, f"d{leaf}", oracle.shape[2]
         if implementation.all_queries and leaf == "query":
-            if bool(actual[:, :, rows:].count_nonzero()):
-                return Verdict(float("inf"), f"{name}: rows that are not compared have a gradient")
-            actual = actual[:, :, :rows]
+            compared = oracle.shape[2]
+            if bool(actual[:, :, compared:].count_nonzero()):
+                return Verdict(float("inf"), "dquery: rows that are not compared have a gradient")
+            actual = actual[:, :, :compared]
         error, share = element_error(actual, oracle, fraction)
         worst = max(worst, error)
         if share > operation.outliers:
-            return Verdict(error, f"{name}: error {error:.2g}, allowed {fraction:.2g}, in {share:.2%} of the elements")
+            return Verdict(error, f"d{leaf}: error {error:.2g}, allowed {fraction:.2g}, in {share:.2%} of the elements")
     return Verdict(worst, "")
 
 

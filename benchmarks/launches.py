@@ -1,7 +1,7 @@
 """Representative calls of the operations: what the ahead-of-time gate compiles and the traffic report meters.
 
-A :class:`Call` is a picklable description of one call of the public API, forward and backward. Running it launches exactly
-the kernels, with exactly the arguments, that a user's call would.
+A call is a small picklable description of one call of the public API, forward and backward. Running it launches exactly
+the kernels, with exactly the arguments, that a user's call would. It also knows its floor: the least bytes it must move.
 """
 
 from __future__ import annotations
@@ -9,17 +9,61 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HEAD_DIMS = (32, 64, 80, 128)
 WIDE_HEADS = ((3, 64), (6, 64), (12, 64), (16, 64))  # merged widths 192, 384, 768, 1024
+CHANNELS = ((192, 384), (384, 768), (768, 768), (1024, 1280))
 DTYPES = ("bfloat16", "float16", "float32")
-ROW_DIVERGENCES = ("reverse_kl", "js", "cross_entropy", "mse", "logit_mse")
-MAP_DIVERGENCES = ROW_DIVERGENCES
+SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
+DIVERGENCES = ("reverse_kl", "js", "cross_entropy", "mse", "logit_mse")
+
+
+class Call:
+    """What every call offers; see :class:`Attention` and :class:`Relation`.
+
+    Attributes:
+        name: words that tell the call from all others.
+        backward: whether gradients are asked for.
+        aligned: whether every tile starts at a multiple of 16 bytes.
+    """
+
+    name: str
+    backward: bool
+    aligned: bool
+
+    def tensors(self, filled: bool) -> dict[str, Tensor]:
+        """The tensor arguments by name; untouched memory, which costs nothing however large, unless ``filled``."""
+        raise NotImplementedError
+
+    def loss(self, given: dict[str, Tensor]) -> Tensor:
+        """The forward: a scalar."""
+        raise NotImplementedError
+
+    def floors(self) -> dict[str, int]:
+        """The least bytes that each pass must move, read and written."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        """Forward and, where asked for, backward, on untouched memory."""
+        given = self.tensors(filled=False)
+        loss = self.loss(given)
+        if self.backward:
+            gradients(loss, given)
+
+
+def gradients(loss: Tensor, given: dict[str, Tensor]) -> None:
+    import torch
+
+    torch.autograd.grad(loss, [tensor for tensor in given.values() if tensor.requires_grad])
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call of ``attention_kl`` (or ``attention_rows``, for rows of one model) and of its backward.
+class Attention(Call):
+    """``attention_kl`` (or ``attention_rows``, for rows of one model).
 
     Attributes:
         rows: number of query rows M; 0 means all N.
@@ -29,7 +73,6 @@ class Call:
         mask: None, 'bool' [B, 1, 1, N] or 'additive' [1, H, M, N] with a gradient (a relative position bias).
         probs: the teacher comes as given rows.
         one_model: ``attention_rows`` of the student instead of a divergence.
-        backward: whether gradients are asked for.
         batch: number of images B.
     """
 
@@ -49,8 +92,7 @@ class Call:
     batch: int = 32
 
     @property
-    def name(self) -> str:
-        """Words that tell the call from all others: 'row logsum 6x64 N197 bfloat16'."""
+    def name(self) -> str:  # type: ignore[override]
         words = ["rows of one model" if self.one_model else "map" if self.rows == 0 else "row"]
         words += [str(self.rows)] if self.rows > 1 else []
         words += [self.merge] if self.merge else []
@@ -65,74 +107,128 @@ class Call:
         return " ".join(words)
 
     @property
-    def aligned(self) -> bool:
-        """Whether every tile starts at a multiple of 16 bytes: a mask's rows of N elements do not, for most N."""
+    def aligned(self) -> bool:  # type: ignore[override]
+        """The tiles of a mask are not, for most N."""
         return self.mask is None or self.rows == 1
 
-    @property
-    def rows_of(self) -> int:
-        return self.rows or self.keys
-
-    def tensors(self, filled: bool = True) -> dict[str, object]:
-        """The call's tensor arguments by name: q and k are views of packed projections [B, N, 3, H, D], as timm's.
-
-        Args:
-            filled: with random values; else the memory is never touched, and costs nothing however large.
-        """
+    def tensors(self, filled: bool) -> dict[str, Tensor]:
+        """q and k are views of packed projections [B, N, 3, H, D], as timm's."""
         import torch
 
         dtype = getattr(torch, self.dtype)
-        make = torch.randn if filled else torch.empty
+        make: Any = torch.randn if filled else torch.empty
+        rows = self.rows or self.keys
 
-        def query_key(heads: int, dim: int, grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        def query_key(heads: int, dim: int, grad: bool) -> tuple[Tensor, Tensor]:
             qkv = make(self.batch, self.keys, 3, heads, dim, dtype=dtype).permute(2, 0, 3, 1, 4)
-            query, key = qkv[0][:, :, : self.rows_of], qkv[1]
-            return query.requires_grad_(grad), key.requires_grad_(grad)
+            return qkv[0][:, :, :rows].requires_grad_(grad), qkv[1].requires_grad_(grad)
 
-        given: dict[str, object] = {}
+        given: dict[str, Tensor] = {}
         given["student_query"], given["student_key"] = query_key(self.heads, self.dim, self.backward)
         if self.one_model:
             return given
         if self.mask == "bool":
             visible = torch.ones(self.batch, 1, 1, self.keys, dtype=torch.bool)
-            given["student_mask"] = given["teacher_mask"] = visible
+            given["student_mask"], given["teacher_mask"] = visible, visible.clone()
         elif self.mask == "additive":
-            bias = make(1, self.heads, self.rows_of, self.keys, dtype=dtype)
+            bias = make(1, self.heads, rows, self.keys, dtype=dtype)
             given["student_mask"] = bias.requires_grad_(self.backward)
         if self.probs:
             outer = self.heads if self.merge is None else 1
-            logits = make(self.batch, outer, self.rows_of, self.keys)
+            logits = make(self.batch, outer, rows, self.keys)
             given["teacher_probs"] = logits.softmax(-1) if filled else logits
         else:
             heads, dim = self.teacher_heads or self.heads, self.teacher_dim or self.dim
             given["teacher_query"], given["teacher_key"] = query_key(heads, dim, False)
         return given
 
-    def run(self, given: dict[str, object] | None = None) -> None:
-        """Forward and, where asked for, backward on the given tensors (by default on untouched memory)."""
-        import torch
-
+    def loss(self, given: dict[str, Tensor]) -> Tensor:
         from attnkd import attention_kl, attention_rows
 
-        given = self.tensors(filled=False) if given is None else given
         if self.one_model:
-            rows = attention_rows(given["student_query"], given["student_key"], merge=self.merge, impl="triton")
-            loss = rows.sum()
-        else:
-            loss = attention_kl(**given, merge=self.merge, divergence=self.divergence, impl="triton")
-        if self.backward:
-            torch.autograd.grad(loss, [t for t in given.values() if isinstance(t, torch.Tensor) and t.requires_grad])
+            query, key = given["student_query"], given["student_key"]
+            return attention_rows(query, key, merge=self.merge, impl="triton").square().sum()
+        arguments: dict[str, Any] = {**given}
+        return attention_kl(**arguments, merge=self.merge, divergence=self.divergence, impl="triton")
+
+    def floors(self) -> dict[str, int]:
+        """The forward reads both models' queries, keys and masks (or the given rows) once and writes the loss.
+
+        A few rows: with a gradient, the forward also writes the coefficient rows (of every head that has logits of its own)
+        and the unit query gradient, both fp32. The backward reads those, the student's query and the upstream gradient (one
+        number), and writes the gradients: it need not read a key. Whole maps keep no rows, so their backward reads all
+        queries and keys once more. So does that of ``attention_rows``, whose upstream gradient has a value per key.
+        """
+        size = SIZES[self.dtype]
+        B, H, M, N, D = self.batch, self.heads, self.rows or self.keys, self.keys, self.dim
+        outer = 1 if self.merge else H
+        student = B * H * (M + N) * D * size
+        rows = B * (1 if self.merge == "logsum" else H) * M * N * 4
+        masks = {None: 0, "bool": 2 * B * N, "additive": H * M * N * size}[self.mask]
+        bias = masks if self.mask == "additive" else 0  # its gradient
+        if self.one_model:
+            return {"forward": student + rows, "backward": student + rows + student}
+        teacher = B * (self.teacher_heads or H) * (M + N) * (self.teacher_dim or D) * size
+        if self.probs:
+            teacher = B * outer * M * N * 4
+        forward = student + teacher + masks + B * outer * M * 4
+        if not self.backward:
+            return {"forward": forward}
+        if self.rows == 0:
+            return {"forward": forward, "backward": student + teacher + masks + 4 + student + bias}
+        kept = rows + B * H * M * D * 4
+        return {"forward": forward + kept, "backward": kept + B * H * M * D * size + 4 + student + bias}
+
+
+@dataclass(frozen=True)
+class Relation(Call):
+    """``relation_row_loss`` of features [B, N, C] whose first token is the class token."""
+
+    tokens: int
+    channels: int
+    teacher_channels: int
+    dtype: str
+    backward: bool = True
+    batch: int = 32
+    aligned: bool = True
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"relation {self.channels} from {self.teacher_channels} N{self.tokens} {self.dtype}"
+
+    def tensors(self, filled: bool) -> dict[str, Tensor]:
+        import torch
+
+        dtype = getattr(torch, self.dtype)
+        make: Any = torch.randn if filled else torch.empty
+        student = make(self.batch, self.tokens, self.channels, dtype=dtype).requires_grad_(self.backward)
+        teacher = make(self.batch, self.tokens, self.teacher_channels, dtype=dtype)
+        return {"student_features": student, "teacher_features": teacher}
+
+    def loss(self, given: dict[str, Tensor]) -> Tensor:
+        from attnkd.relation import relation_row_loss
+
+        return relation_row_loss(given["student_features"], given["teacher_features"], impl="triton")
+
+    def floors(self) -> dict[str, int]:
+        """Features read once and the loss; two fp32 numbers per patch kept for the backward, which writes one gradient."""
+        size = SIZES[self.dtype]
+        student = self.batch * self.tokens * self.channels * size
+        teacher = self.batch * self.tokens * self.teacher_channels * size
+        kept = self.batch * (2 * (self.tokens - 1) + 1) * 4
+        return {"forward": student + teacher + self.batch * 4 + kept, "backward": student + kept + 4 + student}
 
 
 def representative() -> list[Call]:
     """One call per kernel and form: what the tests compile."""
     return [
-        Call(1, 197, 6, 64, "bfloat16"),
-        Call(1, 197, 3, 80, "float32"),
-        Call(1, 1370, 12, 64, "bfloat16", teacher_dim=128),  # does not fit one tile: split form
-        Call(1, 197, 6, 64, "bfloat16", merge="logsum", teacher_heads=12),
-        Call(1, 197, 6, 64, "float16", merge="mean"),
-        Call(0, 197, 6, 64, "bfloat16", batch=4),
+        Attention(1, 197, 6, 64, "bfloat16"),
+        Attention(1, 197, 3, 80, "float32"),
+        Attention(1, 1370, 12, 64, "bfloat16", teacher_dim=128),  # does not fit one tile: split form
+        Attention(1, 197, 6, 64, "bfloat16", merge="logsum", teacher_heads=12),
+        Attention(1, 197, 6, 64, "float16", merge="mean"),
+        Attention(0, 197, 6, 64, "bfloat16", batch=4),
+        Relation(197, 384, 768, "bfloat16"),
     ]
 
 
@@ -141,30 +237,61 @@ def everything() -> Iterator[Call]:
     yield from representative()
     for dtype in DTYPES:
         for dim in HEAD_DIMS:
-            yield Call(1, 197, 6, dim, dtype)
-            yield Call(1, 1370, 6, dim, dtype)
-            yield Call(0, 197, 6, dim, dtype, batch=4)
-            yield Call(0, 197, 6, dim, dtype, batch=4, divergence="js")
-            yield Call(1, 197, 6, dim, dtype, merge="mean")
+            yield Attention(1, 197, 6, dim, dtype)
+            yield Attention(1, 1370, 6, dim, dtype)
+            yield Attention(0, 197, 6, dim, dtype, batch=4)
+            yield Attention(0, 197, 6, dim, dtype, batch=4, divergence="js")
+            yield Attention(1, 197, 6, dim, dtype, merge="mean")
         for heads, dim in WIDE_HEADS:
-            yield Call(1, 197, heads, dim, dtype, merge="logsum")
-            yield Call(0, 197, heads, dim, dtype, merge="logsum", batch=4)
-    half = Call(1, 197, 6, 64, "bfloat16")
-    full = dataclasses.replace(half, rows=0, batch=4)
-    for call, divergences in ((half, ROW_DIVERGENCES), (full, MAP_DIVERGENCES)):
-        for divergence in divergences:
+            yield Attention(1, 197, heads, dim, dtype, merge="logsum")
+            yield Attention(0, 197, heads, dim, dtype, merge="logsum", batch=4)
+        for channels, teacher_channels in CHANNELS:
+            yield Relation(197, channels, teacher_channels, dtype)
+    row = Attention(1, 197, 6, 64, "bfloat16")
+    whole = dataclasses.replace(row, rows=0, batch=4)
+    for call in (row, whole):
+        for divergence in DIVERGENCES:
             yield dataclasses.replace(call, divergence=divergence)
         for mask in ("bool", "additive"):
             yield dataclasses.replace(call, mask=mask)
         yield dataclasses.replace(call, backward=False)
         yield dataclasses.replace(call, teacher_dim=128)
         yield dataclasses.replace(call, merge="logsum", teacher_heads=12)
-    yield dataclasses.replace(full, merge="mean", teacher_heads=12)
-    yield dataclasses.replace(half, rows=4)
-    yield dataclasses.replace(half, probs=True)
-    yield dataclasses.replace(half, merge="logsum", probs=True)
+    yield dataclasses.replace(whole, merge="mean", teacher_heads=12)
+    yield dataclasses.replace(row, rows=4)
+    yield dataclasses.replace(row, probs=True)
+    yield dataclasses.replace(row, merge="logsum", probs=True)
     for merge in ("max", "min"):
-        yield dataclasses.replace(half, merge=merge, teacher_heads=12)
-    yield dataclasses.replace(half, divergence="js", keys=1370)  # not one sweep: finished rows
-    yield dataclasses.replace(half, one_model=True)
-    yield dataclasses.replace(half, one_model=True, merge="logsum")
+        yield dataclasses.replace(row, merge=merge, teacher_heads=12)
+    yield dataclasses.replace(row, divergence="js", keys=1370)  # not one sweep: finished rows
+    yield dataclasses.replace(row, one_model=True)
+    yield dataclasses.replace(row, one_model=True, merge="logsum")
+    yield Relation(197, 384, 768, "bfloat16", batch=1)  # few programs: the patches are split
+
+
+def metered() -> list[Call]:
+    """Small calls, run element by element in the interpreter by the traffic report."""
+    row = Attention(1, 197, 6, 64, "bfloat16", batch=2)
+    wide = dataclasses.replace(row, merge="logsum", teacher_heads=12)
+    whole = Attention(0, 197, 2, 64, "bfloat16", batch=1)
+    return [
+        row,
+        dataclasses.replace(row, dim=80, dtype="float32"),
+        dataclasses.replace(row, keys=577),
+        dataclasses.replace(row, heads=3, keys=1370, teacher_dim=128),
+        dataclasses.replace(row, rows=4),
+        dataclasses.replace(row, mask="additive"),
+        dataclasses.replace(row, probs=True),
+        wide,
+        dataclasses.replace(wide, keys=577),
+        dataclasses.replace(wide, probs=True, teacher_heads=None),
+        dataclasses.replace(row, merge="mean"),
+        dataclasses.replace(row, divergence="js"),
+        dataclasses.replace(row, divergence="js", keys=577),
+        dataclasses.replace(row, backward=False),
+        dataclasses.replace(row, one_model=True),
+        Relation(197, 192, 384, "bfloat16", batch=2),
+        whole,
+        dataclasses.replace(whole, divergence="js"),
+        dataclasses.replace(whole, merge="logsum"),
+    ]

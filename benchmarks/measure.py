@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from triton.errors import TritonError
 
 from benchmarks import cases, gate
 from benchmarks.cases import Inputs, Shape
@@ -44,10 +46,12 @@ class Settings:
 class Run:
     """An implementation on given inputs, as functions to time."""
 
-    def __init__(self, operation: Operation, implementation: Implementation, inputs: Inputs, settings: Settings) -> None:
+    def __init__(
+        self, operation: Operation, implementation: Implementation, inputs: Inputs, settings: Settings, train: bool = True
+    ) -> None:
         rows = inputs.shape.tokens if implementation.all_queries else operation.rows(inputs.shape)
         named = inputs.leaves(operation.leaves, rows)
-        self.leaves = list(named.values())
+        self.leaves = [leaf.requires_grad_(train) for leaf in named.values()]
         self.tensors = operation.tensors(named, inputs, rows)
         self.function = implementation.function
         self.upstream: list[Tensor] = []
@@ -63,12 +67,13 @@ class Run:
         return found if isinstance(found, tuple) else (found,)
 
     def backward(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        needed = [x for x in outputs if x.requires_grad]
-        return torch.autograd.grad(needed, self.leaves, self.upstream)
+        return torch.autograd.grad([x for x in outputs if x.requires_grad], self.leaves, self.upstream)
 
-    def send(self, outputs: tuple[Tensor, ...], upstream: list[Tensor]) -> None:
-        """Prepare the upstream gradients in the results' dtypes, so that no conversion is timed."""
+    def once(self, upstream: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Results and gradients. Keeps the upstream in the results' dtypes, so that no conversion is timed later."""
+        outputs = self.forward()
         self.upstream = [g.to(x.dtype) for x, g in zip(outputs, upstream, strict=True) if x.requires_grad]
+        return outputs, self.backward(outputs)
 
     def mode(self, name: str) -> tuple[Callable[[Any], Any], Callable[[], Any]]:
         """(what is timed, what prepares it)."""
@@ -117,33 +122,30 @@ def _measure_implementation(
     expected: gate.Truth,
     settings: Settings,
 ) -> Iterator[dict[str, Any]]:
-    identity = {"implementation": implementation.name}
-    checked: dict[str, Any] = {}
-    run = None
     modes = list(settings.modes)
     try:
         start = time.perf_counter()
         run = Run(operation, implementation, inputs, settings)
-        outputs = run.forward()
-        run.send(outputs, expected.upstream)
-        gradients = run.backward(outputs)
+        outputs, gradients = run.once(expected.upstream)
         synchronize(settings.device)
         first_ms = (time.perf_counter() - start) * 1e3
-        verdict = gate.judge(operation, implementation, dtype, expected, outputs, gradients)
-        checked = {"status": "ok" if verdict.ok else "FAIL", "error": _finite(verdict.error), "detail": verdict.detail}
-        if settings.clock is not None and settings.report:
-            checked["first_call_ms"] = round(first_ms, 3)
-        del outputs, gradients
     except Exception as error:
         status, detail = failure(error, implementation.ours, settings.device)
-        checked = {"status": status, "detail": detail}
-        alone = None if status == "OOM" or "fwd" not in modes else _forward_only(operation, implementation, inputs, dtype, expected, settings)
-        if alone is not None:
-            modes.remove("fwd")
-            yield identity | {"mode": "fwd"} | alone
+        if status == "unsupported" and "fwd" in modes:
+            record = _forward_only(operation, implementation, inputs, dtype, expected, settings)
+            if record is not None:
+                yield {"implementation": implementation.name, "mode": "fwd"} | record
+                modes.remove("fwd")
+        for mode in modes:
+            yield {"implementation": implementation.name, "mode": mode, "status": status, "detail": detail}
+        return
+    checked = _checked(gate.judge(operation, implementation, dtype, expected, outputs, gradients))
+    del outputs, gradients
+    if settings.clock is not None and settings.report:
+        checked["first_call_ms"] = round(first_ms, 3)
     for mode in modes:
-        record = identity | {"mode": mode} | {key: value for key, value in checked.items() if value != ""}
-        if checked["status"] == "ok" and settings.clock is not None and run is not None:
+        record = {"implementation": implementation.name, "mode": mode} | checked
+        if checked["status"] == "ok" and settings.clock is not None:
             try:
                 numbers = _numbers(run, mode, settings)
                 record |= numbers if settings.report else {}
@@ -154,19 +156,26 @@ def _measure_implementation(
 
 
 def _forward_only(
-    operation: Operation, implementation: Implementation, inputs: Inputs, dtype: torch.dtype, expected: gate.Truth, settings: Settings
+    operation: Operation,
+    implementation: Implementation,
+    inputs: Inputs,
+    dtype: torch.dtype,
+    expected: gate.Truth,
+    settings: Settings,
 ) -> dict[str, Any] | None:
-    """Of an implementation whose backward does not run here: whether its forward is right. It gets no time."""
+    """Of an implementation that has no backward on this device: whether its forward is right. It gets no time."""
     try:
-        run = Run(operation, implementation, inputs, settings)
-        with torch.no_grad():
-            outputs = run.forward()
-        verdict = gate.judge(operation, implementation, dtype, expected, outputs, ())
+        outputs = Run(operation, implementation, inputs, settings, train=False).forward()
     except Exception as error:
         failure(error, implementation.ours, settings.device)
         return None
-    record = {"status": "ok" if verdict.ok else "FAIL", "error": _finite(verdict.error), "detail": verdict.detail or "no backward here"}
-    return record
+    record = _checked(gate.judge(operation, implementation, dtype, expected, outputs, ()))
+    return {"detail": "no backward on this device"} | record
+
+
+def _checked(verdict: gate.Verdict) -> dict[str, Any]:
+    error = float(f"{verdict.error:.3g}") if math.isfinite(verdict.error) else None
+    return {"status": "ok", "error": error} if verdict.ok else {"status": "FAIL", "error": error, "detail": verdict.detail}
 
 
 def _numbers(run: Run, mode: str, settings: Settings) -> dict[str, Any]:
@@ -233,8 +242,10 @@ def failure(error: BaseException, ours: bool, device: torch.device) -> tuple[str
         raise DeviceLost(f"{detail}; then {type(lost).__name__}: {str(lost).splitlines()[0]}") from None
     if out_of_memory:
         return "OOM", ""
-    # What the package does not offer it refuses with NotImplementedError; anything else is a bug of ours.
-    return ("unsupported" if isinstance(error, NotImplementedError) or not ours else "error"), detail
+    # The package refuses with NotImplementedError what it does not offer; anything else that it raises is a bug. Of other
+    # libraries, what they and their compilers raise is a limit of theirs, but a slip in this suite must not pass for one.
+    limits = (NotImplementedError,) if ours else (RuntimeError, TritonError)
+    return ("unsupported" if isinstance(error, limits) else "error"), detail
 
 
 def release(device: torch.device) -> None:
@@ -247,7 +258,3 @@ def release(device: torch.device) -> None:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _finite(value: float) -> float | None:
-    return float(f"{value:.3g}") if value == value and abs(value) != float("inf") else None

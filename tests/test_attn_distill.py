@@ -1,4 +1,4 @@
-"""AttnDistill: its losses are the paper's, its teacher stays out of the way, and it behaves like a timm training task."""
+"""AttnDistill: its losses are the paper's, its teacher stays out of the way, and it is a timm training task."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def images(batch: int = 2, size: int = 32) -> torch.Tensor:
 
 
 def cls_probs(model: nn.Module, x: torch.Tensor, block: int = -1, prefix: int = 1) -> torch.Tensor:
-    """[B, H, 1 + patches] from the map that the model computes without fused attention, other prefix tokens left out."""
+    """[B, H, 1 + patches], from the map the model computes without fused attention; no other prefix tokens."""
     model = copy.deepcopy(model).eval().double()
     for module in model.modules():
         if hasattr(module, "fused_attn"):
@@ -126,6 +126,12 @@ class TestAttentionGuidance:
         rows, plain_rows = cls_probs(other, x, prefix=prefix), cls_probs(plain, x)
         task = AttnDistill(copy.deepcopy(plain), copy.deepcopy(other))
         torch.testing.assert_close(attn_loss(task, x), kl(rows, plain_rows), rtol=2e-5, atol=1e-7)
+        fine = make(name, seed=2, patch_size=4)
+        if hasattr(fine, "rope") and hasattr(fine.rope, "rescale_coords"):
+            fine.rope.rescale_coords = None
+        rows_fine = resized(cls_probs(fine, x, prefix=prefix), (8, 8), (4, 4))
+        task = AttnDistill(copy.deepcopy(plain), fine)
+        torch.testing.assert_close(attn_loss(task, x), kl(rows_fine, plain_rows), rtol=2e-5, atol=1e-7)
         task = AttnDistill(copy.deepcopy(other).eval(), copy.deepcopy(plain)).eval()
         torch.testing.assert_close(attn_loss(task, x), kl(plain_rows, rows), rtol=2e-5, atol=1e-7)
 
@@ -228,7 +234,7 @@ def test_pair_blocks() -> None:
 
 
 class TestPublishedCode:
-    """The loss steps of the authors' training code, restated: both rows are clamped to [1e-5, 0.996] and renormalised."""
+    """The loss steps of the authors' training code, restated: both rows clamped to [1e-5, 0.996] and renormalised."""
 
     @staticmethod
     def published(s: torch.Tensor, t: torch.Tensor, grids: tuple | None, aggregate: bool) -> torch.Tensor:

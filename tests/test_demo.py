@@ -26,6 +26,7 @@ from attnkd.attn_distill import AttnDistill
 from attnkd.demo import evaluate, models, report
 from attnkd.demo.data import RandomAffine, load_digits
 from attnkd.demo.training import Recipe, TrainingError, train
+from attnkd.resample import MODES
 
 TEMPERATURE = 4.0
 
@@ -113,7 +114,7 @@ def test_timm_loads_the_checkpoints_and_they_score_what_the_summary_says(quick: 
 def test_figures_are_whole(quick: Run) -> None:
     from matplotlib.image import imread
 
-    for name, ratio in (("curves.png", 12 / 4.2), ("attention.png", 13 / 7.4)):
+    for name, ratio in (("curves.png", 12 / 4.2), ("attention.png", 13 / 6.5)):
         pixels = imread(quick.directory / name)[..., :3]
         assert pixels.shape[1] / pixels.shape[0] == pytest.approx(ratio, rel=0.02)
         edge = torch.cat([torch.from_numpy(side).flatten() for side in (pixels[0], pixels[-1], pixels[:, 0])])
@@ -258,10 +259,10 @@ def test_names_the_missing_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert 'needs scikit-learn: pip install "attnkd[demo]"' in capsys.readouterr().err
 
 
-def tiny_method() -> AttnDistill:
+def tiny_method(resample_mode: str = "area") -> AttnDistill:
     torch.manual_seed(0)
     student, teacher = models.create(models.STUDENT, seed=1), models.create(models.TEACHER, seed=0)
-    return AttnDistill(student, teacher, temperature=TEMPERATURE, verbose=False)
+    return AttnDistill(student, teacher, temperature=TEMPERATURE, resample_mode=resample_mode, verbose=False)
 
 
 def test_refuses_states_it_cannot_continue(tmp_path: Path) -> None:
@@ -299,11 +300,12 @@ def test_a_loss_that_is_not_finite_is_named_and_not_saved(named: str, tmp_path: 
 # The pieces
 
 
-def test_the_reported_kl_is_what_attn_distill_minimises() -> None:
+@pytest.mark.parametrize("resample_mode", MODES)
+def test_the_reported_kl_is_what_attn_distill_minimises(resample_mode: str) -> None:
     images = load_digits(train_size=64, test_size=40).test_images
-    method = tiny_method()
+    method = tiny_method(resample_mode)
     method.eval()
-    target = evaluate.cls_attention(method.teacher.tap.model, images, TEMPERATURE, grid=(4, 4))
+    target = evaluate.cls_attention(method.teacher.tap.model, images, TEMPERATURE, (4, 4), method.resample_mode)
     rows = evaluate.cls_attention(method.student, images, TEMPERATURE)
     assert target.shape == rows.shape == (40, 17)
     kl = evaluate.attention_kl_per_image(target, rows)

@@ -119,7 +119,7 @@ def test_shapes_and_dtypes_must_match():
 
 
 def test_a_loss_is_judged_by_the_numbers_it_is_a_difference_of():
-    """A KL of 1e-6 in fp32 cannot be more exact than the logarithms of order one that it is made of, and need not be less."""
+    """A KL of 1e-6 in fp32 cannot be more exact than the logarithms of order one that it is made of."""
     oracle = torch.tensor([1e-6], dtype=torch.float64)
     lucky = oracle.float()
     off = lucky + 3e-7

@@ -10,6 +10,8 @@ from triton.runtime.errors import InterpreterError
 
 from attnkd.testing.guard import LAYOUTS, canaries, guarded, lay_out, poisoned_empty
 from attnkd.testing.traffic import Meter
+from benchmarks.launches import Attention, Relation
+from benchmarks.traffic import measure
 
 interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="kernels run on a GPU here")
 
@@ -85,7 +87,9 @@ def test_scattered_bytes_cost_whole_sectors():
 @interpreted
 def test_finds_a_read_past_the_end():
     q, k, out = _tensors(torch.bfloat16)
-    with pytest.raises(InterpreterError, match=r"_rows_kernel, program \(2, 0, 0\): K load of 16 of 224 elements outside"):
+    with pytest.raises(
+        InterpreterError, match=r"_rows_kernel, program \(2, 0, 0\): K load of 16 of 224 elements outside"
+    ):
         with Meter():
             _launch(q, k[:, :N], out, slip=1)
 
@@ -166,6 +170,46 @@ def test_leaves_triton_as_it_was():
 def test_an_unknown_name_is_an_error():
     with pytest.raises(KeyError, match="no launch had a tensor 'typo'"):
         Meter().loaded("typo")
+
+
+# --- what the kernels promise -----------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("keys", [37, 577], ids=["whole rows", "split rows"])
+@pytest.mark.parametrize("merge", [None, "logsum"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_rows_move_little_more_than_they_must(keys, merge, dtype):
+    call = Attention(1, keys, 3, 48, dtype, merge=merge, teacher_heads=3 if merge is None else 4, batch=2)
+    forward, backward = measure(call)
+    for side in ("student_key", "teacher_key"):
+        assert forward["tensors"][side]["loaded"] == forward["tensors"][side]["loaded_once"]
+        assert side not in backward["tensors"]
+    assert forward["floor"] <= forward["moved"] < 1.2 * forward["floor"]
+    assert backward["touched"] == backward["floor"]
+    assert len(backward["launches"]) == 1
+
+
+@interpreted
+def test_rows_that_fit_a_tile_move_the_floor_and_nothing_else():
+    forward, backward = measure(Attention(1, 197, 3, 64, "bfloat16", batch=2))
+    assert forward["moved"] == forward["floor"]
+    assert backward["moved"] < 1.02 * backward["floor"]
+
+
+@interpreted
+def test_whole_maps_write_no_map():
+    for record in measure(Attention(0, 150, 1, 32, "bfloat16", batch=1)):
+        assert record["touched"] < 1.1 * record["floor"] < 150 * 150 * 4
+
+
+@interpreted
+def test_relation_rows_read_the_features_once_and_write_no_gram_matrix():
+    forward, backward = measure(Relation(101, 96, 160, "bfloat16", batch=2))
+    assert forward["touched"] < 1.01 * forward["floor"]
+    assert backward["touched"] < 1.01 * backward["floor"]
+    assert backward["tensors"]["student_features"]["loaded_once"] == 2 * 101 * 96 * 2
+    assert "teacher_features" not in backward["tensors"]
 
 
 # --- guards -----------------------------------------------------------------------------------------------------------

@@ -31,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--seeds", type=int, metavar="N", help="students in each arm, seeds 1 to N (default: 5)")
     option("--attn-weight", type=float, metavar="W", help="weight of AG: the loss is PA + W·AG (default: 0.1)")
     option("--temperature", type=float, metavar="T", help="temperature of the merged attention (default: 4)")
+    option(
+        "--resample-mode",
+        choices=("area", "bilinear", "bicubic"),
+        help="how the teacher's attention is resized to the student's patches (default: area)",
+    )
     option("--device", help="a PyTorch device (default: cuda if there is one, else cpu)")
     option(
         "--quick", action="store_true", help="see in half a minute that everything works: few images, 2 epochs, 2 seeds"

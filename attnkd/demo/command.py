@@ -26,7 +26,7 @@ from attnkd.info import versions
 
 
 def run(args: argparse.Namespace) -> int:
-    names = ("epochs", "teacher_epochs", "seeds", "attn_weight", "temperature")
+    names = ("epochs", "teacher_epochs", "seeds", "attn_weight", "temperature", "resample_mode")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     try:
         config = Config(**{**(QUICK if args.quick else {}), **given})
@@ -90,7 +90,7 @@ class Progress:
         self.bars = Bars(*columns, console=console, transient=True, disable=not console.is_terminal)
         total = config.teacher_epochs + len(ARMS) * config.seeds * config.epochs
         self.whole = self.bars.add_task("all epochs", total=total, values="")
-        self.stage = self.bars.add_task("", total=1, values="")
+        self.stage = self.bars.add_task("", total=1, values="", visible=False)
 
     def __enter__(self) -> Progress:
         self.bars.start()
@@ -102,11 +102,11 @@ class Progress:
     def begin(self, name: str, epochs: int, done: int, note: str) -> None:
         if note:
             self.console.print(f"{name}: {note}", markup=False)
-        self.bars.reset(self.stage, description=name, total=epochs, completed=done, values="")
+        self.bars.reset(self.stage, description=name, total=epochs, completed=done, visible=True, values="")
         self.bars.advance(self.whole, done)
 
     def epoch(self, record: Record) -> None:
-        values = (f"{name} {value:.3g}" for name, value in record.items() if name not in ("epoch", "seconds"))
+        values = (f"{name} {record[name]:.3g}" for name in ("loss", "top1", "knn", "kl") if name in record)
         self.bars.update(self.stage, advance=1, values="  ".join(values))
         self.bars.advance(self.whole)
 
@@ -116,16 +116,14 @@ class Progress:
 
 def prove_checkpoints(outcome: Outcome, directory: Path) -> list[str]:
     """Load every checkpoint with timm, compare its features with the trained model's, and list the files."""
-    trained = [outcome.teacher, *(run for runs in outcome.students.values() for run in runs)]
-    for stage in trained:
+    for stage in outcome.stages():
         models.check_reload(stage.model, stage.checkpoint, outcome.digits.test_images)
-    return [str(stage.checkpoint.relative_to(directory)) for stage in trained]
+    return [str(stage.checkpoint.relative_to(directory)) for stage in outcome.stages()]
 
 
 def training_time(outcome: Outcome) -> float:
     """Seconds that all stages took, in this run and in those it continued."""
-    stages = [outcome.teacher, *(run for runs in outcome.students.values() for run in runs)]
-    return sum(record["seconds"] for stage in stages for record in stage.history)
+    return sum(record["seconds"] for stage in outcome.stages() for record in stage.history)
 
 
 def choose_device(name: str | None) -> torch.device:

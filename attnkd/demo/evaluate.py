@@ -57,7 +57,13 @@ def linear_probe_top1(
 
 
 @torch.no_grad()
-def cls_attention(model: nn.Module, images: Tensor, temperature: float, grid: tuple[int, int] | None = None) -> Tensor:
+def cls_attention(
+    model: nn.Module,
+    images: Tensor,
+    temperature: float,
+    grid: tuple[int, int] | None = None,
+    resample_mode: str = "bicubic",
+) -> Tensor:
     """The class token's attention in the last block, heads merged by 'logsum'.
 
     Args:
@@ -65,6 +71,7 @@ def cls_attention(model: nn.Module, images: Tensor, temperature: float, grid: tu
         images: [n, C, H, W].
         temperature: of the merge.
         grid: resize every head's row to this (height, width) in patches before merging, as AttnDistill does.
+        resample_mode: how, see :func:`attnkd.resample_attention`.
 
     Returns:
         [n, 1 + patches]: entry 0 is the class token itself, the rest the patches in row-major order; sums to 1.
@@ -75,7 +82,7 @@ def cls_attention(model: nn.Module, images: Tensor, temperature: float, grid: tu
     own_grid = patch_grid(model, (images.shape[-2], images.shape[-1]), call.key.shape[2] - prefix)
     row = cls_row(call, prefix)
     rows = attention_rows(row.query, row.key, scale=row.scale, mask=row.mask)
-    rows = resample_attention(rows, own_grid, grid or own_grid)
+    rows = resample_attention(rows, own_grid, grid or own_grid, resample_mode)
     return merge_attention(rows, "logsum", temperature)[:, 0, 0]
 
 

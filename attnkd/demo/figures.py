@@ -1,4 +1,4 @@
-"""The demo's two figures. Colours: Okabe and Ito's, and the map 'cividis', both made for colour-blind readers."""
+"""The demo's two figures. Colours: Okabe and Ito's, and the map 'viridis', both made for colour-blind readers."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ STYLES: dict[str, Any] = {
 
 def draw_curves(outcome: Outcome, path: Path) -> None:
     """Per epoch and arm, mean over seeds and from lowest to highest seed: PA loss, KL to the teacher, k-NN."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     figure = _new_figure((12, 4.2))
     panels = figure.subplots(1, 3)
     for axes, key, title, unit in zip(
@@ -41,6 +43,9 @@ def draw_curves(outcome: Outcome, path: Path) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
     panels[0].set_yscale("log")
+    panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[0].yaxis.set_major_formatter("{x:g}")
+    panels[0].yaxis.set_minor_formatter(NullFormatter())
     panels[1].set_ylim(bottom=0)
     teacher = outcome.teacher.scores["knn"]
     panels[2].axhline(teacher, color="0.35", linestyle=":", label=f"teacher, {teacher:.1f} %")
@@ -52,6 +57,8 @@ def draw_curves(outcome: Outcome, path: Path) -> None:
 
 def draw_attention(outcome: Outcome, path: Path) -> None:
     """For one test image of every digit: where the class token looks, in teacher and students."""
+    from matplotlib.colors import PowerNorm
+
     digits, temperature = outcome.digits, outcome.config.temperature
     labels = digits.test_labels.tolist()
     chosen = [labels.index(digit) for digit in range(10)]
@@ -66,21 +73,21 @@ def draw_attention(outcome: Outcome, path: Path) -> None:
         *((f"student, {ARMS[arm]}", rows) for arm, rows in students.items()),
     ]
     kl = {index: attention_kl_per_image(target, rows).tolist() for index, rows in enumerate(students.values(), start=2)}
-    highest = max(float(values[:, 1:].max()) for _, values in rows)
+    # Few patches hold most of the attention; on a square-root scale the others can be told apart too.
+    scale = PowerNorm(0.5, vmin=0, vmax=max(float(values[:, 1:].max()) for _, values in rows))
 
-    figure = _new_figure((13, 7.4))
+    figure = _new_figure((13, 6.5))
     grid = figure.subplots(1 + len(rows), 10)
     pixels = images[:, 0].cpu().numpy()
+    half = (digits.background + pixels.max((1, 2))) / 2
     for column in range(10):
         top = grid[0][column]
         top.imshow(pixels[column], cmap="gray_r")
         top.set_title(str(column), fontsize=11)
         for index, (_, values) in enumerate(rows):
             axes = grid[1 + index][column]
-            image = axes.imshow(
-                _as_map(values[column]), cmap="cividis", vmin=0, vmax=highest, extent=(-0.5, 15.5, 15.5, -0.5)
-            )
-            axes.contour(pixels[column], levels=[0.5], colors="white", linewidths=0.8)
+            image = axes.imshow(_as_map(values[column]), cmap="viridis", norm=scale, extent=(-0.5, 15.5, 15.5, -0.5))
+            axes.contour(pixels[column], levels=[half[column]], colors="white", linewidths=0.8)
             if index in kl:
                 axes.set_xlabel(f"KL {kl[index][column]:.2f}", fontsize=9, labelpad=3)
     for axes in grid.flat:
@@ -88,7 +95,7 @@ def draw_attention(outcome: Outcome, path: Path) -> None:
     for axes, name in zip(grid[:, 0], ["test image", *(name for name, _ in rows)], strict=True):
         axes.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8)
     bar = figure.colorbar(image, ax=grid[1:, :], fraction=0.025, pad=0.01)
-    bar.set_label("attention per student patch")
+    bar.set_label("attention per student patch (square-root scale)")
     figure.suptitle("Attention of the class token over the patches, last block, heads merged (seed 1)")
     figure.savefig(path)
 

@@ -1,19 +1,21 @@
-"""Makes Triton's interpreter (``TRITON_INTERPRET=1``, kernels run by NumPy on the CPU) trustworthy enough to prove kernels with.
+"""Makes Triton's interpreter (``TRITON_INTERPRET=1``: NumPy runs the kernels) trustworthy enough to prove kernels with.
 
-As shipped, the interpreter keeps bfloat16 values as their raw 16 bits and does integer arithmetic on them, truncates where
-the hardware rounds, ignores the precision a dot asks for and wraps 32-bit integers silently. :func:`install` replaces those
-parts:
+As shipped, the interpreter keeps bfloat16 values as their raw 16 bits and does integer arithmetic on them, truncates
+where the hardware rounds, ignores the precision a dot asks for and wraps 32-bit integers silently. :func:`install`
+replaces those parts:
 
-* **bfloat16** casts, arithmetic, comparisons, elementwise functions, dots, reductions and scans compute in fp32 and round once,
-  to nearest even, as the hardware does. bfloat16 atomics raise.
-* **dots** of fp32 operands drop the mantissa bits that TF32 drops unless the kernel asked for ``input_precision="ieee"``, and
-  refuse ``K < 16``, as the compiler does.
+* **bfloat16** casts, arithmetic, comparisons, elementwise functions, dots, reductions and scans compute in fp32 and
+  round once, to nearest even, as the hardware does. bfloat16 atomics raise.
+* **dots** of fp32 operands drop the mantissa bits that TF32 drops unless the kernel asked for
+  ``input_precision="ieee"``, and refuse ``K < 16``, as the compiler does.
 * **int32 overflow** and a failed ``tl.device_assert`` raise.
 * **speed**: a call of a device function (``tl.sum`` is one) no longer patches the whole language again.
 
-All of this is private API of Triton 3.6 to 3.9, so :func:`install` checks the shape of what it replaces and fails loudly when
-it has moved. Only names in ``triton.runtime.interpreter`` are touched, in this process, and compiled kernels not at all.
+All of this is private API of Triton 3.6 to 3.9, so :func:`install` checks the shape of what it replaces and fails loudly
+when it has moved. Only this process's interpreter is touched, and compiled kernels not at all.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import inspect
@@ -30,31 +32,29 @@ from triton.runtime import interpreter as interp
 __all__ = ["install"]
 
 #: What is replaced and the parameters it must have (a prefix of them, since later releases append).
-_EXPECTED: dict[str, tuple[Any, str, tuple[str, ...]]] = {
-    "InterpreterBuilder.cast_impl": (interp.InterpreterBuilder, "cast_impl", ("self", "src", "dst_type")),
-    "InterpreterBuilder.create_fp_to_fp": (interp.InterpreterBuilder, "create_fp_to_fp", ("self", "src", "dst_type")),
-    "InterpreterBuilder.binary_op": (interp.InterpreterBuilder, "binary_op", ("self", "lhs", "rhs", "op")),
-    "InterpreterBuilder.ternary_op": (interp.InterpreterBuilder, "ternary_op", ("self", "lhs", "rhs", "other", "op")),
-    "InterpreterBuilder.unary_op": (interp.InterpreterBuilder, "unary_op", ("self", "arg", "op")),
-    "InterpreterBuilder.create_fma": (interp.InterpreterBuilder, "create_fma", ("self", "x", "y", "z")),
-    "InterpreterBuilder.create_erf": (interp.InterpreterBuilder, "create_erf", ("self", "arg")),
-    "InterpreterBuilder.create_rsqrt": (interp.InterpreterBuilder, "create_rsqrt", ("self", "arg")),
-    "InterpreterBuilder.create_dot": (interp.InterpreterBuilder, "create_dot", ("self", "a", "b", "d", "input_precision")),
-    "InterpreterBuilder.create_atomic_rmw": (interp.InterpreterBuilder, "create_atomic_rmw", ("self", "rmwOp", "ptr", "val")),
-    "InterpreterBuilder.create_atomic_cas": (interp.InterpreterBuilder, "create_atomic_cas", ("self", "ptr", "cmp", "val")),
-    "ReduceOps.sum": (interp.ReduceOps, "sum", ("self", "input")),
-    "ReduceOps.min_max": (interp.ReduceOps, "min_max", ("self", "input", "val_reduce_op", "idx_reduce_op")),
-    "ScanOps.cumsum": (interp.ScanOps, "cumsum", ("self", "input")),
-    "ScanOps.cumprod": (interp.ScanOps, "cumprod", ("self", "input")),
-    "GridExecutor.__call__": (interp.GridExecutor, "__call__", ("self", "args_dev", "kwargs")),
-    "InterpretedFunction.__call__": (interp.InterpretedFunction, "__call__", ("self", "args", "kwargs")),
-    "InterpretedFunction.rewrite": (interp.InterpretedFunction, "rewrite", ("self",)),
-    "_patch_lang": (interp, "_patch_lang", ("fn",)),
-    "_patch_lang_tensor": (interp, "_patch_lang_tensor", ("tensor", "scope")),
-    "TritonSemantic.binary_op_sanitize_overflow_impl": (
-        TritonSemantic, "binary_op_sanitize_overflow_impl", ("self", "lhs", "rhs", "binary_op"),
-    ),
-}  # fmt: skip
+_EXPECTED: list[tuple[Any, str, tuple[str, ...]]] = [
+    (interp.InterpreterBuilder, "cast_impl", ("self", "src", "dst_type")),
+    (interp.InterpreterBuilder, "create_fp_to_fp", ("self", "src", "dst_type")),
+    (interp.InterpreterBuilder, "binary_op", ("self", "lhs", "rhs", "op")),
+    (interp.InterpreterBuilder, "ternary_op", ("self", "lhs", "rhs", "other", "op")),
+    (interp.InterpreterBuilder, "unary_op", ("self", "arg", "op")),
+    (interp.InterpreterBuilder, "create_fma", ("self", "x", "y", "z")),
+    (interp.InterpreterBuilder, "create_erf", ("self", "arg")),
+    (interp.InterpreterBuilder, "create_rsqrt", ("self", "arg")),
+    (interp.InterpreterBuilder, "create_dot", ("self", "a", "b", "d", "input_precision")),
+    (interp.InterpreterBuilder, "create_atomic_rmw", ("self", "rmwOp", "ptr", "val")),
+    (interp.InterpreterBuilder, "create_atomic_cas", ("self", "ptr", "cmp", "val")),
+    (interp.ReduceOps, "sum", ("self", "input")),
+    (interp.ReduceOps, "min_max", ("self", "input", "val_reduce_op", "idx_reduce_op")),
+    (interp.ScanOps, "cumsum", ("self", "input")),
+    (interp.ScanOps, "cumprod", ("self", "input")),
+    (interp.GridExecutor, "__call__", ("self", "args_dev", "kwargs")),
+    (interp.InterpretedFunction, "__call__", ("self", "args", "kwargs")),
+    (interp.InterpretedFunction, "rewrite", ("self",)),
+    (interp, "_patch_lang", ("fn",)),
+    (interp, "_patch_lang_tensor", ("tensor", "scope")),
+    (TritonSemantic, "binary_op_sanitize_overflow_impl", ("self", "lhs", "rhs", "binary_op")),
+]
 
 _COMPARISONS = frozenset({np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal})
 _MIN_DOT_K = 16  # what the compiler demands of 16-bit operands on every target
@@ -66,8 +66,8 @@ def install() -> None:
     """Replaces the untrustworthy parts of Triton's interpreter in this process. Calling it again does nothing.
 
     Raises:
-        RuntimeError: if ``TRITON_INTERPRET`` was not set when Triton was imported, or if this Triton's interpreter is not
-            shaped like the ones this module was written against.
+        RuntimeError: if ``TRITON_INTERPRET`` is not set, or if this Triton's interpreter is not shaped like the ones this
+            module was written against.
     """
     global _installed
     if _installed:
@@ -84,7 +84,8 @@ def install() -> None:
 
 def _check_private_api() -> None:
     moved = []
-    for name, (owner, attribute, parameters) in _EXPECTED.items():
+    for owner, attribute, parameters in _EXPECTED:
+        name = f"{owner.__name__}.{attribute}"
         function = inspect.getattr_static(owner, attribute, None)
         if not isinstance(function, types.FunctionType):
             moved.append(f"{name} is gone")
@@ -97,12 +98,12 @@ def _check_private_api() -> None:
         moved.append("interpreter_builder.codegen_fns has no min_dot_size")
     if moved:
         raise RuntimeError(
-            f"Triton {triton.__version__} moved private parts of its interpreter that attnkd.testing.interpreter replaces "
-            f"(written against 3.6 to 3.9): {'; '.join(moved)}"
+            f"Triton {triton.__version__} moved private parts of its interpreter that attnkd.testing.interpreter "
+            f"replaces (written against 3.6 to 3.9): {'; '.join(moved)}"
         )
 
 
-# --- bfloat16 ---------------------------------------------------------------------------------------------------------------
+# --- bfloat16 ---------------------------------------------------------------------------------------------------------
 
 
 def _is_bf16(handle: Any) -> bool:
@@ -225,7 +226,7 @@ def _install_bfloat16() -> None:
         setattr(owner, name, reduction(getattr(owner, name)))
 
 
-# --- dots -------------------------------------------------------------------------------------------------------------------
+# --- dots -------------------------------------------------------------------------------------------------------------
 
 
 def _install_dot() -> None:
@@ -252,7 +253,7 @@ def _truncate_to_tf32(values: np.ndarray) -> np.ndarray:
     return bits.view(np.float32).reshape(values.shape)
 
 
-# --- checks -----------------------------------------------------------------------------------------------------------------
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
 def _install_checks() -> None:
@@ -268,7 +269,7 @@ def _install_checks() -> None:
             worst = exact.flat[np.abs(exact).argmax()]
             raise OverflowError(f"{kind} overflow: {binary_op.__name__} gives {worst}; compute offsets in int64")
 
-    # Only the interpreter's semantics may be touched: the class is the compiler's too, so the check goes through the builder.
+    # The class is the compiler's too, so what it was built for decides.
     original = TritonSemantic.binary_op_sanitize_overflow_impl
 
     def dispatch(self: Any, lhs: Any, rhs: Any, binary_op: Any) -> None:
@@ -278,7 +279,7 @@ def _install_checks() -> None:
     TritonSemantic.binary_op_sanitize_overflow_impl = dispatch
 
 
-# --- speed ------------------------------------------------------------------------------------------------------------------
+# --- speed ------------------------------------------------------------------------------------------------------------
 
 
 def _install_fast_calls() -> None:

@@ -1,4 +1,4 @@
-"""Runs one call of :func:`attnkd.attention_kl` against the float64 oracle: the loss and every gradient."""
+"""Runs one call of an attention operation against the float64 oracle: its result and every gradient."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from attnkd import reference
-from attnkd.functional import attention_kl
-from attnkd.problem import make_problem
+from attnkd.functional import attention_kl, attention_rows
+from attnkd.problem import make_problem, make_side
 from attnkd.testing.tolerance import Result, compare
 
 STUDENT = ("student_query", "student_key", "student_mask")
@@ -58,6 +58,33 @@ def prove(impl: str, *, seed: int = 0, **arguments: Any) -> list[Result]:
     return results
 
 
+def prove_rows(impl: str, *, seed: int = 0, **arguments: Any) -> list[Result]:
+    """The same for :func:`attnkd.attention_rows`, whose arguments carry the student's names here."""
+    names = [n for n in STUDENT if isinstance(arguments.get(n), Tensor) and arguments[n].is_floating_point()]
+    dtype = arguments["student_query"].dtype
+    merge, temperature = arguments.get("merge"), arguments.get("temperature", 1.0)
+
+    def reference_rows(inputs: torch.dtype, precision: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
+        leaves = {n: _held(n, arguments[n], inputs).requires_grad_() for n in names}
+        q, k, mask = ((arguments | leaves).get(n) for n in STUDENT)
+        side = make_side("", q, k, arguments.get("student_scale"), mask)  # type: ignore[arg-type]
+        rows = reference.attention_rows(side, merge, temperature, precision)
+        return rows.detach(), torch.autograd.grad(rows, list(leaves.values()), _upstream(rows, seed, 1.0))
+
+    oracle, oracle_grads = reference_rows(torch.float64, torch.float64)
+    eager, _ = reference_rows(torch.float32, torch.float32)
+    _, eager_grads = reference_rows(dtype, dtype)
+    leaves = {n: arguments[n].detach().requires_grad_() for n in names}
+    q, k, mask = ((arguments | leaves).get(n) for n in STUDENT)
+    rows = attention_rows(q, k, mask=mask, merge=merge, temperature=temperature, impl=impl)  # type: ignore[arg-type]
+    grads = torch.autograd.grad(rows, list(leaves.values()), _upstream(oracle, seed, 1.0).to(rows))
+    label = f"{impl} attention_rows merge={merge} {str(dtype)[6:]}"
+    results = [compare(f"{label} rows", rows, oracle, eager)]
+    for name, grad, truth, plain in zip(names, grads, oracle_grads, eager_grads, strict=True):
+        results.append(compare(f"{label} d{name}", grad, truth, plain))
+    return results
+
+
 def assert_proved(impl: str, **arguments: Any) -> None:
     """Like :func:`prove`; raises AssertionError naming everything that is wrong."""
     wrong = [str(result) for result in prove(impl, **arguments) if not result.ok]
@@ -74,9 +101,7 @@ def _run(
     boost: float = 1.0,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The reference in ``precision`` on inputs held in ``inputs``; gradients of the named arguments."""
-    held = {
-        n: a.detach().to(inputs) if isinstance(a, Tensor) and a.is_floating_point() else a for n, a in arguments.items()
-    }
+    held = {n: _held(n, a, inputs) for n, a in arguments.items()}
     leaves = {n: held[n].requires_grad_() for n in names}
     values: list[Any] = [(held | leaves).get(n, DEFAULTS.get(n)) for n in PROBLEM]
     problem = make_problem(*values)
@@ -85,6 +110,13 @@ def _run(
         return loss.detach(), ()
     grads = torch.autograd.grad(loss, list(leaves.values()), _upstream(loss, seed, boost))
     return loss.detach(), grads
+
+
+def _held(name: str, value: Any, dtype: torch.dtype) -> Any:
+    """A floating point tensor in ``dtype``; masks keep their own precision short of the oracle's."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().to(value.dtype if "mask" in name and dtype != torch.float64 else dtype)
 
 
 def _upstream(loss: Tensor, seed: int, boost: float) -> Tensor:

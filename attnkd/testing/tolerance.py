@@ -1,17 +1,19 @@
 """One rule that decides whether a result is right.
 
-The oracle computes in float64 on the same, already rounded, inputs. A result may then be wrong by what rounding alone explains,
-and how much that is, plain PyTorch shows: ``eager`` is the same mathematics in the result's own precision, and the allowed error
-is a multiple of eager's (4 times for float32, 2 times for float16 and bfloat16) plus a few ulp. Four errors are held to it:
+The oracle computes in float64 on the same, already rounded, inputs. A result may then be wrong by what rounding alone
+explains, and how much that is, plain PyTorch shows: ``eager`` is the same mathematics in the result's own precision, and
+the allowed error is a multiple of eager's (4 times for float32, 2 times for float16 and bfloat16) plus a few ulp. Four
+errors are held to it:
 
 * **peak**, max |a − o|, relative to max |o|: no single element is off;
 * **rms**, ‖a − o‖ / ‖o‖: nor are all of them, a little;
-* **gain**, |⟨a, o⟩ / ⟨o, o⟩ − 1|: nor is there a wrong factor. Noise averages out here, so a factor shows even where rounding
-  is large, as it is in bfloat16 gradients of a student close to its teacher;
+* **gain**, |⟨a, o⟩ / ⟨o, o⟩ − 1|: nor is there a wrong factor. Noise averages out here, so a factor shows even where
+  rounding is large, as it is in bfloat16 gradients of a student close to its teacher;
 * **slice**, the gain of every index of every dimension: no key, head or image was forgotten or taken for another.
 
-There eager's own error can exceed the gradient, and a multiple of it would let a gradient of zeros pass. So no allowance
-exceeds :data:`CAP` of the oracle's size, whatever eager does. NaN never passes; shapes and dtypes must match.
+Close to the teacher, eager's own error can exceed the gradient, and a multiple of it would let a gradient of zeros pass.
+So no allowance exceeds :data:`CAP` of the oracle's size, whatever eager does. NaN never passes; shapes and dtypes must
+match.
 """
 
 from __future__ import annotations
@@ -24,7 +26,12 @@ from torch import Tensor
 
 __all__ = ["Result", "assert_close", "compare"]
 
-ALLOWANCE = {torch.float64: (4.0, 4.0), torch.float32: (4.0, 4.0), torch.float16: (2.0, 1.0), torch.bfloat16: (2.0, 1.0)}
+ALLOWANCE = {
+    torch.float64: (4.0, 4.0),
+    torch.float32: (4.0, 4.0),
+    torch.float16: (2.0, 1.0),
+    torch.bfloat16: (2.0, 1.0),
+}
 """By the result's dtype: how many times eager's error is allowed, and how many ulp on top."""
 
 CAP = 0.25
@@ -37,7 +44,7 @@ class Result:
 
     Attributes:
         name: what was compared.
-        error: the error of the criterion that came closest to (or went furthest beyond) its allowance, relative to the oracle.
+        error: of the criterion that came closest to (or went furthest beyond) its allowance, relative to the oracle.
         allowed: that criterion's allowance.
         ratio: error / allowed; at most 1 passes.
         ok: whether everything passed.
@@ -53,7 +60,8 @@ class Result:
 
     def __str__(self) -> str:
         verdict = "ok" if self.ok else "WRONG"
-        return f"{self.name}: {verdict}, {self.why} error {self.error:.3g}, allowed {self.allowed:.3g} (ratio {self.ratio:.2f})"
+        ratio = f"(ratio {self.ratio:.2f})"
+        return f"{self.name}: {verdict}, {self.why} error {self.error:.3g}, allowed {self.allowed:.3g} {ratio}"
 
 
 def compare(name: str, actual: Tensor, oracle: Tensor, eager: Tensor, *, scale: float = 0.0) -> Result:
@@ -63,11 +71,11 @@ def compare(name: str, actual: Tensor, oracle: Tensor, eager: Tensor, *, scale: 
         name: what is compared, for messages.
         actual: the result to judge, any shape.
         oracle: float64, same shape: the truth for the same rounded inputs.
-        eager: same shape and dtype as ``actual``: plain PyTorch in that precision (TF32 and autocast off). For a float32 loss
-            of bfloat16 inputs that is the float32 computation.
-        scale: size, in the result's units, of the numbers that are subtracted to form it, if they are larger than the result.
-            The ulp allowance is relative to it. A KL divergence is a difference of logarithms of order one (``scale=1``);
-            for gradients leave it at 0, so that a small gradient must still be right.
+        eager: same shape and dtype as ``actual``: plain PyTorch in that precision (TF32 and autocast off). For a float32
+            loss of bfloat16 inputs that is the float32 computation.
+        scale: size, in the result's units, of the numbers that are subtracted to form it, if they are larger than the
+            result. The ulp allowance is relative to it. A KL divergence is a difference of logarithms of order one
+            (``scale=1``); for gradients leave it at 0, so that a small gradient must still be right.
 
     Raises:
         TypeError: if ``oracle`` is not float64, or ``eager``'s dtype differs from ``actual``'s.
@@ -148,7 +156,7 @@ def _gain(x: Tensor, oracle: Tensor) -> float:
 
 
 def _slices(x: Tensor, oracle: Tensor, peak: float, rms: float) -> list[tuple[float, float, float, str]]:
-    """The worst slice of every dimension: its gain error, and what errors of ``peak`` at most and ``rms`` on average allow."""
+    """Each dimension's worst slice: its gain error, and what errors of ``peak`` at most and ``rms`` on average allow."""
     verdicts = []
     for dim in range(oracle.ndim):
         others = [d for d in range(oracle.ndim) if d != dim]

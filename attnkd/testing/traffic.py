@@ -1,8 +1,9 @@
 """Counts the bytes that kernels load and store, per tensor, and proves that no access leaves its tensor.
 
-Under Triton's interpreter every load and store names its addresses, and every pointer knows which tensor it was made from.
-:class:`Meter` therefore sees what a profiler cannot: how often each element of each tensor is asked for, and whether a
-pointer into one tensor ever reaches a neighbour (in a packed qkv buffer, K lies beside Q and a stray read goes unnoticed).
+Under Triton's interpreter every load and store names its addresses, and every pointer knows which tensor it was made
+from. :class:`Meter` therefore sees what a profiler cannot: how often each element of each tensor is asked for, and
+whether a pointer into one tensor ever reaches a neighbour (in a packed qkv buffer K lies beside Q, and a stray read goes
+unnoticed).
 
     with Meter(student_key=student_key, teacher_key=teacher_key) as meter:
         loss, coef, unit_dq = row_kl_fwd(...)
@@ -105,7 +106,7 @@ def _elements(tensor: Tensor) -> np.ndarray:
     return elements.numpy()
 
 
-class _Pointer(tl.pointer_type):  # type: ignore[misc]
+class _Pointer(tl.pointer_type):
     """A pointer type that remembers its tensor. Pointer arithmetic passes the type on, and so the memory of it."""
 
     def __init__(self, element_type: Any, argument: _Argument) -> None:
@@ -141,8 +142,8 @@ class Meter:
 
     Args:
         tensors: the tensors to report under their own names. A launch's argument counts for the registered tensor whose
-            elements it starts on (so a slice of a registered tensor counts for it); every other argument is reported under
-            the name of the kernel's parameter.
+            elements it starts on (so a slice of a registered tensor counts for it); every other argument is reported
+            under the name of the kernel's parameter.
 
     Raises:
         RuntimeError: on entry, if ``TRITON_INTERPRET`` was not set when Triton was imported.
@@ -156,7 +157,7 @@ class Meter:
         self._arguments: dict[int, _Argument] = {}  # by id of the tensor, which its argument keeps alive
         self._originals: list[tuple[Any, str, Any]] = []
 
-    # --- results ------------------------------------------------------------------------------------------------------------
+    # --- results ------------------------------------------------------------------------------------------------------
 
     @property
     def names(self) -> list[str]:
@@ -193,7 +194,7 @@ class Meter:
         once = sum(int(np.count_nonzero(seen)) * itemsize[where] for where, seen in touched.items())
         return Bytes(total, once, sectors)
 
-    # --- hooks --------------------------------------------------------------------------------------------------------------
+    # --- hooks --------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Meter:
         if not triton.knobs.runtime.interpret:
@@ -297,9 +298,9 @@ class Meter:
             parameter = next(name for name, each in launch.tensors.items() if each is argument)
             offset = (int(outside[0]) - argument.base) / argument.itemsize
             raise OutOfBounds(
-                f"{launch.kernel}, program {program}: {parameter} {direction[:-1]} of {outside.size} of {addresses.size} "
-                f"elements outside its tensor, the first at element {offset:g}; shape {tuple(argument.tensor.shape)}, "
-                f"strides {argument.tensor.stride()}"
+                f"{launch.kernel}, program {program}: {parameter} {direction[:-1]} of {outside.size} of "
+                f"{addresses.size} elements outside its tensor, the first at element {offset:g}; "
+                f"shape {tuple(argument.tensor.shape)}, strides {argument.tensor.stride()}"
             )
         index = (addresses.astype(np.int64) - argument.base) // argument.itemsize
         getattr(argument, direction).add(index, addresses)

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from attnkd_kernels.launch import LOG2E, on_device, padded
+from attnkd_kernels.launch import LOG2E, OPTIONS
 from attnkd_kernels.map_bias import _map_bias_kernel
 from attnkd_kernels.map_bwd import _map_bwd_kernel
 from attnkd_kernels.map_fwd import _map_fwd_kernel
@@ -58,7 +58,7 @@ class Call:
 
     def launch(self) -> None:
         if self.grid[0]:
-            self.kernel[self.grid](**self.arguments, **self.options)
+            self.kernel[self.grid](**self.arguments, **self.options, **OPTIONS)
 
 
 def needs_value_sweep(divergence: str, merge: str | None) -> bool:

@@ -52,5 +52,5 @@ def architecture(device: torch.device) -> str:
 
 def pick_tile(op: str, arch: str, dtype: torch.dtype, width_s: int, width_t: int) -> Tile:
     if arch == "cpu":
-        return Tile(64, 32, 4, 1, whole=128, chunk=32, out_columns=64)
+        return Tile(64, 32, 4, 1, whole=64, chunk=32, out_columns=64)
     return Tile(64, 64, 4, 2)

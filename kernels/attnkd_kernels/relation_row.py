@@ -206,17 +206,18 @@ def _block_c(channels: int) -> int:
 
 
 def _warps(*features: Tensor) -> int:
-    return 8 if any(f.element_size() > 2 for f in features) else 4  # four spill on float32 tiles
+    """Four warps hold a tile of 16-bit features that load in 16 bytes; of others, with more pointers or registers, they spill."""
+    return 4 if all(f.element_size() == 2 and f.stride(2) == 1 and f.stride(1) % 16 == 0 for f in features) else 8
 
 
-def _block_n(patches: int, channels_s: int, channels_t: int) -> int:
+def _block_n(channels_s: int, channels_t: int) -> int:
     """Patches of a tile in the forward."""
-    return min(TILE // max(_block_c(channels_s), _block_c(channels_t)), launch.padded(patches))
+    return TILE // max(_block_c(channels_s), _block_c(channels_t))
 
 
 def num_blocks(patches: int, channels_s: int, channels_t: int) -> int:
     """How many programs of the forward share an image, and with that the length of the partial sums b_0."""
-    return -(-patches // _block_n(patches, channels_s, channels_t))
+    return -(-patches // _block_n(channels_s, channels_t))
 
 
 def relation_row_fwd(
@@ -232,7 +233,7 @@ def relation_row_fwd(
     C_T = teacher.shape[2]
     P = N - student_prefix
     BC_S, BC_T = _block_c(C_S), _block_c(C_T)
-    BN, blocks = _block_n(P, C_S, C_T), num_blocks(P, C_S, C_T)
+    BN, blocks = _block_n(C_S, C_T), num_blocks(P, C_S, C_T)
     new = student.new_empty
     loss = new((B, blocks), dtype=torch.float32)
     b_0 = new((B, blocks) if need_grad else (0,), dtype=torch.float32)
@@ -255,7 +256,7 @@ def relation_row_bwd(grad: Tensor, coef: Tensor, b_0: Tensor, student: Tensor, s
     if B == 0:
         return df
     BC = _block_c(C)
-    BN = min(TILE // BC, launch.padded(P))
+    BN = TILE // BC
     chunks = triton.cdiv(C, BC)
     splits, tiles = _split(triton.cdiv(P, BN), B * chunks, launch.num_processors(student.device))
     acc = coef.new_empty((B, splits, C) if splits > 1 else (0,))

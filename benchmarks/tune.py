@@ -1,0 +1,244 @@
+"""`python -m benchmarks tune`: searches launch configurations for this device and prints the table rows to commit.
+
+Opt-in: the package itself never tunes. A kernel's configuration is a module attribute of its launcher (a constant, or the
+function that picks a tile); the search replaces that attribute for the time of one measurement. Every candidate must pass the
+correctness gate before it gets a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+Config = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """One kernel's configuration space.
+
+    kernel: the name on the command line.
+    operation, mode: what is timed, an entry of the registry.
+    shapes: names of shapes, or numbers of tokens N (H 6, B 16).
+    space: values of every parameter; the product is searched.
+    apply: (configuration, replacements) the module attributes to replace, as (module, attribute, value).
+    row: how the configuration stands in the committed table.
+    """
+
+    kernel: str
+    operation: str
+    mode: str
+    shapes: tuple[str | int, ...]
+    space: dict[str, tuple[int, ...]]
+    apply: Callable[[Config], list[tuple[str, str, Any]]]
+    row: Callable[[Config], str]
+
+    def candidates(self) -> list[Config]:
+        return [dict(zip(self.space, values, strict=True)) for values in itertools.product(*self.space.values())]
+
+
+def _attributes(module: str, **names: str) -> tuple[Callable[[Config], list[tuple[str, str, Any]]], Callable[[Config], str]]:
+    """A space whose parameters are constants of one module; ``warps`` may be the function ``_warps``."""
+
+    def apply(config: Config) -> list[tuple[str, str, Any]]:
+        found: list[tuple[str, str, Any]] = []
+        for parameter, attribute in names.items():
+            value = config[parameter]
+            found.append((module, attribute, (lambda *_, value=value: value) if attribute.startswith("_") else value))
+        return found
+
+    def row(config: Config) -> str:
+        return f"{module}: " + ", ".join(f"{attribute} = {config[parameter]}" for parameter, attribute in names.items())
+
+    return apply, row
+
+
+def _map_tile(op: str) -> tuple[Callable[[Config], list[tuple[str, str, Any]]], Callable[[Config], str]]:
+    """One kernel's entry of the whole-map kernels' tile table."""
+
+    def apply(config: Config) -> list[tuple[str, str, Any]]:
+        launcher = importlib.import_module("attnkd_kernels.map_launch")
+        usual = launcher.pick_tile
+
+        def pick(wanted: str, *args: Any) -> Any:
+            tile = usual(wanted, *args)
+            return replace(tile, **config) if wanted == op else tile
+
+        return [("attnkd_kernels.map_launch", "pick_tile", pick)]
+
+    return apply, lambda config: f"attnkd_kernels.map_tiles: {op}: Tile({', '.join(f'{k}={v}' for k, v in config.items())})"
+
+
+_TILES = {"queries": (32, 64, 128), "keys": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)}
+_WIDE = (197, 577, 1370)
+
+
+def tunables() -> list[Tunable]:
+    """Every kernel that can be tuned."""
+    kernels = "attnkd_kernels"
+    found = [
+        Tunable(
+            "row_kl", "cls_row", "fwd", ("deit_small", "vit_base_384"),
+            {"tile": (8192, 16384, 32768, 65536), "warps": (2, 4, 8, 16)},
+            *_attributes(f"{kernels}.row_kl", tile="WHOLE_TILE", warps="_warps"),
+        ),
+        Tunable(
+            "row_kl_split", "cls_row", "fwd", (2048, 8192),
+            {"tile": (2048, 4096, 8192, 16384), "warps": (2, 4, 8)},
+            *_attributes(f"{kernels}.row_kl", tile="SPLIT_TILE_DEFAULT", warps="_warps"),
+        ),
+        Tunable(
+            "row_kl_bwd", "cls_row", "bwd", ("deit_small", "vit_small_8"), {"tile": (1024, 2048, 4096, 8192, 16384)},
+            *_attributes(f"{kernels}.row_kl_bwd", tile="TILE"),
+        ),
+        Tunable(
+            "row_logits", "attention_rows", "both", ("deit_small", "vit_small_8"), {"tile": (2048, 4096, 8192, 16384)},
+            *_attributes(f"{kernels}.row_logits", tile="TILE"),
+        ),
+        Tunable(
+            "relation_row", "relation_row", "both", ("deit_small", "vit_small_8"),
+            {"tile": (2048, 4096, 8192, 16384), "warps": (4, 8, 16)},
+            *_attributes(f"{kernels}.relation_row", tile="TILE", warps="_warps"),
+        ),
+    ]  # fmt: skip
+    for op, operation, mode in (
+        ("fwd", "whole_map", "fwd"),
+        ("fwd_unit", "whole_map", "fwd"),
+        ("dq", "whole_map_mse", "bwd"),
+        ("dk", "whole_map", "bwd"),
+        ("lse", "whole_map_mean", "fwd"),
+        ("value", "whole_map_mean", "fwd"),
+    ):
+        found.append(Tunable(f"map_{op}", operation, mode, _WIDE, _TILES, *_map_tile(op)))
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="such as row_kl, map_dk (default: all)")
+    parser.add_argument("--dtypes", nargs="+", metavar="NAME", default=["bf16"], help="bf16 (default), fp16, fp32")
+    parser.add_argument("--budget-ms", type=float, default=50.0, help="time spent on one candidate (default: 50)")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--output", type=Path, help="result file (default: benchmarks/results/<device>/tune.json)")
+    parser.add_argument("--smoke", action="store_true", help="two candidates on a tiny shape, correctness only; runs without a GPU too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0, 1 when a candidate was wrong, 2 when it could not start."""
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu and not args.smoke:
+        print("tune: needs a CUDA or ROCm GPU and found none; `tune --smoke` checks the search itself", file=sys.stderr)
+        return 2
+    if not has_gpu:
+        from benchmarks.run import prepare_interpreter
+
+        prepare_interpreter()
+    from rich.console import Console
+    from rich.progress import track
+
+    from benchmarks import cases, machine, schema
+
+    device = torch.device(args.device if has_gpu else "cpu")
+    if has_gpu:
+        torch.cuda.set_device(device)
+        device = torch.device("cuda", torch.cuda.current_device())
+    known = {tunable.kernel: tunable for tunable in tunables()}
+    try:
+        dtypes = [cases.parse_dtype(name) for name in args.dtypes]
+        for name in args.kernels or ():
+            if name not in known:
+                raise ValueError(f"kernel: expected one of {', '.join(known)}, got {name!r}")
+    except ValueError as error:
+        print(f"tune: {error}", file=sys.stderr)
+        return 2
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    facts = machine.describe(device)
+    console.print(machine.headline(facts))
+    result = schema.document("tune", facts, "python -m benchmarks tune", {"budget_ms": args.budget_ms}, [])
+    todo = [(known[name], dtype) for name in args.kernels or known for dtype in dtypes]
+    wrong = 0
+    for tunable, dtype in track(todo, "tuning", console=console, transient=True, disable=not console.is_terminal):
+        for shape in [cases.SMOKE] if args.smoke else [_shape(name) for name in tunable.shapes]:
+            records = list(search(tunable, shape, dtype, device, args.budget_ms, args.smoke))
+            result["records"] += records
+            wrong += sum(record["status"] in ("FAIL", "error") for record in records)
+            for line in summary(tunable, shape, records):
+                console.print(line)
+            if not args.smoke:
+                schema.save(args.output or schema.default_path("tune", facts), result)
+    return 1 if wrong else 0
+
+
+def search(tunable: Tunable, shape: Any, dtype: torch.dtype, device: torch.device, budget_ms: float, smoke: bool) -> Iterator[dict[str, Any]]:
+    """One record a candidate, the committed configuration (config {}) first."""
+    from benchmarks import gate, measure, registry
+    from benchmarks import cases as shapes
+    from benchmarks.timing import GpuClock
+    from benchmarks.timing import measure as time_it
+
+    operation = registry.OPERATIONS[tunable.operation]
+    ours = operation.implementations[0]
+    settings = measure.Settings(device)
+    inputs = shapes.make_inputs(shape, dtype, device, operation.leaves, operation.merged, seed=0)
+    expected = gate.truth(operation, inputs)
+    clock = GpuClock(device) if device.type == "cuda" else None
+    candidates: list[Config] = [{}, *tunable.candidates()]
+    if smoke:
+        candidates = [candidates[0], candidates[1], candidates[-1]]
+    for config in candidates:
+        record: dict[str, Any] = {
+            "kernel": tunable.kernel, "operation": tunable.operation, "mode": tunable.mode, **shapes.describe(shape, dtype), "config": config,
+        }  # fmt: skip
+        try:
+            with configured(tunable, config):
+                run = measure.Run(operation, ours, inputs, settings)
+                outputs, gradients = run.once(expected.upstream)
+                verdict = gate.judge(operation, ours, dtype, expected, outputs, gradients)
+                record |= {"status": "ok"} if verdict.ok else {"status": "FAIL", "detail": verdict.detail}
+                if verdict.ok and clock is not None:
+                    call, setup = run.mode(tunable.mode)
+                    timing = time_it(call, setup, clock=clock, budget_ms=1.0 if smoke else budget_ms)
+                    record |= {} if smoke else {"ms": timing.as_dict()}
+        except Exception as error:
+            # A tile that does not fit the device is no fault of the search.
+            status, detail = measure.failure(error, ours=False, device=device)
+            record |= {"status": status, "detail": detail}
+        yield record
+
+
+@contextlib.contextmanager
+def configured(tunable: Tunable, config: Config) -> Iterator[None]:
+    """The kernel's configuration replaced while it lasts; nothing replaced for {}."""
+    with contextlib.ExitStack() as stack:
+        for module, attribute, value in tunable.apply(config) if config else []:
+            stack.enter_context(mock.patch.object(importlib.import_module(module), attribute, value))
+        yield
+
+
+def summary(tunable: Tunable, shape: Any, records: list[dict[str, Any]]) -> Iterator[str]:
+    """The committed configuration's time, the best ones, and the row to commit."""
+    failed = [record for record in records if record["status"] in ("FAIL", "error")]
+    yield f"{tunable.kernel} ({tunable.operation} {tunable.mode}), {shape.label}, N {shape.tokens}: {len(records)} candidates, {len(failed)} wrong"
+    for record in failed:
+        yield f"  {record['status']} {record['config']}: {record.get('detail', '')}"
+    timed = sorted((record for record in records if record.get("ms")), key=lambda record: record["ms"]["median"])
+    committed = next((record for record in timed if not record["config"]), None)
+    if committed is not None:
+        yield f"  committed {committed['ms']['median']:.4f} ms"
+    for record in [record for record in timed if record["config"]][:3]:
+        yield f"  {record['ms']['median']:.4f} ms ({record['ms']['p20']:.4f}–{record['ms']['p80']:.4f})  {tunable.row(record['config'])}"
+
+
+def _shape(name: str | int) -> Any:
+    from benchmarks import cases
+
+    return cases.find_shape(name) if isinstance(name, str) else cases.Shape(f"n{name}", f"{name} tokens", 6, 12, name, batch=16)
