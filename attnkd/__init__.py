@@ -1,9 +1,56 @@
-"""attnkd: fused attention distillation for Vision Transformers."""
+"""attnkd: fused attention distillation for Vision Transformers.
+
+The operations import torch (and triton); what needs timm is imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from attnkd.functional import attention_kl, attention_rows
 from attnkd.merging import merge_attention
+from attnkd.relation import relation_row_loss
 from attnkd.resample import resample_attention
+
+if TYPE_CHECKING:
+    from attnkd.attention_probe import AttentionProbe
+    from attnkd.attn_distill import AttnDistill
+    from attnkd.head_kd import HeadKD
+    from attnkd.ssta import SSTA
+    from attnkd.tap import AttentionCall, AttentionTap
 
 __version__ = "0.1.0"
 
-__all__ = ["attention_kl", "attention_rows", "merge_attention", "resample_attention"]
+__all__ = [
+    "SSTA",
+    "AttentionCall",
+    "AttentionProbe",
+    "AttentionTap",
+    "AttnDistill",
+    "HeadKD",
+    "attention_kl",
+    "attention_rows",
+    "merge_attention",
+    "relation_row_loss",
+    "resample_attention",
+]
+
+_LAZY = {
+    "AttentionCall": "attnkd.tap",
+    "AttentionTap": "attnkd.tap",
+    "AttentionProbe": "attnkd.attention_probe",
+    "AttnDistill": "attnkd.attn_distill",
+    "HeadKD": "attnkd.head_kd",
+    "SSTA": "attnkd.ssta",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'attnkd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -7,7 +7,6 @@ the authors' published code differs: docs/methods/attention_probe.md. Choosing t
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -17,12 +16,14 @@ from torch.nn import functional as F
 
 from attnkd.block_outputs import BlockOutputs, Blocks, pair_block_indices
 from attnkd.distill_task import FrozenClassifier
+from attnkd.noise_adaptation import NoiseAdaptation, noisy_cross_entropy
 from attnkd.relation import relation_row_loss
 from attnkd.schedule import Schedule, Schedules
 from attnkd.student_teacher import check_models
 from attnkd.tokens import TrainingTask, token_layout, unwrap_model
 
 _logger = logging.getLogger(__name__)
+
 
 class AttentionProbe(TrainingTask):
     """Probe knowledge distillation: loss = kd_weight · KD + noisy_weight · NCE + relation_weight · R.
@@ -94,7 +95,9 @@ class AttentionProbe(TrainingTask):
         check_models(student, teacher)
         classes, theirs = getattr(student, "num_classes", None), getattr(teacher, "num_classes", None)
         if not isinstance(theirs, int) or theirs < 2 or classes != theirs:
-            raise ValueError(f"student: expected a classifier of the teacher's classes, got num_classes {classes} and {theirs}")
+            raise ValueError(
+                f"student: expected a classifier of the teacher's classes, got num_classes {classes} and {theirs}"
+            )
         if normalize_dim not in (-1, -2):
             raise ValueError(f"normalize_dim: expected -1 or -2, got {normalize_dim!r}")
         parameter = next(student.parameters())
@@ -112,12 +115,15 @@ class AttentionProbe(TrainingTask):
         noise = NoiseAdaptation(theirs, teacher_accuracy).to(device=self.device, dtype=self.dtype)
         self.trainable_module = ProbeStudent(BlockOutputs(student, student_blocks), noise)
         # In __dict__, not in _modules: parameters(), state_dict(), train() and requires_grad_() must not reach it.
-        self.__dict__["teacher"] = FrozenClassifier(cast(Any, BlockOutputs(teacher, unique)), input_norm).to(self.device)
+        self.__dict__["teacher"] = FrozenClassifier(cast(Any, BlockOutputs(teacher, unique)), input_norm).to(
+            self.device
+        )
         if verbose:
             numbers = {name: s.value if s.constant else s for name, s in self.schedules.numbers.items()}
             _logger.info(f"AttentionProbe: {numbers}, student blocks {student_blocks} <- teacher blocks {wanted}")
 
     teacher: FrozenClassifier
+    trainable_module: Any  # ProbeStudent, or what DDP or torch.compile made of it
 
     @property
     def student(self) -> nn.Module:
@@ -199,7 +205,7 @@ class AttentionProbe(TrainingTask):
         )
         return self
 
-    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> Any:
         """Compile student and teacher; call it before :meth:`prepare_distributed`. Returns the eval model."""
         options = {"backend": backend, "mode": mode, **compile_kwargs}
         self.eval_model = torch.compile(self.student, **options)
@@ -230,7 +236,9 @@ class AttentionProbe(TrainingTask):
             raise RuntimeError("AttentionProbe: setup_ema() comes before loading an EMA checkpoint")
         missing = {"noise", "schedules"} - set(state or {})
         if strict and missing:
-            raise RuntimeError(f"AttentionProbe: the checkpoint has no task state {sorted(missing)} (strict=False ignores that)")
+            raise RuntimeError(
+                f"AttentionProbe: the checkpoint has no task state {sorted(missing)} (strict=False ignores that)"
+            )
         if state and "noise" in state:
             unwrap_model(trainable).noise.load_state_dict(state["noise"], strict=strict)
         if state and "schedules" in state:
@@ -264,56 +272,10 @@ class ProbeStudent(nn.Module):
         return {f"outputs.model.{name}" for name in (listed() if listed else ())} | {"noise.weight"}
 
 
-class NoiseAdaptation(nn.Module):
-    """Q [K, K]: row i holds the chances that the teacher calls an image of class i class j.
-
-    Args:
-        num_classes: K ≥ 2.
-        accuracy: the teacher's, in (0, 1]; the diagonal of Q. The rest of a row, 1 − accuracy, is shared out by a learned
-            softmax over the other classes, at first evenly.
-
-    Raises:
-        ValueError: accuracy outside (0, 1], fewer than two classes.
-    """
-
-    def __init__(self, num_classes: int, accuracy: float) -> None:
-        super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
-        if isinstance(accuracy, bool) or not isinstance(accuracy, (int, float)) or not 0 < accuracy <= 1:
-            raise ValueError(f"teacher_accuracy: expected a number in (0, 1], such as 0.97 for 97 %, got {accuracy!r}")
-        self.accuracy = float(accuracy)
-        self.weight = nn.Parameter(torch.zeros(num_classes, num_classes - 1))
-
-    def forward(self) -> Tensor:
-        """log Q [K, K] in float32 (float64 for float64 weights); −inf beside the diagonal where the accuracy is 1."""
-        classes = len(self.weight)
-        rest = math.log(1 - self.accuracy) if self.accuracy < 1 else -math.inf
-        others = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)).log_softmax(1) + rest
-        # Row by row, between two diagonal entries of a K×K matrix lie K others.
-        diagonal = others.new_full((1,), math.log(self.accuracy))
-        between = F.pad(others.reshape(classes - 1, classes), (0, 1), value=math.log(self.accuracy))
-        return torch.cat([diagonal, between.flatten()]).view(classes, classes)
-
-    def extra_repr(self) -> str:
-        return f"num_classes={len(self.weight)}, accuracy={self.accuracy}"
-
-
 def kd_loss(output: Tensor, target_output: Tensor, temperature: float) -> Tensor:
     """T²·KL(softmax(target / T) ‖ softmax(output / T)) of scores [B, K], averaged over the batch (Hinton et al., 2015)."""
     log_p, log_t = ((x.float() / temperature).log_softmax(1) for x in (output, target_output))
     return temperature**2 * F.kl_div(log_p, log_t, reduction="batchmean", log_target=True)
-
-
-def noisy_cross_entropy(output: Tensor, labels: Tensor, log_q: Tensor) -> Tensor:
-    """−log Σ_i p_i Q_i,label averaged over the batch.
-
-    Args:
-        output: class scores [B, K]; p is their softmax, the true class as the student sees it.
-        labels: [B] class indices, as a fallible teacher sees them.
-        log_q: [K, K], see :class:`NoiseAdaptation`.
-    """
-    return -(output.float().log_softmax(1) + log_q.T[labels]).logsumexp(1).mean()
 
 
 def _classifier(model: str | nn.Module, pretrained: bool = False, num_classes: int | None = None) -> nn.Module:

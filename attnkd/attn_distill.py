@@ -57,7 +57,8 @@ class AttnDistill(TrainingTask):
         impl: implementation of the attention loss, see :func:`attnkd.attention_kl`.
         check_finite: read the loss back every step, and if it is not finite and the teacher is the cause, say so. A
             student's overflow is passed on for a gradient scaler to handle. False saves that one synchronisation.
-        device, dtype: of the projector; the student's when None.
+        device: moves student and teacher there; None is where the student is. dtype: of the projector, None the
+            student's.
         verbose: log the settings.
 
     Raises:
@@ -106,7 +107,7 @@ class AttnDistill(TrainingTask):
         self.student_layout, self.teacher_layout = token_layout(student), token_layout(teacher)
 
         student_paths, teacher_paths, self.pairs = pair_blocks(student, teacher, blocks, teacher_blocks)
-        student_tap = AttentionTap(student, student_paths, stop=pa_weight == 0 and criterion is None)
+        student_tap = AttentionTap(student.to(self.device), student_paths, stop=pa_weight == 0 and criterion is None)
         teacher_tap = AttentionTap(teacher.to(self.device), teacher_paths, stop=pa_weight == 0)
         projector = None
         if pa_weight:

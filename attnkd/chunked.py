@@ -81,7 +81,7 @@ class _FewRows(torch.autograd.Function):
 
     @staticmethod
     @first_order_only
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         ds, *inputs = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         units = torch.ops.attnkd.chunked_contract(ds, grad, *inputs, *ctx.options, *needs)
@@ -99,10 +99,10 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     @first_order_only
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
         _, *units = torch.ops.attnkd.chunked_gradients(*inputs, *ctx.options, grad, *needs)
-        return *_gradients(units, inputs, needs), *[None] * 9
+        return *_gradients(units, inputs[:3], needs), *[None] * 9
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -117,9 +117,12 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     @first_order_only
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         units, needs = ctx.saved_tensors, ctx.needs_input_grad[1:4]
-        grads = [(unit * grad).to(dtype) if need else None for unit, dtype, need in zip(units, ctx.dtypes, needs)]
+        grads = [
+            (unit * grad).to(dtype) if need else None
+            for unit, dtype, need in zip(units, ctx.dtypes, needs, strict=True)
+        ]
         return None, *grads, *[None] * 9
 
 
@@ -132,7 +135,7 @@ class _RowLogits(torch.autograd.Function):
 
     @staticmethod
     @first_order_only
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         query, key, mask = ctx.saved_tensors
         if mask is not None:
             grad = grad.masked_fill(~mask if mask.dtype == torch.bool else mask <= HIDDEN_BELOW, 0.0)
@@ -157,7 +160,7 @@ class _Unexpand(torch.autograd.Function):
 
     @staticmethod
     @first_order_only
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         copies = 1
         for dim in ctx.dims:
             copies *= ctx.shape[dim]
@@ -168,7 +171,11 @@ def _stored(mask: Tensor | None) -> Tensor | None:
     """The mask without its broadcast dimensions, so that neither it nor its gradient is ever [B, H, M, N]."""
     if mask is None:
         return None
-    dims = [dim for dim, (size, stride) in enumerate(zip(mask.shape, mask.stride())) if size > 1 and stride == 0]
+    dims = [
+        dim
+        for dim, (size, stride) in enumerate(zip(mask.shape, mask.stride(), strict=True))
+        if size > 1 and stride == 0
+    ]
     if mask.requires_grad and not torch.compiler.is_compiling():
         # Only what the last expand() repeated: a view that the user made has a gradient of its own for every copy.
         expanded = type(mask.grad_fn).__name__ == "ExpandBackward0"
@@ -183,7 +190,7 @@ def _needs_grad(flat: tuple) -> bool:
 
 
 def _gradients(units: Any, inputs: Any, needs: Any) -> list[Tensor | None]:
-    return [unit.to(x.dtype) if need else None for unit, x, need in zip(units, inputs, needs)]
+    return [unit.to(x.dtype) if need else None for unit, x, need in zip(units, inputs, needs, strict=True)]
 
 
 def _sum(weight: Tensor, rows: Tensor) -> Tensor:
@@ -209,7 +216,7 @@ def _operator(schema: str) -> Any:
             with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
                 return fn(False, *args)
 
-        _library.define(schema)
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"attnkd::{name}", lambda *args: fn(True, *args), lib=_library)
         return fn
@@ -243,7 +250,8 @@ def _gradients_op(meta: bool, *args: Any) -> tuple[Tensor, ...]:
     *flat, weight, need_query, need_key, need_mask = args
     problem = _unflatten(flat)
     rows = _new(problem, problem.rows_shape)
-    grads = Gradients(problem.student, problem.temperature, rows.dtype, need_query, need_key, need_mask)
+    needs, wide = (need_query, need_key, need_mask), problem.merge == "logsum"
+    grads = Gradients(problem.student, problem.temperature, rows.dtype, wide, *needs)
     if not meta:
         sweep(problem, rows, weight=weight.to(rows.dtype), gradients=grads)
     return rows, *grads.tensors
@@ -256,7 +264,7 @@ def _gradients_op(meta: bool, *args: Any) -> tuple[Tensor, ...]:
 def _contract_op(meta: bool, *args: Any) -> tuple[Tensor, ...]:
     ds, weight, query, key, mask, scale, temperature, *needs = args
     student = Side(query, key, mask, scale)
-    grads = Gradients(student, temperature, ds.dtype, *needs)
+    grads = Gradients(student, temperature, ds.dtype, ds.shape[1] < query.shape[1], *needs)
     if not meta:
         contract(ds, weight, student, grads)
     return grads.tensors

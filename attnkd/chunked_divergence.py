@@ -5,11 +5,11 @@ last dimension throughout) p = e / l and log p = u − log l, but neither is eve
 a row and leave the sums: Σ p_t log(p_t / p_s) = Σ e_t (u_t − u_s) / l_t + log l_s − log l_t. Differences of u are differences
 relative to the rows' maxima, so a common offset of the logits costs no precision.
 
-The derivative leaves as ``ds`` and a factor per row: ∂row/∂z_s = factor · ds. The factor is applied to [.., D]
-queries later instead of [.., N] rows here.
+The derivative leaves as ``ds`` and a factor per row: ∂row/∂z_s = factor · ds, so that the factor can be multiplied with the
+upstream gradient first.
 
-Shapes: z, ds [P, r, N]; rows, factor [P, r, 1]; b, h, r: the images, heads and query rows of the block (h = 1 where
-heads are merged). Hidden keys have z = −inf. Arguments named ``z`` are overwritten.
+Shapes: z, ds [P, r, N], rows, factor [P, r, 1]; P: images and heads of the block in one dimension, r: its query rows. Hidden
+keys have z = −inf. Arguments named ``z`` are overwritten.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Softmax:
 
     def spend_shifted(self) -> Tensor:
         """``shifted``, to be overwritten by the caller."""
-        self.exp  # made from it, so made first
+        _ = self.exp  # made from it, so made first
         return self.shifted
 
     def exp_(self) -> Tensor:
@@ -219,7 +219,7 @@ class MergedHeads:
         if self._merge == "mean":
             share = self._log_p.sub_(self._merged).exp_()
         else:  # ties share equally
-            share = torch.eq(self._log_p, self._merged, out=self._log_p)
+            share = self._log_p.copy_(self._log_p == self._merged)
             share.div_(share.sum(1, keepdim=True))
         share.mul_(ds.unsqueeze(1))
         if self._hidden is not None:

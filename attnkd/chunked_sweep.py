@@ -8,7 +8,7 @@ are, with any strides; half precision is widened group by group.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor
 from attnkd.chunked_divergence import MergedHeads, Softmax, divergence_, logit_mse_
 from attnkd.problem import HIDDEN_BELOW, Problem, Side
 
-CPU_BLOCK = 192 * 1024
-"""Logits in a block per CPU thread: three float32 buffers of them just about fill a second-level cache of 2 MiB."""
+CPU_BLOCK = 256 * 1024
+"""Logits in a block per CPU thread: 1 MiB a float32 buffer, of which three or four stay in second and third level caches."""
 DEVICE_BLOCK = 16 * 1024 * 1024
 """Logits in a block on any other device: few launches, 64 MiB a buffer."""
 
@@ -67,23 +67,36 @@ def fold(x: Tensor) -> Tensor:
     return x.view(-1, *x.shape[2:])
 
 
+def side_by_side(x: Tensor) -> bool:
+    """Whether the heads of a token of x [b, h, ., D] are neighbours in memory."""
+    return x.shape[1] == 1 or x.stride(1) == x.shape[3] * x.stride(3)
+
+
 class Operands:
     """Queries [b, h, M, D] and keys [b, h, N, D] as operands of batched matmuls, without a copy.
 
-    All in one matmul where strides let b and h fold, else head by head. ``wide``: logits are summed over heads.
+    All heads in one matmul where strides allow it, else head by head. ``wide``: logits are summed over heads, which is one
+    matmul over h · D dims where a token's heads lie side by side, as they do in a packed projection.
     """
 
     def __init__(self, query: Tensor, key: Tensor, wide: bool, dtype: torch.dtype) -> None:
         self.batch, self.heads = query.shape[:2]
         self.wide = wide
-        query, key = query.to(dtype), key.to(dtype)
-        folds = all(x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in (query, key))
-        self.together = self.heads == 1 or (folds and not wide)
-        self.query, self.key = self.split(query), self.split(key)
+        if wide:
+            self.together = side_by_side(query) and side_by_side(key)
+        else:
+            self.together = self.heads == 1 or all(
+                x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in (query, key)
+            )
+        self.query, self.key = (self.split(x.to(dtype), Tensor.reshape) for x in (query, key))
 
-    def split(self, x: Tensor) -> list[Tensor]:
-        """[b, h, ...] → [b · h, ...], or a [b, ...] for every head."""
-        return [fold(x)] if self.together else list(x.unbind(1))
+    def split(self, x: Tensor, reshape: Callable[..., Tensor] = Tensor.view) -> list[Tensor]:
+        """[b, h, ., D] → one [b · h, ., D], one [b, ., h · D] if wide, or a [b, ., D] for every head."""
+        if not self.together:
+            return list(x.unbind(1))
+        if self.wide:
+            return [reshape(x.transpose(1, 2), (self.batch, x.shape[2], self.heads * x.shape[3]))]
+        return [reshape(x, (self.batch * self.heads, *x.shape[2:]))]
 
     def part(self, z: Tensor, index: int) -> Tensor:
         """What belongs to an operand of [P, ...]."""
@@ -91,7 +104,7 @@ class Operands:
 
     def product_(self, z: Tensor, at: slice, scale: float, keep: float) -> None:
         """z [P, r, N] ← keep · z + scale · q·k (summed over heads if wide)."""
-        for i, (query, key) in enumerate(zip(self.query, self.key)):
+        for i, (query, key) in enumerate(zip(self.query, self.key, strict=True)):
             out = self.part(z, i)
             torch.baddbmm(out, query[:, at], key.mT, beta=1.0 if self.wide and i else keep, alpha=scale, out=out)
 
@@ -132,11 +145,9 @@ class _Rows:
         self.merged = MergedHeads(softmax, self.merge, self.operands.heads)
         return Softmax(self.merged.logits, lambda: torch.empty_like(self.merged.logits), masked)
 
-    def unmerge(self, ds: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """Derivatives by merged logits → derivatives by each head's logits; ∂row/∂z = factor · ds of both."""
-        if not self.merges_softmax:
-            return ds, factor
-        return self.merged.backward_(ds), factor.repeat_interleave(self.operands.heads, 0)
+    def unmerge_(self, ds: Tensor) -> Tensor:
+        """Derivatives by the logits of merged rows [b, r, N] → by each head's logits [P, r, N]."""
+        return self.merged.backward_(ds) if self.merges_softmax else ds
 
 
 def logits_shape(operands: Operands, at: slice) -> tuple[int, int, int]:
@@ -144,7 +155,9 @@ def logits_shape(operands: Operands, at: slice) -> tuple[int, int, int]:
     return pairs, at.stop - at.start, operands.key[0].shape[1]
 
 
-def fill_logits_(z: Tensor, operands: Operands, mask: Tensor | None, at: slice, scale: float, temperature: float) -> None:
+def fill_logits_(
+    z: Tensor, operands: Operands, mask: Tensor | None, at: slice, scale: float, temperature: float
+) -> None:
     """z [P, r, N] ← (scale · q·k + mask) / temperature, hidden keys −inf; mask: [b, h, M, N], sizes of 1 broadcast."""
     if mask is None:
         return operands.product_(z, at, scale / temperature, keep=0.0)
@@ -167,16 +180,25 @@ class Gradients:
     Those that are not needed are empty.
     """
 
-    def __init__(self, side: Side, temperature: float, dtype: torch.dtype, query: bool, key: bool, mask: bool) -> None:
+    def __init__(
+        self, side: Side, temperature: float, dtype: torch.dtype, wide: bool, query: bool, key: bool, mask: bool
+    ) -> None:
         assert side.query is not None and side.key is not None
         self.temperature, self.scale = temperature, side.scale
-        new = side.query.new_empty
-        self.query = new(side.query.shape if query else (0,), dtype=dtype)
-        self.key = new(side.key.shape if key else (0,), dtype=dtype)
-        self.mask = new(side.mask.shape if mask and side.mask is not None else (0,), dtype=dtype).zero_()
+        none = side.query.new_empty(0, dtype=dtype)
+        self.query = self._new(side.query, dtype, wide) if query else none
+        self.key = self._new(side.key, dtype, wide) if key else none.clone()
+        self.mask = none.new_zeros(side.mask.shape) if mask and side.mask is not None else none.clone()
         self.needs = query, key, mask
         if side.query.shape[2] == 0:  # no block will write it
             self.key.zero_()
+
+    @staticmethod
+    def _new(x: Tensor, dtype: torch.dtype, wide: bool) -> Tensor:
+        """Dense, and splits as x does in :class:`Operands`."""
+        if wide and side_by_side(x):
+            return x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3]), dtype=dtype).transpose(1, 2)
+        return x.new_empty(x.shape, dtype=dtype)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,22 +218,21 @@ class GroupGradients:
         self.key = operands.split(group.of(total.key)) if needs_key else None
         self.mask = group.of(total.mask) if needs_mask else None
 
-    def add(self, at: slice, ds: Tensor, upstream: Tensor) -> None:
-        """ds: [P, r, N]; upstream [P, r, 1] times ds is ∂loss/∂logits."""
-        operands, factor = self.operands, upstream * self.scale
-        for i, (query, key) in enumerate(zip(operands.query, operands.key)):
-            d, f = operands.part(ds, i), operands.part(factor, i)
+    def add(self, at: slice, ds: Tensor) -> None:
+        """ds: [P, r, N], ∂loss/∂logits."""
+        operands = self.operands
+        for i, (query, key) in enumerate(zip(operands.query, operands.key, strict=True)):
+            part = operands.part(ds, i)
             if self.query is not None:
                 dq = self.query[i][:, at]
-                torch.bmm(d, key, out=dq)
-                dq.mul_(f)
+                torch.baddbmm(dq, part, key, beta=0.0, alpha=self.scale, out=dq)
             if self.key is not None:
                 dk = self.key[i]
-                torch.baddbmm(dk, d.mT, query[:, at] * f, beta=1.0 if at.start else 0.0, out=dk)
+                torch.baddbmm(dk, part.mT, query[:, at], beta=1.0 if at.start else 0.0, alpha=self.scale, out=dk)
         if self.mask is not None:
             into = self.mask[:, :, at] if self.mask.shape[2] > 1 else self.mask
-            dz = (ds * (upstream / self.temperature)).unflatten(0, (operands.batch, -1))
-            into += dz.expand(-1, operands.heads, -1, -1).sum_to_size(into.shape)
+            by_head = ds.unflatten(0, (operands.batch, -1)).expand(-1, operands.heads, -1, -1)
+            into.add_(by_head.sum_to_size(into.shape), alpha=1.0 / self.temperature)
 
 
 class Workspace:
@@ -270,13 +291,11 @@ def sweep(
             out[:, at] = row
             if ds is None or factor is None or not need_ds:
                 continue
-            if upstream is not None:
-                factor = factor * upstream[:, at]
-            ds, factor = s.unmerge(ds, factor)
+            ds = s.unmerge_(ds.mul_(factor if upstream is None else factor * upstream[:, at]))
             if all_ds is not None:
-                torch.mul(ds, factor, out=all_ds[:, at])
+                all_ds[:, at] = ds
             if into is not None:
-                into.add(at, ds, factor)
+                into.add(at, ds)
 
 
 def contract(ds: Tensor, weight: Tensor, side: Side, gradients: Gradients) -> None:
@@ -284,12 +303,15 @@ def contract(ds: Tensor, weight: Tensor, side: Side, gradients: Gradients) -> No
     assert side.query is not None and side.key is not None
     wide = ds.shape[1] < side.num_heads
     weight = weight.expand(ds.shape[:3])
+    work = Workspace(ds)
     for group in groups(ds.device, side.query.shape[:3], ds.shape[3], split_heads=True):
         operands = Operands(group.of(side.query), group.of(side.key), wide, ds.dtype)
         into = gradients.of(group, operands)
         group_ds, upstream = group.of(ds).flatten(0, 1), group.of(weight).flatten(0, 1).unsqueeze(-1)
         for at in group.rows:
-            into.add(at, group_ds[:, at], upstream[:, at])
+            work.restart()
+            part = group_ds[:, at]
+            into.add(at, torch.mul(part, upstream[:, at], out=work.new(part.shape)))
 
 
 def all_logits(side: Side, temperature: float, out: Tensor) -> None:

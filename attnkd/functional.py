@@ -244,7 +244,9 @@ def _rows_alive(problem: Problem) -> Tensor | None:
 
 def _autocast(query: Tensor | None, key: Tensor | None) -> tuple:
     """Under autocast the scores are computed in its dtype, as scaled_dot_product_attention does."""
-    if not isinstance(query, Tensor) or not isinstance(key, Tensor) or not torch.is_autocast_enabled(query.device.type):
+    if not isinstance(query, Tensor) or not isinstance(key, Tensor):
+        return query, key
+    if query.device.type == "meta" or not torch.is_autocast_enabled(query.device.type):
         return query, key
     dtype = torch.get_autocast_dtype(query.device.type)
     cast = [t.to(dtype) if t.dtype in (torch.float16, torch.bfloat16, torch.float32) else t for t in (query, key)]

@@ -10,14 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from attnkd_kernels.launch import num_processors, on_device
-from attnkd_kernels.map_launch import Saved, Side, allocate, bias_call, forward_calls, gradient_call
-from attnkd_kernels.map_tiles import MAX_MEAN_WIDTH, architecture
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attnkd.problem import Problem
 from attnkd.problem import Side as ProblemSide
+from attnkd_kernels.launch import num_processors, on_device
+from attnkd_kernels.map_launch import Saved, Side, allocate, bias_call, forward_calls, gradient_call
+from attnkd_kernels.map_tiles import architecture
 
 MAX_WIDTH = 1024
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -98,7 +98,9 @@ class MapDivergenceFunction(torch.autograd.Function):
     """The divergence of every query row, [B, Ho, M] fp32, differentiable in the student's query, key and additive mask."""
 
     @staticmethod
-    def forward(ctx: Any, qs: Tensor, ks: Tensor, ms: Tensor | None, qt: Tensor, kt: Tensor, mt: Tensor | None, *options: Any):
+    def forward(
+        ctx: Any, qs: Tensor, ks: Tensor, ms: Tensor | None, qt: Tensor, kt: Tensor, mt: Tensor | None, *options: Any
+    ):
         scale_s, scale_t, merge, divergence, temperature = options
         stored_s, stored_t = _stored(ms), _stored(mt)
         with torch.autocast(qs.device.type, enabled=False):
@@ -116,7 +118,20 @@ class MapDivergenceFunction(torch.autograd.Function):
         need = ctx.needs_input_grad[:3]
         with torch.autocast(qs.device.type, enabled=False):
             dq, dk, dmask = _bwd(
-                grad, qs, ks, stored_s, scale_s, qt, kt, stored_t, scale_t, merge, divergence, temperature, *saved, *need
+                grad,
+                qs,
+                ks,
+                stored_s,
+                scale_s,
+                qt,
+                kt,
+                stored_t,
+                scale_t,
+                merge,
+                divergence,
+                temperature,
+                *saved,
+                *need,
             )
         if need[2]:
             dmask = _spread(dmask, ctx.mask_shape, merge).to(stored_s.dtype)
@@ -127,7 +142,7 @@ def _stored(mask: Tensor | None) -> Tensor | None:
     """The mask without its broadcast dimensions: size 1 where the expanded view repeats itself."""
     if mask is None:
         return None
-    for dim, (size, stride) in enumerate(zip(mask.shape, mask.stride())):
+    for dim, (size, stride) in enumerate(zip(mask.shape, mask.stride(), strict=True)):
         if size > 1 and stride == 0:
             mask = mask.narrow(dim, 0, 1)
     return mask.detach()
@@ -155,9 +170,8 @@ def why_not(problem: Problem) -> str | None:
         if side.query.dtype not in _DTYPES:
             return f"{name}_query: expected float16, bfloat16 or float32, got {side.query.dtype}; use impl='chunked'"
         width = side.query.shape[3] * (side.query.shape[1] if merge == "logsum" else 1)
-        limit = MAX_MEAN_WIDTH if merge == "mean" else MAX_WIDTH
-        if width > limit:
-            return f"{name}_query: expected at most {limit} channels for merge={merge!r}, got {width}; use impl='chunked'"
+        if width > MAX_WIDTH:
+            return f"{name}_query: expected at most {MAX_WIDTH} channels for merge={merge!r}, got {width}; use impl='chunked'"
         if merge == "mean" and _has_bias_per_head(side):
             return f"{name}_mask: an additive mask that differs between heads cannot be fused with merge='mean'; use impl='chunked'"
     return None
@@ -179,5 +193,15 @@ def per_row(problem: Problem) -> Tensor:
         raise NotImplementedError(reason)
     s, t = problem.student, problem.teacher
     return MapDivergenceFunction.apply(
-        s.query, s.key, s.mask, t.query, t.key, t.mask, s.scale, t.scale, problem.merge, problem.divergence, problem.temperature
+        s.query,
+        s.key,
+        s.mask,
+        t.query,
+        t.key,
+        t.mask,
+        s.scale,
+        t.scale,
+        problem.merge,
+        problem.divergence,
+        problem.temperature,
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from attnkd_kernels.relation_row import num_blocks, relation_row_bwd, relation_row_fwd
 from torch import Tensor
 
 from attnkd.autograd import first_order_only
+from attnkd_kernels.relation_row import num_blocks, relation_row_bwd, relation_row_fwd
 
 _LIBRARY = torch.library.Library("attnkd", "FRAGMENT")
 

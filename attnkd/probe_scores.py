@@ -61,12 +61,18 @@ class ProbeScorer(nn.Module):
         super().__init__()
         layout = token_layout(teacher)
         if not layout.has_cls:
-            raise ValueError(f"teacher: the probe is the class token's row, but {type(teacher).__name__} has no class token")
+            raise ValueError(
+                f"teacher: the probe is the class token's row, but {type(teacher).__name__} has no class token"
+            )
         classes = getattr(teacher, "num_classes", None)
         if not isinstance(classes, int) or classes < 2:
-            raise ValueError(f"teacher: expected a classifier, got {type(teacher).__name__} with num_classes = {classes}")
+            raise ValueError(
+                f"teacher: expected a classifier, got {type(teacher).__name__} with num_classes = {classes}"
+            )
         depth = block_count("teacher", teacher)
-        self.blocks = sorted(set(default_blocks(depth, 2) if blocks is None else block_indices("blocks", teacher, blocks)))
+        self.blocks = sorted(
+            set(default_blocks(depth, 2) if blocks is None else block_indices("blocks", teacher, blocks))
+        )
         self.prefix, self.head, self.impl = layout.num_prefix_tokens, head, impl
         self.tap = AttentionTap(teacher.eval(), self.blocks)
         if isinstance(head, str):

@@ -144,7 +144,9 @@ class _Chunked(torch.autograd.Function):
         chunks = (x.split(size) for x in (student, grad[:, None] * e, r, v, gradient))
         with torch.autocast(student.device.type, enabled=False):
             for f, e_i, r_i, v_i, d in zip(*chunks, strict=True):
-                d_cls, d_patches = _gradients(f[:, :1].to(e.dtype), f[:, prefix:].to(e.dtype), e_i, r_i, v_i, normalize_dim)
+                d_cls, d_patches = _gradients(
+                    f[:, :1].to(e.dtype), f[:, prefix:].to(e.dtype), e_i, r_i, v_i, normalize_dim
+                )
                 d[:, :1] = d_cls
                 d[:, prefix:] = d_patches
         return gradient, None, None, None, None, None
@@ -213,11 +215,15 @@ def _check_features(student: Tensor, teacher: Tensor, student_prefix: int, teach
                 f"{tuple(features.shape)}"
             )
     if student.shape[0] != teacher.shape[0]:
-        raise ValueError(f"teacher_features: expected batch size B = {student.shape[0]} like student_features, got {teacher.shape[0]}")
+        raise ValueError(
+            f"teacher_features: expected batch size B = {student.shape[0]} like student_features, got {teacher.shape[0]}"
+        )
     if patches["student"] != patches["teacher"]:
         raise ValueError(
             f"teacher_features: expected {patches['student']} patch tokens like student_features, got {patches['teacher']} "
             f"(shapes {tuple(teacher.shape)} and {tuple(student.shape)}); models of different patch grids cannot be compared"
         )
     if student.device != teacher.device:
-        raise ValueError(f"teacher_features: expected device {student.device} like student_features, got {teacher.device}")
+        raise ValueError(
+            f"teacher_features: expected device {student.device} like student_features, got {teacher.device}"
+        )

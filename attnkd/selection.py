@@ -39,17 +39,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--teacher", required=True, metavar="MODEL", help="timm model name")
     option("--num-select", type=int, required=True, metavar="K", help="how many images to keep")
     option("--out", type=Path, required=True, metavar="FILE", help="the list: paths relative to DIR, most useful first")
-    option("--scores", type=Path, metavar="FILE", help="all images with scores and errors, CSV (default: OUT with suffix .csv)")
-    option("--blocks", type=int, nargs="+", metavar="I", help="blocks of the probes, from 0 (default: at 1/3 and 2/3 of the depth)")
+    option(
+        "--scores",
+        type=Path,
+        metavar="FILE",
+        help="all images with scores and errors, CSV (default: OUT with suffix .csv)",
+    )
+    option(
+        "--blocks",
+        type=int,
+        nargs="+",
+        metavar="I",
+        help="blocks of the probes, from 0 (default: at 1/3 and 2/3 of the depth)",
+    )
     option("--head", default="0", metavar="H", help="head of the probes, or 'mean' over heads (default: 0)")
     option("--attn-weight", type=float, default=0.05, metavar="W", help="weight of each block's cosine (default: 0.05)")
     option("--output-weight", type=float, default=0.9, metavar="W", help="weight of the output's term (default: 0.9)")
     option("--checkpoint", type=Path, metavar="FILE", help="the teacher's weights (default: timm's pretrained ones)")
     option("--num-classes", type=int, metavar="N", help="classes of the teacher in the checkpoint")
-    option("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="arguments of the timm model")
+    option(
+        "--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="arguments of the timm model"
+    )
     option("--img-size", type=int, metavar="N", help="image size (default: the model's)")
     option("--mean", type=float, nargs="+", metavar="X", help="image mean per channel (default: the model's)")
-    option("--std", type=float, nargs="+", metavar="X", help="image standard deviation per channel (default: the model's)")
+    option(
+        "--std", type=float, nargs="+", metavar="X", help="image standard deviation per channel (default: the model's)"
+    )
     option("--crop-pct", type=float, metavar="X", help="share of the image that is kept (default: the model's)")
     option("--interpolation", metavar="NAME", help="of resizing (default: the model's)")
     option("--batch-size", type=int, default=256, metavar="N", help="images at a time (default: 256)")
@@ -87,14 +102,19 @@ def select(args: argparse.Namespace) -> None:
     config = _data_config(args, teacher)
     count = _prepare(work, args, {"blocks": scorer.blocks, "config": json.loads(json.dumps(config))})
     if args.num_select > count:
-        raise ValueError(f"--num-select: expected at most {count}, the number of images under {args.data}, got {args.num_select}")
+        raise ValueError(
+            f"--num-select: expected at most {count}, the number of images under {args.data}, got {args.num_select}"
+        )
 
     listed, parts = work / "files.txt", work / "scores.csv"
     done = _complete_rows(parts)
     if done < count:
         loader = _loader(args, listed, done, config, device)
         autocast = torch.autocast(device.type, torch.bfloat16) if args.amp else nullcontext()
-        with parts.open("a", **ENCODING) as file, tqdm(total=count, initial=done, unit="image", desc="scoring") as progress:
+        with (
+            parts.open("a", **ENCODING) as file,
+            tqdm(total=count, initial=done, unit="image", desc="scoring") as progress,
+        ):
             writer = csv.writer(file, lineterminator="\n")
             for expected, batch in enumerate(loader):
                 assert batch.number == expected, "batches came out of order"
@@ -148,7 +168,9 @@ def _read_parts(listed: Path, parts: Path, args: argparse.Namespace) -> Iterator
     with parts.open(**ENCODING) as file:
         for name, row in zip(read_lines(listed), csv.reader(file), strict=True):
             if row[0] != name:
-                raise RuntimeError(f"{parts}: its row for {row[0]!r} belongs to {name!r} of {listed}; start anew with --restart")
+                raise RuntimeError(
+                    f"{parts}: its row for {row[0]!r} belongs to {name!r} of {listed}; start anew with --restart"
+                )
             if row[3]:
                 yield row, None
             else:
@@ -164,7 +186,9 @@ def _rows(batch: Batch, scores: ProbeScores | None) -> Iterator[list[Any]]:
             continue
         attention, output, label = next(readable)
         if not all(map(math.isfinite, [*attention, output])):
-            raise RuntimeError(f"{name}: the teacher's scores are not finite ({attention}, {output}); check weights and precision")
+            raise RuntimeError(
+                f"{name}: the teacher's scores are not finite ({attention}, {output}); check weights and precision"
+            )
         yield [name, f"{output:.9g}", label, "", *(f"{value:.9g}" for value in attention)]
 
 
@@ -172,9 +196,17 @@ def _prepare(work: Path, args: argparse.Namespace, more: dict[str, Any]) -> int:
     """Create the work folder or check that it is this command's; the number of images."""
     from tqdm import tqdm
 
-    checkpoint = args.checkpoint and [str(args.checkpoint.resolve()), args.checkpoint.stat().st_size, args.checkpoint.stat().st_mtime]
+    checkpoint = args.checkpoint and [
+        str(args.checkpoint.resolve()),
+        args.checkpoint.stat().st_size,
+        args.checkpoint.stat().st_mtime,
+    ]
     names = ("teacher", "num_classes", "model_kwargs", "head", "amp")
-    settings = {name: getattr(args, name) for name in names} | {"data": str(args.data.resolve()), "checkpoint": checkpoint} | more
+    settings = (
+        {name: getattr(args, name) for name in names}
+        | {"data": str(args.data.resolve()), "checkpoint": checkpoint}
+        | more
+    )
     described = work / "settings.json"
     if args.restart and work.exists():
         shutil.rmtree(work)
@@ -211,7 +243,9 @@ def _complete_rows(parts: Path) -> int:
     return rows
 
 
-def _loader(args: argparse.Namespace, listed: Path, start: int, config: dict[str, Any], device: torch.device) -> DataLoader:
+def _loader(
+    args: argparse.Namespace, listed: Path, start: int, config: dict[str, Any], device: torch.device
+) -> DataLoader:
     from timm.data import create_transform
 
     transform = create_transform(**config, is_training=False)

@@ -218,7 +218,7 @@ class _Tapped:
                 "set_reentrant_ckpt(False)). To capture without gradients, call the tap under torch.no_grad()"
             )
         device = query.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)  # SDPA casts below Python: what enters is what it casts to
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
             if attn_mask is not None and attn_mask.is_floating_point():

@@ -18,8 +18,10 @@ import argparse
 import multiprocessing
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -69,25 +71,46 @@ def gate(calls: Sequence[Any], targets: Sequence[str] = TARGETS, jobs: int | Non
     """Compiles what the calls launch for the targets, in ``jobs`` processes, and yields one record per compiled kernel.
 
     A record tells the call, target and kernel, what the kernel uses (:func:`benchmarks.compiled.read`) and its ``faults``.
-    Kernels that several calls launch alike come once.
+    Kernels that several calls launch alike come once. After each call comes a record of ``progress``.
     """
     seen = set()
-    pool = ProcessPoolExecutor(jobs or os.cpu_count(), multiprocessing.get_context("spawn"), _compile_here)
-    with pool:
-        pending = {pool.submit(_measure, call, target): (call, target) for target in targets for call in calls}
-        for future in as_completed(pending):
-            call, target = pending[future]
-            records = future.result()
-            if not records:
-                records = [{"kernel": "", "hash": "", "error": "launched no kernel"}]
-            for record in records:
-                key = (target, record["hash"] or call.name)
-                if key in seen:
-                    continue
-                seen.add(key)
-                record = {"call": call.name, "aligned": call.aligned, "target": target} | record
-                yield record | {"faults": faults(record)}
-            yield {"progress": (call.name, target)}
+    for call, target, records in _results([(call, target) for target in targets for call in calls], jobs):
+        if not records:
+            records = [{"kernel": "", "hash": "", "error": "launched no kernel"}]
+        for record in records:
+            key = (target, record["hash"] or call.name)
+            if key in seen:
+                continue
+            seen.add(key)
+            record = {"call": call.name, "aligned": call.aligned, "target": target} | record
+            yield record | {"faults": faults(record)}
+        yield {"progress": (call.name, target)}
+
+
+Task = tuple[Any, str]  # call and target
+
+
+def _results(tasks: Sequence[Task], jobs: int | None) -> Iterator[tuple[Any, str, list[dict[str, Any]]]]:
+    """Every task's records, as they come. A compiler that crashes takes its process along; the gate survives and says so."""
+    todo = dict(enumerate(tasks))
+    jobs = jobs or os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as folder:
+        while todo:
+            with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _compile_here) as pool:
+                pending = {pool.submit(_measure, *task, Path(folder, str(i))): i for i, task in todo.items()}
+                for future in as_completed(pending):
+                    if not isinstance(future.exception(), BrokenProcessPool):
+                        yield *todo.pop(pending[future]), future.result()
+            suspects = [note for note in Path(folder).iterdir() if int(note.name) in todo]
+            if todo and not suspects:
+                raise RuntimeError("the gate's processes end before they compile anything")
+            if len(suspects) == 1 or jobs == 1:
+                for note in suspects:
+                    record = {"kernel": note.read_text(), "hash": "", "error": "the compiler crashed"}
+                    yield *todo.pop(int(note.name)), [record]
+            jobs = 1  # from here on one at a time, so that who crashes is known
+            for note in suspects:
+                note.unlink()
 
 
 def _compile_here() -> None:
@@ -96,10 +119,13 @@ def _compile_here() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def _measure(call: Any, target: str) -> list[dict[str, Any]]:
+def _measure(call: Any, target: str, note: Path) -> list[dict[str, Any]]:
     from benchmarks.compiled import measure
 
-    return measure(call, target)
+    note.touch()
+    records = measure(call, target, note)
+    note.unlink()
+    return records
 
 
 # --- command ----------------------------------------------------------------------------------------------------------

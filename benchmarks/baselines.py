@@ -114,9 +114,7 @@ def against_rows(scores: Scores) -> Callable[..., Tensor]:
     return function
 
 
-def flex_divergence(
-    student_query: Tensor, student_key: Tensor, teacher_query: Tensor, teacher_key: Tensor
-) -> Tensor:
+def flex_divergence(student_query: Tensor, student_key: Tensor, teacher_query: Tensor, teacher_key: Tensor) -> Tensor:
     """Forward KL from a fused attention's output and log-sum-exp, with V = [k_t | k_s]:
 
     Σ_j p_t (z_t − z_s) = scale·(q_t·E_t[k_t] − q_s·E_t[k_s]). No map is written, but the expectations are rounded to the

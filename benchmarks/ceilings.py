@@ -13,15 +13,23 @@ MATMUL_SIZE = 8192
 def measure_ceilings(device: torch.device, dtypes: list[torch.dtype]) -> dict[str, float]:
     """{'copy_gb_s': …, 'matmul_tflop_s_bfloat16': …, …}; random data, since zeros move and multiply faster."""
     clock = GpuClock(device)
+    found = {"copy_gb_s": _copy_gb_s(device, clock)}
+    for dtype in dtypes:
+        found[f"matmul_tflop_s_{str(dtype)[6:]}"] = _matmul_tflop_s(device, dtype, clock)
+    torch.cuda.empty_cache()
+    return {name: round(value, 3) for name, value in found.items()}
+
+
+def _copy_gb_s(device: torch.device, clock: GpuClock) -> float:
     source = torch.randint(-128, 127, (COPY_BYTES,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    copy = measure(lambda _: target.copy_(source), clock=clock)
-    found = {"copy_gb_s": 2 * COPY_BYTES / copy.median / 1e6}
-    del source, target
-    for dtype in dtypes:
-        size = MATMUL_SIZE if dtype.itemsize == 2 else MATMUL_SIZE // 2
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        product = measure(lambda _, a=a, b=b, out=out: torch.mm(a, b, out=out), clock=clock)
-        found[f"matmul_tflop_s_{str(dtype)[6:]}"] = 2 * size**3 / product.median / 1e9
-    return {name: round(value, 3) for name, value in found.items()}
+    timing = measure(lambda _: target.copy_(source), clock=clock)
+    return 2 * COPY_BYTES / timing.median / 1e6
+
+
+def _matmul_tflop_s(device: torch.device, dtype: torch.dtype, clock: GpuClock) -> float:
+    size = MATMUL_SIZE if dtype.itemsize == 2 else MATMUL_SIZE // 2
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    timing = measure(lambda _: torch.mm(a, b, out=out), clock=clock)
+    return 2 * size**3 / timing.median / 1e9

@@ -45,7 +45,12 @@ class Change:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("before", metavar="A.json")
     parser.add_argument("after", metavar="B.json")
-    parser.add_argument("--fail-above", metavar="PERCENT", type=percent, help="exit with 1 if anything of ours grew by more, such as 5%%")
+    parser.add_argument(
+        "--fail-above",
+        metavar="PERCENT",
+        type=percent,
+        help="exit with 1 if anything of ours grew by more, such as 5%%",
+    )
     parser.add_argument("--all", action="store_true", help="show unchanged numbers too")
 
 
@@ -59,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
         return 2
     for name, result in (("A", before), ("B", after)):
         machine = result["machine"]
-        print(f"{name}: {machine['device']}, torch {machine['versions'].get('torch')}, commit {machine['commit']}, {result['created']}")
+        print(
+            f"{name}: {machine['device']}, torch {machine['versions'].get('torch')}, commit {machine['commit']}, {result['created']}"
+        )
     same_device = before["machine"]["device"] == after["machine"]["device"]
     if not same_device and args.fail_above is not None:
         print("compare: --fail-above needs two files of one device; these are of two", file=sys.stderr)

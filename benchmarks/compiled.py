@@ -82,15 +82,17 @@ class _Driver:
         return {"multiprocessor_count": self.target.processors, "max_shared_mem": self.target.shared}
 
 
-def measure(call: Call, target: str) -> list[dict[str, Any]]:
+def measure(call: Call, target: str, note: Path | None = None) -> list[dict[str, Any]]:
     """Runs the call, compiling what it launches for the target; one record per launched kernel.
+
+    The file ``note`` holds the name of the kernel being compiled, for whoever finds this process dead.
 
     A record has the kernel's name, the compiled kernel's hash and what :func:`read` finds in it, or an ``error``.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: this process interprets kernels and cannot compile them")
     records: list[dict[str, Any]] = []
-    with _no_gpu(target), _captured(target, records):
+    with _no_gpu(target), _captured(target, records, note):
         try:
             call.run()
         except Exception as error:  # the launcher itself
@@ -99,12 +101,14 @@ def measure(call: Call, target: str) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _captured(target: str, records: list[dict[str, Any]]) -> Iterator[None]:
+def _captured(target: str, records: list[dict[str, Any]], note: Path | None) -> Iterator[None]:
     """Turns every launch into a compilation and a record."""
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         record: dict[str, Any] = {"kernel": self.fn.__name__, "hash": ""}
+        if note is not None:
+            note.write_text(self.fn.__name__)
         try:
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
             record["hash"] = kernel.hash

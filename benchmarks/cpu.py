@@ -55,20 +55,23 @@ def cases(quick: bool) -> Iterator[Case]:
     for tokens in (197, 577, 1025):
         for divergence in DIVERGENCES:
             yield Case("divergences", 8, tokens, divergence=divergence)
-    for merge in ("logsum", "mean", "max"):
-        yield Case("merges", 8, 577, merge=merge)
+    for merged in ("logsum", "mean", "max"):
+        yield Case("merges", 8, 577, merge=merged)
     for tokens in (512, 1024, 2048, 4096):
         yield Case("growth", 1, tokens)
     for tokens in (197, 1025):
-        for merge in (None, "logsum", "mean"):
-            yield Case("rows", 64, tokens, rows=1, merge=merge)
+        yield Case("rows", 64, tokens, rows=1)
+        for merged in ("logsum", "mean"):
+            yield Case("rows", 64, tokens, rows=1, merge=merged)
         yield Case("rows", 64, tokens, rows=16)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the results to this file")
     parser.add_argument("--quick", action="store_true", help="three small cases: does everything work?")
-    parser.add_argument("--only", metavar="WORD", default="", help="cases whose line has this word, such as 'growth' or 'N 1025'")
+    parser.add_argument(
+        "--only", metavar="WORD", default="", help="cases whose line has this word, such as 'growth' or 'N 1025'"
+    )
     parser.add_argument("--threads", type=int, help="of PyTorch (default: its own choice)")
     parser.add_argument("--seconds", type=float, default=3.0, help="how long a case is timed (default: 3)")
 
@@ -78,7 +81,12 @@ def run(args: argparse.Namespace) -> int:
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    settings = {"threads": torch.get_num_threads(), "seconds": 0.2 if args.quick else args.seconds, "heads": HEADS, "head_dim": HEAD_DIM}
+    settings = {
+        "threads": torch.get_num_threads(),
+        "seconds": 0.2 if args.quick else args.seconds,
+        "heads": HEADS,
+        "head_dim": HEAD_DIM,
+    }
     machine = describe(torch.device("cpu"))
     print(headline(machine), flush=True)
     chosen = [case for case in cases(args.quick) if args.only in f"{case.group} {case.label}"]
@@ -91,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         failed |= record["status"] not in ("ok", "OOM")
         if name == IMPLEMENTATIONS[-1]:
             with tqdm.external_write_mode():
-                _print(case, *records[-2:], first=len(records) == 2)
+                _print(case, records[-2], records[-1], first=len(records) == 2)
     if args.json:
         schema.save(args.json, schema.document("cpu", machine, "cpu", settings, records))
     return int(failed)
@@ -103,7 +111,8 @@ def _print(case: Case, eager: dict[str, Any], chunked: dict[str, Any], first: bo
     cells = []
     for record in (eager, chunked):
         ok = record["status"] == "ok"
-        cells.append(f"{record['ms']['fastest']:8.1f} ms {record['extra_mib']:5.0f} M" if ok else f"{record['status']:>18}")
+        numbers = f"{record['ms']['fastest']:8.1f} ms {record['extra_mib']:5.0f} M" if ok else record["status"]
+        cells.append(f"{numbers:>18}")
     if eager["status"] == chunked["status"] == "ok":
         cells.append(f"{eager['ms']['fastest'] / chunked['ms']['fastest']:6.2f}x")
         cells.append(f"{chunked['extra_mib'] / max(eager['extra_mib'], 1e-3):7.1%}")
@@ -130,10 +139,12 @@ def _measure(request: dict[str, Any]) -> dict[str, Any]:
     if name == "chunked" and (wrong := _wrong(case)):
         return {"status": "FAIL", "detail": wrong}
     try:
-        _step(replace(case, batch=2, tokens=17, rows=min(case.rows, 1)), name)()  # libraries and thread pools are not the step's
+        small = replace(case, batch=2, tokens=17, rows=min(case.rows, 1))
+        _step(small, name)()  # loads libraries and starts threads, which are not the step's
         step = _step(case, name)
         extra = _extra_bytes(step)
-        samples, end = [], time.perf_counter() + request["seconds"]
+        samples: list[float] = []
+        end = time.perf_counter() + request["seconds"]
         while len(samples) < 5 or time.perf_counter() < end and len(samples) < 1000:
             start = time.perf_counter()
             step()
@@ -168,7 +179,9 @@ def _chunked(case: Case) -> Callable[..., Tensor]:
     from attnkd import attention_kl
 
     def loss(*tensors: Tensor) -> Tensor:
-        return attention_kl(*tensors, merge=case.merge, divergence=case.divergence, reduction="batchmean", impl="chunked")
+        return attention_kl(
+            *tensors, merge=case.merge, divergence=case.divergence, reduction="batchmean", impl="chunked"
+        )
 
     return loss
 
@@ -188,7 +201,7 @@ def _wrong(case: Case) -> str:
 def _extra_bytes(step: Callable[[], None]) -> int:
     """How far the peak of resident memory during one step lies above the memory before it."""
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not (status.exists() and clear.exists()):  # not Linux: the peak of the process's life, of which the step is the largest part
+    if not (status.exists() and clear.exists()):  # not Linux: the peak of the process's life, which the step raises
         unit = 1 if sys.platform == "darwin" else 1024
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         step()

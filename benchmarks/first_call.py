@@ -29,7 +29,9 @@ CASES = (
 TIMEOUT_S = 300
 
 
-def measure_first_calls(device: str, shape: str, dtype: str, operations: set[str] | None, smoke: bool) -> Iterator[dict[str, Any]]:
+def measure_first_calls(
+    device: str, shape: str, dtype: str, operations: set[str] | None, smoke: bool
+) -> Iterator[dict[str, Any]]:
     """Records with import_s, first_call_s (forward and backward) and second_call_ms, for cold and warm caches.
 
     A smoke run measures one case on the tiny shape and drops the numbers.
@@ -40,8 +42,23 @@ def measure_first_calls(device: str, shape: str, dtype: str, operations: set[str
         with tempfile.TemporaryDirectory() as folder:
             caches = {"TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
             for cache in ("cold", "warm"):
-                identity = {"operation": operation, "implementation": implementation, "cache": cache, "shape": shape, "dtype": dtype}
-                command = [sys.executable, "-m", "benchmarks.first_call", operation, implementation, shape, dtype, device]
+                identity = {
+                    "operation": operation,
+                    "implementation": implementation,
+                    "cache": cache,
+                    "shape": shape,
+                    "dtype": dtype,
+                }
+                command = [
+                    sys.executable,
+                    "-m",
+                    "benchmarks.first_call",
+                    operation,
+                    implementation,
+                    shape,
+                    dtype,
+                    device,
+                ]
                 try:
                     done = subprocess.run(
                         command, cwd=ROOT, env=os.environ | caches, capture_output=True, text=True, timeout=TIMEOUT_S
@@ -96,7 +113,13 @@ def main(argv: list[str] | None = None) -> int:
         measure.synchronize(device)
         calls.append(time.perf_counter() - start)
     print(
-        json.dumps({"import_s": round(import_s, 3), "first_call_s": round(calls[0], 4), "second_call_ms": round(calls[1] * 1e3, 4)})
+        json.dumps(
+            {
+                "import_s": round(import_s, 3),
+                "first_call_s": round(calls[0], 4),
+                "second_call_ms": round(calls[1] * 1e3, 4),
+            }
+        )
     )
     return 0
 

@@ -75,7 +75,9 @@ def truth(operation: Operation, inputs: Inputs) -> Truth:
     return Truth(results, upstream, gradients)
 
 
-def differentiate(results: Sequence[Tensor], upstream: Sequence[Tensor], leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def differentiate(
+    results: Sequence[Tensor], upstream: Sequence[Tensor], leaves: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
     """Gradients of the leaves; results that need none (a teacher's) are passed over."""
     needed = [(x, g.to(x.dtype)) for x, g in zip(results, upstream, strict=True) if x.requires_grad]
     return torch.autograd.grad([x for x, _ in needed], leaves, [g for _, g in needed])

@@ -194,7 +194,7 @@ class Relation(Call):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        return f"relation {self.channels} from {self.teacher_channels} N{self.tokens} {self.dtype}"
+        return f"relation {self.channels} from {self.teacher_channels} B{self.batch} N{self.tokens} {self.dtype}"
 
     def tensors(self, filled: bool) -> dict[str, Tensor]:
         import torch

@@ -24,7 +24,12 @@ def describe(device: torch.device) -> dict[str, Any]:
         "commit": commit(),
     }
     if device.type != "cuda":
-        return {"device": cpu_name(), "details": f"{torch.get_num_threads()} threads", "toolkit": "CPU", "driver": None} | facts
+        return {
+            "device": cpu_name(),
+            "details": f"{torch.get_num_threads()} threads",
+            "toolkit": "CPU",
+            "driver": None,
+        } | facts
     p = torch.cuda.get_device_properties(device)
     hip = torch.version.hip
     arch = p.gcnArchName.split(":")[0] if hip else f"sm_{p.major}{p.minor}"

@@ -18,7 +18,7 @@ from triton.errors import TritonError
 from benchmarks import cases, gate
 from benchmarks.cases import Inputs, Shape
 from benchmarks.registry import Implementation, Operation
-from benchmarks.timing import Clock, host_us, measure
+from benchmarks.timing import Clock, GpuClock, host_us, measure
 
 
 class DeviceLost(RuntimeError):
@@ -47,7 +47,12 @@ class Run:
     """An implementation on given inputs, as functions to time."""
 
     def __init__(
-        self, operation: Operation, implementation: Implementation, inputs: Inputs, settings: Settings, train: bool = True
+        self,
+        operation: Operation,
+        implementation: Implementation,
+        inputs: Inputs,
+        settings: Settings,
+        train: bool = True,
     ) -> None:
         rows = inputs.shape.tokens if implementation.all_queries else operation.rows(inputs.shape)
         named = inputs.leaves(operation.leaves, rows)
@@ -175,38 +180,36 @@ def _forward_only(
 
 def _checked(verdict: gate.Verdict) -> dict[str, Any]:
     error = float(f"{verdict.error:.3g}") if math.isfinite(verdict.error) else None
-    return {"status": "ok", "error": error} if verdict.ok else {"status": "FAIL", "error": error, "detail": verdict.detail}
+    return (
+        {"status": "ok", "error": error} if verdict.ok else {"status": "FAIL", "error": error, "detail": verdict.detail}
+    )
 
 
 def _numbers(run: Run, mode: str, settings: Settings) -> dict[str, Any]:
     call, setup = run.mode(mode)
     assert settings.clock is not None
-    timing = measure(call, setup, clock=settings.clock, budget_ms=settings.budget_ms)
-    found: dict[str, Any] = {"ms": timing.as_dict()}
+    found: dict[str, Any] = {}
+    host = host_us(lambda: call(setup()), lambda: synchronize(settings.device))
+    if mode != "bwd":
+        found["host_us"] = round(host, 1)
+    if isinstance(settings.clock, GpuClock):
+        settings.clock.stay_ahead(host)
+    found["ms"] = measure(call, setup, clock=settings.clock, budget_ms=settings.budget_ms).as_dict()
     if settings.device.type == "cuda":
-        found["peak_bytes"] = peak_bytes(lambda: call(setup()) if mode != "bwd" else call(_reset_after(setup, settings.device)), settings)
+        found["peak_bytes"] = peak_bytes(call, setup, settings.device)
         if settings.count_launches:
             found |= count_launches(call, setup, settings.device)
-    if mode != "bwd":
-        found["host_us"] = round(host_us(lambda: call(None), lambda: synchronize(settings.device)), 1)
     return found
 
 
-def _reset_after(setup: Callable[[], Any], device: torch.device) -> Any:
-    argument = setup()
+def peak_bytes(call: Callable[[Any], Any], setup: Callable[[], Any], device: torch.device) -> int:
+    """Device memory at the peak of the call beyond what was allocated before ``setup``, results included."""
     synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    argument = setup()
     torch.cuda.reset_peak_memory_stats(device)
-    return argument
-
-
-def peak_bytes(call: Callable[[], Any], settings: Settings) -> int:
-    """Device memory at the peak of the call beyond what was allocated before it, results included."""
-    synchronize(settings.device)
-    torch.cuda.reset_peak_memory_stats(settings.device)
-    before = torch.cuda.memory_allocated(settings.device)
-    result = call()
-    synchronize(settings.device)
-    peak = torch.cuda.max_memory_allocated(settings.device)
+    result = call(argument)
+    peak = torch.cuda.max_memory_allocated(device)
     del result
     return peak - before
 

@@ -41,7 +41,9 @@ GREY = "#555555"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
     parser.add_argument("--output", type=Path, help="folder for the figures (default: beside each result file)")
-    parser.add_argument("--mode", choices=("fwd", "bwd", "both"), default="both", help="of the operations (default: both)")
+    parser.add_argument(
+        "--mode", choices=("fwd", "bwd", "both"), default="both", help="of the operations (default: both)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,7 +92,9 @@ def speed_ups(result: dict[str, Any], operation: str, mode: str) -> Figure | Non
     by = {(r["shape"], r["implementation"]): r for r in records}
     if not any(_speed(by, shape, name) for shape in shapes for name in names):
         return None
-    figure, axes = _new(1, 1, f"{operation}, {mode}, {dtype}: how many times faster than …", result, (2.5 + 1.6 * len(shapes), 4.2))
+    figure, axes = _new(
+        1, 1, f"{operation}, {mode}, {dtype}: how many times faster than …", result, (2.5 + 1.6 * len(shapes), 4.2)
+    )
     ax = axes[0]
     width = 0.8 / len(names)
     for index, name in enumerate(names):
@@ -101,9 +105,15 @@ def speed_ups(result: dict[str, Any], operation: str, mode: str) -> Figure | Non
         for x, height, shape in zip(places, heights, shapes, strict=True):
             status = by[shape, name]["status"] if (shape, name) in by else ""
             text = f"{height:.1f}" if height else status if status != "ok" else ""
-            ax.text(x, height or 0.02, text, ha="center", va="bottom", fontsize=7, rotation=90 if not height else 0)
-    ax.axhline(1, color=GREY, linewidth=1)
-    ax.set_xticks(range(len(shapes)), [f"{s}\nB {by[s, names[0]]['dims']['batch']}, N {by[s, names[0]]['dims']['tokens']}" for s in shapes])
+            ax.annotate(
+                text, (x, height or 0), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=7,
+                rotation=90 if not height else 0, bbox={"color": "white", "alpha": 0.7, "pad": 0.5, "linewidth": 0},
+            )  # fmt: skip
+    ax.axhline(1, color=GREY, linewidth=1, zorder=1.5)
+    ax.set_xticks(
+        range(len(shapes)),
+        [f"{s}\nB {by[s, names[0]]['dims']['batch']}, N {by[s, names[0]]['dims']['tokens']}" for s in shapes],
+    )
     ax.set_ylabel("time ÷ our time")
     ax.legend(fontsize=8, ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     return figure
@@ -123,14 +133,26 @@ def curves(result: dict[str, Any], operation: str) -> Figure:
         other = "batch" if what == "tokens" else "tokens"
         fixed = f", {other} {found[0]['dims'][other]}" if found else ""
         _lines(axes[column], found, what, lambda r: r["ms"]["median"] if r.get("ms") else None)
-        roof = sorted({(r["dims"][what], t) for r in found if (t := floor_ms(r, result["settings"].get("ceilings", {}))) is not None})
+        roof = sorted(
+            {
+                (r["dims"][what], t)
+                for r in found
+                if (t := floor_ms(r, result["settings"].get("ceilings", {}))) is not None
+            }
+        )
         if roof:
-            axes[column].plot(*zip(*roof, strict=True), color=GREY, linestyle="--", linewidth=1.5, label="least possible (roofline)")
+            axes[column].plot(
+                *zip(*roof, strict=True), color=GREY, linestyle="--", linewidth=1.5, label="least possible (roofline)"
+            )
         axes[column].set_ylabel("ms")
         _lines(axes[2 + column], found, what, lambda r: r["peak_bytes"] / 2**20 if "peak_bytes" in r else None)
         axes[2 + column].set_ylabel("extra memory at the peak, MiB")
         for ax in (axes[column], axes[2 + column]):
-            ax.set_xlabel(("tokens N" if what == "tokens" else "batch size B") + f" (H {found[0]['dims']['heads']}{fixed})" if found else what)
+            ax.set_xlabel(
+                ("tokens N" if what == "tokens" else "batch size B") + f" (H {found[0]['dims']['heads']}{fixed})"
+                if found
+                else what
+            )
     axes[0].legend(fontsize=8)
     return figure
 
@@ -160,8 +182,11 @@ def steps(result: dict[str, Any]) -> Figure:
             places = [x + (index - (len(variants) - 1) / 2) * width for x in range(len(pairs))]
             heights = [value(by[pair, variant]) or 0 if (pair, variant) in by else 0 for pair in pairs]
             bars = ax.bar(places, heights, width, color=colour, hatch=hatch, edgecolor="white", label=variant)
-            ax.bar_label(bars, fmt=lambda h: f"{h:.3g}" if h else "", fontsize=7)
-        ax.set_xticks(range(len(pairs)), [pair.replace("_patch", "/").replace("_224", "").replace(" <- ", "\n← ") for pair in pairs])
+            ax.bar_label(bars, fmt=lambda h: (f"{h:,.0f}" if h >= 100 else f"{h:.3g}") if h else "", fontsize=7)
+        ax.set_xticks(
+            range(len(pairs)),
+            [pair.replace("_patch", "/").replace("_224", "").replace(" <- ", "\n← ") for pair in pairs],
+        )
         ax.set_ylabel(label)
     axes[0].legend(fontsize=8, ncols=len(variants), loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False)
     return figure
@@ -190,7 +215,14 @@ def _lines(ax: Axes, records: list[dict[str, Any]], what: str, value: Any) -> No
         if not points:
             continue
         colour, _, marker = _style(name)
-        ax.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5, linewidth=2 if name == "ours" else 1.3, label=name)
+        ax.plot(
+            *zip(*points, strict=True),
+            color=colour,
+            marker=marker,
+            markersize=5,
+            linewidth=2 if name == "ours" else 1.3,
+            label=name,
+        )
         if any(r["status"] == "OOM" and r["dims"][what] > points[-1][0] for r in mine):
             ax.annotate("OOM", points[-1], xytext=(4, 4), textcoords="offset points", color=colour, fontsize=8)
     ax.set_xscale("log", base=2)
@@ -209,7 +241,9 @@ def _speed(by: dict[tuple[str, str], dict[str, Any]], shape: str, name: str) -> 
     return None if record is None else report.speed_up(record, by.get((shape, "ours")))
 
 
-def _new(rows: int, columns: int, title: str, result: dict[str, Any], size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+def _new(
+    rows: int, columns: int, title: str, result: dict[str, Any], size: tuple[float, float]
+) -> tuple[Figure, list[Axes]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -96,7 +96,13 @@ def _with_teacher_rows(leaves: dict[str, Tensor], inputs: Inputs, rows: int) -> 
 
 
 def _divergence(
-    name: str, summary: str, one_row: bool, merge: str | None = None, kind: str = "forward_kl", temperature: float = 1.0, **more: Any
+    name: str,
+    summary: str,
+    one_row: bool,
+    merge: str | None = None,
+    kind: str = "forward_kl",
+    temperature: float = 1.0,
+    **more: Any,
 ) -> Operation:
     """An entry for one setting of :func:`attnkd.attention_kl`."""
     options: dict[str, Any] = {"merge": merge, "divergence": kind, "temperature": temperature}
@@ -122,11 +128,15 @@ def _divergence(
         by_products = baselines.divergence(baselines.row_scores, merge, kind, temperature)
         found += [
             Implementation("eager_row", "the row only, matrix product", by_matmul),
-            Implementation("compile_row", "the row only, multiply and sum in fp32, compiled", by_products, compiled=True),
+            Implementation(
+                "compile_row", "the row only, multiply and sum in fp32, compiled", by_products, compiled=True
+            ),
         ]
     if merge is None and kind == "forward_kl":
         flex = baselines.flex_divergence
-        found.append(Implementation("flex", "fused attention with V = [k_t | k_s] and its LSE, compiled", flex, compiled=True))
+        found.append(
+            Implementation("flex", "fused attention with V = [k_t | k_s] and its LSE, compiled", flex, compiled=True)
+        )
 
     def work(shape: Shape, itemsize: int) -> dict[str, Work]:
         m = 1 if one_row else shape.tokens
@@ -140,7 +150,10 @@ def _divergence(
             moved = (query + key + teacher + coefficients, coefficients + 2 * query + key)
         else:  # nothing of the map may be kept, so both sides are read again
             moved = (query + key + teacher, 2 * (query + key) + teacher)
-        return {"fwd": Work(moved[0], product * (shape.heads + heads_t)), "bwd": Work(moved[1], 2 * product * shape.heads)}
+        return {
+            "fwd": Work(moved[0], product * (shape.heads + heads_t)),
+            "bwd": Work(moved[1], 2 * product * shape.heads),
+        }
 
     return Operation(
         name, summary, one_row, tuple(found), reference, lambda shape: [()], work, _pair,
@@ -148,7 +161,9 @@ def _divergence(
     )  # fmt: skip
 
 
-def _attention_rows(name: str, summary: str, merge: str | None = None, temperature: float = 1.0, **more: Any) -> Operation:
+def _attention_rows(
+    name: str, summary: str, merge: str | None = None, temperature: float = 1.0, **more: Any
+) -> Operation:
     """An entry for one setting of :func:`attnkd.attention_rows`, class-token row."""
 
     def ours(impl: str) -> Function:
@@ -159,7 +174,10 @@ def _attention_rows(name: str, summary: str, merge: str | None = None, temperatu
         result = 4 * shape.batch * (1 if merge else shape.heads) * shape.tokens
         keys = token * shape.tokens
         product = 2 * shape.batch * shape.heads * shape.tokens * shape.head_dim
-        return {"fwd": Work(token + keys + result, product), "bwd": Work(2 * token + 2 * keys + 2 * result, 2 * product)}
+        return {
+            "fwd": Work(token + keys + result, product),
+            "bwd": Work(2 * token + 2 * keys + 2 * result, 2 * product),
+        }
 
     return Operation(
         name,
@@ -169,9 +187,14 @@ def _attention_rows(name: str, summary: str, merge: str | None = None, temperatu
             Implementation("ours", "the package, Triton", ours("triton"), ours=True),
             Implementation("chunked", "the package, plain PyTorch", ours("chunked"), ours=True),
             Implementation("eager_map", "whole maps", baselines.rows(None, merge, temperature), all_queries=True),
-            Implementation("eager_row", "the row only, matrix product", baselines.rows(baselines.matmul_scores, merge, temperature)),
             Implementation(
-                "compile_row", "the row only, multiply and sum in fp32, compiled", baselines.rows(baselines.row_scores, merge, temperature), compiled=True
+                "eager_row", "the row only, matrix product", baselines.rows(baselines.matmul_scores, merge, temperature)
+            ),
+            Implementation(
+                "compile_row",
+                "the row only, multiply and sum in fp32, compiled",
+                baselines.rows(baselines.row_scores, merge, temperature),
+                compiled=True,
             ),
         ),
         lambda q, k: (attnkd.attention_rows(q, k, merge=merge, temperature=temperature, impl="reference"),),
@@ -200,7 +223,9 @@ def _against_rows() -> Operation:
         (
             Implementation("ours", "the package, Triton", ours("triton"), ours=True),
             Implementation("chunked", "the package, plain PyTorch", ours("chunked"), ours=True),
-            Implementation("eager_row", "the row only, matrix product", baselines.against_rows(baselines.matmul_scores)),
+            Implementation(
+                "eager_row", "the row only, matrix product", baselines.against_rows(baselines.matmul_scores)
+            ),
             Implementation(
                 "compile_row",
                 "the row only, multiply and sum in fp32, compiled",
@@ -241,8 +266,12 @@ def _attention_and(name: str, summary: str, one_row: bool) -> Operation:
     found = [
         Implementation("ours", "scaled_dot_product_attention and the package", ours, ours=True),
         Implementation("eager_map", "maps serve output and loss", baselines.attention_from_maps(rows)),
-        Implementation("compile_map", "maps serve output and loss, compiled", baselines.attention_from_maps(rows), compiled=True),
-        Implementation("sdpa_eager", "scaled_dot_product_attention and eager scores", beside(baselines.matmul_scores, rows)),
+        Implementation(
+            "compile_map", "maps serve output and loss, compiled", baselines.attention_from_maps(rows), compiled=True
+        ),
+        Implementation(
+            "sdpa_eager", "scaled_dot_product_attention and eager scores", beside(baselines.matmul_scores, rows)
+        ),
         Implementation(
             "sdpa_compile",
             "scaled_dot_product_attention and scores, compiled",
@@ -250,13 +279,22 @@ def _attention_and(name: str, summary: str, one_row: bool) -> Operation:
             compiled=True,
         ),
     ]
+
     def results(shape: Shape) -> list[tuple[int, ...]]:
         one = (shape.batch, shape.heads, shape.tokens, shape.head_dim)
         return [one, one, ()]
 
     return Operation(
-        name, summary, False, tuple(found), reference, results, work, _pair_with_values,
-        leaves=("query", "key", "value"), exact=False,
+        name,
+        summary,
+        False,
+        tuple(found),
+        reference,
+        results,
+        work,
+        _pair_with_values,
+        leaves=("query", "key", "value"),
+        exact=False,
     )
 
 
@@ -296,7 +334,9 @@ OPERATIONS = {
     operation.name: operation
     for operation in (
         _divergence("cls_row", "KL of the class-token row, head by head", True),
-        _divergence("cls_row_logsum", "KL of the class-token row, heads merged by log-sum", True, "logsum", temperature=10.0),
+        _divergence(
+            "cls_row_logsum", "KL of the class-token row, heads merged by log-sum", True, "logsum", temperature=10.0
+        ),
         _divergence("whole_map", "KL of all rows, head by head", False),
         _attention_rows("attention_rows", "class-token row of probabilities"),
         _against_rows(),
@@ -310,7 +350,9 @@ OPERATIONS = {
         _divergence("cls_row_min", "KL of the class-token row, minimum over heads", True, "min", headline=False),
         _attention_rows("attention_rows_logsum", "class-token row, heads merged", "logsum", 10.0, headline=False),
         *(
-            _divergence(f"{where}_{kind}", f"{kind} of {what}, head by head", where == "cls_row", None, kind, headline=False)
+            _divergence(
+                f"{where}_{kind}", f"{kind} of {what}, head by head", where == "cls_row", None, kind, headline=False
+            )
             for where, what in (("cls_row", "the class-token row"), ("whole_map", "all rows"))
             for kind in ("reverse_kl", "js", "cross_entropy", "mse", "logit_mse")
         ),

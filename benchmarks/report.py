@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-COLUMNS = ("implementation", "mode", "ms", "p20–p80", "ours is", "peak MiB", "GB/s", "of copy", "TFLOP/s", "of matmul", "launches", "host µs", "error")
+COLUMNS = (
+    "implementation",
+    "mode",
+    "ms",
+    "p20–p80",
+    "ours is",
+    "peak MiB",
+    "GB/s",
+    "of copy",
+    "TFLOP/s",
+    "of matmul",
+    "launches",
+    "host µs",
+    "error",
+)
 
 
 def speed_up(record: dict[str, Any], ours: dict[str, Any] | None) -> float | None:

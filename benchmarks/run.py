@@ -31,20 +31,30 @@ NO_GPU = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     several: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
-    parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES), help="what to measure (default: all)")
-    parser.add_argument("--operations", **several, help="names, 'headline' (default) or 'all'; see benchmarks/registry.py")
+    parser.add_argument(
+        "--suite", nargs="+", choices=SUITES, default=list(SUITES), help="what to measure (default: all)"
+    )
+    parser.add_argument(
+        "--operations", **several, help="names, 'headline' (default) or 'all'; see benchmarks/registry.py"
+    )
     parser.add_argument("--shapes", **several, help="names of benchmarks/cases.py (default: all)")
     parser.add_argument("--batch", type=int, help="batch size in place of the shapes' own")
     parser.add_argument("--dtypes", **several, help="bf16 (default), fp16, fp32")
     parser.add_argument("--modes", nargs="+", choices=("fwd", "bwd", "both"), default=["fwd", "bwd", "both"])
-    parser.add_argument("--implementations", **several, help="ours, chunked, eager_map, compile_row, ... (default: all)")
+    parser.add_argument(
+        "--implementations", **several, help="ours, chunked, eager_map, compile_row, ... (default: all)"
+    )
     parser.add_argument("--pairs", type=int, nargs="+", choices=(0, 1, 2), help="training pairs (default: all)")
     parser.add_argument("--compile-steps", action="store_true", help="training steps under torch.compile too")
-    parser.add_argument("--compile-mode", default="default", help="torch.compile's mode for the opponents (default: default)")
+    parser.add_argument(
+        "--compile-mode", default="default", help="torch.compile's mode for the opponents (default: default)"
+    )
     parser.add_argument("--budget-ms", type=float, default=200.0, help="time spent on one number (default: 200)")
     parser.add_argument("--device", default="cuda", help="cuda (default), cuda:1, ...")
     parser.add_argument("--output", type=Path, help="folder for SUITE.json (default: benchmarks/results/<device>)")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, correctness only, no times; runs without a GPU too")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny shapes, correctness only, no times; runs without a GPU too"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -96,7 +106,9 @@ def run(args: argparse.Namespace) -> int:
                 result["records"].append(record)
                 bad += record["status"] in ("FAIL", "error") and _is_ours(record)
                 if not args.smoke:
-                    schema.save(folder / f"{name}.json", result)  # after every case: an interrupted run keeps what it has
+                    schema.save(
+                        folder / f"{name}.json", result
+                    )  # after every case: an interrupted run keeps what it has
         except DeviceLost as error:
             lost = error
         if not args.smoke and result["records"]:
@@ -154,8 +166,12 @@ def plan(args: argparse.Namespace, device: torch.device) -> tuple[Settings, dict
         shapes = [replace(shape, batch=args.batch) for shape in shapes]
     dtypes = _dtypes(args)
 
-    def case(operation: registry.Operation, shape: cases.Shape, dtype: torch.dtype, how: Settings, skip: tuple = ()) -> Case:
-        names = tuple(i.name for i in operation.implementations if (chosen is None or i.name in chosen) and i.name not in skip)
+    def case(
+        operation: registry.Operation, shape: cases.Shape, dtype: torch.dtype, how: Settings, skip: tuple = ()
+    ) -> Case:
+        names = tuple(
+            i.name for i in operation.implementations if (chosen is None or i.name in chosen) and i.name not in skip
+        )
         label = f"{operation.name} {shape.label} {str(dtype)[6:]}"
         return label, lambda: measure_case(operation, shape, dtype, how, names)
 
@@ -183,7 +199,9 @@ def plan(args: argparse.Namespace, device: torch.device) -> tuple[Settings, dict
         "training": lambda: [
             (p.name, lambda p=p: training.measure_pair(p, settings, variants, args.compile_steps)) for p in pairs
         ],
-        "first_call": lambda: [("first calls", lambda: measure_first_calls(str(device), **first, operations=names, smoke=args.smoke))],
+        "first_call": lambda: [
+            ("first calls", lambda: measure_first_calls(str(device), **first, operations=names, smoke=args.smoke))
+        ],
     }
     return settings, {suite: makers[suite]() for suite in SUITES if suite in args.suite}
 

@@ -25,7 +25,9 @@ MEASURED = {
 """Fields that every record of a kind has, besides ``status``; the other kinds' records are described by their commands."""
 
 
-def document(kind: str, machine: dict[str, Any], command: str, settings: dict[str, Any], records: list) -> dict[str, Any]:
+def document(
+    kind: str, machine: dict[str, Any], command: str, settings: dict[str, Any], records: list
+) -> dict[str, Any]:
     """A result file's content."""
     return {
         "schema": VERSION,

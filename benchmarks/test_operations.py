@@ -18,7 +18,9 @@ DTYPE = torch.bfloat16
 SHAPES = [cases.SHAPES[name] for name in ("deit_small", "vit_base_384")] if HAS_GPU else [cases.SMOKE]
 OPERATIONS = [operation for operation in registry.OPERATIONS.values() if operation.headline]
 CASES = [
-    pytest.param(shape, operation, implementation, mode, id=f"{operation.name}-{shape.name}-{mode}-{implementation.name}")
+    pytest.param(
+        shape, operation, implementation, mode, id=f"{operation.name}-{shape.name}-{mode}-{implementation.name}"
+    )
     for shape in SHAPES
     for operation in OPERATIONS
     for mode in cases.MODES

@@ -20,6 +20,7 @@ import torch
 
 MIN_SAMPLES, MAX_SAMPLES = 20, 500
 WARM_UP_MS = 25.0
+HOST_ROUND_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,17 @@ class GpuClock:
     Args:
         device: where the calls run; it must be the current device.
         flush: overwrite the cache before every sample.
-        ahead_ms: how long the device is kept busy before a sample while the host enqueues the call.
+        ahead: keep the device busy before a sample while the host enqueues the call; see :meth:`stay_ahead`.
     """
 
-    def __init__(self, device: torch.device, flush: bool = True, ahead_ms: float = 0.2) -> None:
-        self.device, self.ahead_ms = device, ahead_ms
+    def __init__(self, device: torch.device, flush: bool = True, ahead: bool = True) -> None:
+        self.device, self.ahead_ms = device, 0.2 if ahead else 0.0
         self._cache = torch.empty(_cache_bytes(device) if flush else 0, dtype=torch.int8, device=device)
         self._cycles_per_ms = _cycles_per_ms()
+
+    def stay_ahead(self, host_us: float) -> None:
+        """Be told what the host needs for one sample, so that the device waits at least that long."""
+        self.ahead_ms = min(max(0.2, 1.5e-3 * host_us), 20.0)
 
     def samples(self, count: int, call: Callable[[Any], Any], setup: Callable[[], Any]) -> list[float]:
         pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
@@ -128,6 +133,11 @@ def summarise(samples: list[float]) -> Timing:
 
 def host_us(call: Callable[[], Any], synchronize: Callable[[], Any], rounds: int = 5, calls: int = 10) -> float:
     """Microseconds the host needs to issue one call: the median over rounds, which are short so that no queue fills up."""
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    calls = max(1, min(calls, int(HOST_ROUND_S / (time.perf_counter() - start))))
     found = []
     for _ in range(rounds):
         synchronize()

@@ -213,7 +213,7 @@ def _numbers(task: nn.Module, pair: Pair, settings: Settings) -> dict[str, Any]:
 
 def _time_steps(step: Callable[[], None], settings: Settings) -> dict[str, Any]:
     """Steps back to back, as in training: what the host cannot hide counts."""
-    clock = timing.GpuClock(settings.device, flush=False, ahead_ms=0.0)
+    clock = timing.GpuClock(settings.device, flush=False, ahead=False)
     budget = BUDGET_MS if settings.report else 1.0
     return timing.measure(lambda _: step(), clock=clock, budget_ms=budget, min_samples=MIN_STEPS).as_dict()
 
@@ -231,4 +231,3 @@ def _compile(task: nn.Module, settings: Settings) -> None:
 def _images(pair: Pair, device: torch.device, batch: int, generator: torch.Generator) -> Tensor:
     size = dict(pair.options).get("img_size", 224)
     return torch.randn(batch, 3, size, size, generator=generator, device=device)
-

@@ -47,7 +47,9 @@ class Tunable:
         return [dict(zip(self.space, values, strict=True)) for values in itertools.product(*self.space.values())]
 
 
-def _attributes(module: str, **names: str) -> tuple[Callable[[Config], list[tuple[str, str, Any]]], Callable[[Config], str]]:
+def _attributes(
+    module: str, **names: str
+) -> tuple[Callable[[Config], list[tuple[str, str, Any]]], Callable[[Config], str]]:
     """A space whose parameters are constants of one module; ``warps`` may be the function ``_warps``."""
 
     def apply(config: Config) -> list[tuple[str, str, Any]]:
@@ -76,7 +78,10 @@ def _map_tile(op: str) -> tuple[Callable[[Config], list[tuple[str, str, Any]]], 
 
         return [("attnkd_kernels.map_launch", "pick_tile", pick)]
 
-    return apply, lambda config: f"attnkd_kernels.map_tiles: {op}: Tile({', '.join(f'{k}={v}' for k, v in config.items())})"
+    return (
+        apply,
+        lambda config: f"attnkd_kernels.map_tiles: {op}: Tile({', '.join(f'{k}={v}' for k, v in config.items())})",
+    )
 
 
 _TILES = {"queries": (32, 64, 128), "keys": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)}
@@ -113,8 +118,7 @@ def tunables() -> list[Tunable]:
     ]  # fmt: skip
     for op, operation, mode in (
         ("fwd", "whole_map", "fwd"),
-        ("fwd_unit", "whole_map", "fwd"),
-        ("dq", "whole_map_mse", "bwd"),
+        ("dq", "whole_map", "bwd"),
         ("dk", "whole_map", "bwd"),
         ("lse", "whole_map_mean", "fwd"),
         ("value", "whole_map_mean", "fwd"),
@@ -129,7 +133,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget-ms", type=float, default=50.0, help="time spent on one candidate (default: 50)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", type=Path, help="result file (default: benchmarks/results/<device>/tune.json)")
-    parser.add_argument("--smoke", action="store_true", help="two candidates on a tiny shape, correctness only; runs without a GPU too")
+    parser.add_argument(
+        "--smoke", action="store_true", help="two candidates on a tiny shape, correctness only; runs without a GPU too"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -178,10 +184,12 @@ def run(args: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def search(tunable: Tunable, shape: Any, dtype: torch.dtype, device: torch.device, budget_ms: float, smoke: bool) -> Iterator[dict[str, Any]]:
+def search(
+    tunable: Tunable, shape: Any, dtype: torch.dtype, device: torch.device, budget_ms: float, smoke: bool
+) -> Iterator[dict[str, Any]]:
     """One record a candidate, the committed configuration (config {}) first."""
-    from benchmarks import gate, measure, registry
     from benchmarks import cases as shapes
+    from benchmarks import gate, measure, registry
     from benchmarks.timing import GpuClock
     from benchmarks.timing import measure as time_it
 
@@ -241,4 +249,8 @@ def summary(tunable: Tunable, shape: Any, records: list[dict[str, Any]]) -> Iter
 def _shape(name: str | int) -> Any:
     from benchmarks import cases
 
-    return cases.find_shape(name) if isinstance(name, str) else cases.Shape(f"n{name}", f"{name} tokens", 6, 12, name, batch=16)
+    return (
+        cases.find_shape(name)
+        if isinstance(name, str)
+        else cases.Shape(f"n{name}", f"{name} tokens", 6, 12, name, batch=16)
+    )

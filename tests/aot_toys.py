@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,9 @@ class Toy:
 
     def raising(self) -> None:
         raise ValueError("the launcher itself")
+
+    def crashing(self) -> None:
+        os._exit(3)
 
     def launching_nothing(self) -> None:
         pass

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attnkd.attention_probe import AttentionProbe, NoiseAdaptation, kd_loss, noisy_cross_entropy
+from attnkd.attention_probe import AttentionProbe, kd_loss
 from attnkd.block_outputs import BlockOutputs, default_blocks
+from attnkd.noise_adaptation import NoiseAdaptation, noisy_cross_entropy
 from attnkd.relation import relation_row_loss
 from attnkd.schedule import Schedule
 
@@ -20,12 +21,16 @@ KIND = {"img_size": 16, "patch_size": 4, "in_chans": 1}
 def vit(seed, embed_dim, depth, num_heads, num_classes=10, name="vit_tiny_patch16_224", **kwargs):
     torch.manual_seed(seed)
     options = {**KIND, **kwargs}
-    return timm.create_model(name, embed_dim=embed_dim, depth=depth, num_heads=num_heads, num_classes=num_classes, **options)
+    return timm.create_model(
+        name, embed_dim=embed_dim, depth=depth, num_heads=num_heads, num_classes=num_classes, **options
+    )
 
 
 def make(device="cpu", **options):
     student, teacher = vit(1, 16, 3, 2), vit(2, 32, 6, 4)
-    return AttentionProbe(student.to(device), teacher.to(device), options.pop("teacher_accuracy", 0.9), verbose=False, **options)
+    return AttentionProbe(
+        student.to(device), teacher.to(device), options.pop("teacher_accuracy", 0.9), verbose=False, **options
+    )
 
 
 # --- equations --------------------------------------------------------------------------------------------------------
@@ -46,7 +51,9 @@ def test_q_has_the_accuracy_on_its_diagonal_and_a_softmax_beside_it():
         nn.init.normal_(noise.weight)
         q, softmax = noise().exp(), noise.weight.softmax(1)
         for i in range(classes):  # row i: the softmax over the other classes, in order, around the diagonal
-            row = torch.cat([(1 - accuracy) * softmax[i, :i], torch.tensor([accuracy]), (1 - accuracy) * softmax[i, i:]])
+            row = torch.cat(
+                [(1 - accuracy) * softmax[i, :i], torch.tensor([accuracy]), (1 - accuracy) * softmax[i, i:]]
+            )
             torch.testing.assert_close(q[i], row)
         torch.testing.assert_close(q.sum(1), torch.ones(classes))
 
@@ -123,7 +130,11 @@ def test_trains_student_and_q_and_nothing_else():
     assert {n for n, _ in task.named_parameters() if "noise" in n} == {"trainable_module.noise.weight"}
     optimizers = task.optimizers()
     assert [type(o) for o in optimizers] == [torch.optim.AdamW, torch.optim.Adam]
-    assert (optimizers[0].defaults["lr"], optimizers[0].defaults["weight_decay"], optimizers[1].defaults["lr"]) == (7.5e-4, 0.025, 1e-3)
+    assert (optimizers[0].defaults["lr"], optimizers[0].defaults["weight_decay"], optimizers[1].defaults["lr"]) == (
+        7.5e-4,
+        0.025,
+        1e-3,
+    )
     images = torch.randn(8, 1, 16, 16)
     task.train()
     assert not task.teacher.training
@@ -149,7 +160,10 @@ def test_registers_of_either_model_are_left_out():
     images = torch.randn(2, 1, 16, 16)
     _, s = BlockOutputs(student, [0, 2])(images)
     _, t = BlockOutputs(teacher.eval(), [0, 2])(images)
-    want = [relation_row_loss(torch.cat([a[:, :1], a[:, 3:]], 1), torch.cat([b[:, :1], b[:, 2:]], 1)) for a, b in zip(s, t, strict=True)]
+    want = [
+        relation_row_loss(torch.cat([a[:, :1], a[:, 3:]], 1), torch.cat([b[:, :1], b[:, 2:]], 1))
+        for a, b in zip(s, t, strict=True)
+    ]
     torch.testing.assert_close(task(images)["loss"], 0.8 * torch.stack(want).mean())
 
 

@@ -136,10 +136,14 @@ def test_a_wrong_case_gets_no_time_and_fails_the_run(capsys, monkeypatch, tmp_pa
 
 
 def test_a_right_case_is_timed():
-    settings = dataclasses.replace(SETTINGS, modes=cases.MODES, clock=timing.HostClock(), budget_ms=1.0, count_launches=False)
+    settings = dataclasses.replace(
+        SETTINGS, modes=cases.MODES, clock=timing.HostClock(), budget_ms=1.0, count_launches=False
+    )
     if HAS_GPU:
         settings = dataclasses.replace(settings, clock=timing.GpuClock(DEVICE), count_launches=True)
-    records = list(measure.measure_case(registry.OPERATIONS["cls_row"], cases.SMOKE, torch.float32, settings, ("eager_row",)))
+    records = list(
+        measure.measure_case(registry.OPERATIONS["cls_row"], cases.SMOKE, torch.float32, settings, ("eager_row",))
+    )
     assert [r["mode"] for r in records] == list(cases.MODES)
     for record in records:
         assert 0 < record["ms"]["p20"] <= record["ms"]["median"] <= record["ms"]["p80"]
@@ -218,7 +222,10 @@ def _record(implementation: str, ms: float | None, shape: str = "deit_small", **
         "status": "ok" if ms else "OOM", "floor_bytes": batch * tokens * 4000, "flops": batch * tokens * 9000,
     }  # fmt: skip
     if ms:
-        record |= {"ms": {"median": ms, "p20": ms, "p80": ms, "samples": 20}, "peak_bytes": int(batch * tokens * 3000 * ms)}
+        record |= {
+            "ms": {"median": ms, "p20": ms, "p80": ms, "samples": 20},
+            "peak_bytes": int(batch * tokens * 3000 * ms),
+        }
     return record | more
 
 
@@ -232,7 +239,11 @@ def _made_up() -> dict[str, dict[str, Any]]:
     names = {"ours": 1.0, "eager_map": 7.0, "compile_map": 4.0, "compile_row": 0.8, "flex": None}
     operations = [_record(n, t, shape) for shape in ("deit_small", "vit_small_8") for n, t in names.items()]
     scaling = [_record(n, t and t * b, batch=b) for n, t in names.items() for b in (1, 8, 64)]
-    scaling += [_record(n, t and (t * N / 64 if N < 4096 else None), f"n{N}", tokens=N) for n, t in names.items() for N in (64, 512, 4096)]
+    scaling += [
+        _record(n, t and (t * N / 64 if N < 4096 else None), f"n{N}", tokens=N)
+        for n, t in names.items()
+        for N in (64, 512, 4096)
+    ]
     steps = [
         {"pair": pair.name, "variant": v, "batch": 8, "dtype": "bfloat16 autocast", "status": "ok", "images_per_s": 1000.0 / (i + 1),
          "peak_bytes": 2**30 * (i + 1), "ms": {"median": 8.0 * (i + 1), "p20": 8.0, "p80": 80.0, "samples": 10}}
@@ -243,10 +254,15 @@ def _made_up() -> dict[str, dict[str, Any]]:
          "status": "ok", "ms": {"median": n * f, "p20": n * f, "p80": n * f, "samples": 5}, "extra_mib": n * f}
         for name, f in (("eager", 2.0), ("chunked", 1.0)) for n in (512, 1024, 2048)
     ]  # fmt: skip
-    return {kind: _results(kind, r) for kind, r in (("operations", operations), ("scaling", scaling), ("training", steps), ("cpu", growth))}
+    return {
+        kind: _results(kind, r)
+        for kind, r in (("operations", operations), ("scaling", scaling), ("training", steps), ("cpu", growth))
+    }
 
 
-@pytest.mark.parametrize("path", sorted(schema.RESULTS.rglob("*.json")), ids=lambda p: str(p.relative_to(schema.RESULTS)))
+@pytest.mark.parametrize(
+    "path", sorted(schema.RESULTS.rglob("*.json")), ids=lambda p: str(p.relative_to(schema.RESULTS))
+)
 def test_committed_results_follow_the_schema(path):
     result = schema.load(path)
     assert result["kind"] == path.stem.removesuffix("-selection")
@@ -328,7 +344,11 @@ def test_tables_are_written_between_their_markers(tmp_path):
         schema.save(tmp_path / f"{kind}.json", result)
     page = "before\n<!-- table:operations results=operations.json operation=cls_row -->\nold\n<!-- /table -->\nafter\n"
     fresh = table.render(page, tmp_path)
-    assert "old" not in fresh and fresh.startswith("before\n<!-- table:operations") and fresh.endswith("<!-- /table -->\nafter\n")
+    assert (
+        "old" not in fresh
+        and fresh.startswith("before\n<!-- table:operations")
+        and fresh.endswith("<!-- /table -->\nafter\n")
+    )
     assert "| deit_small, B 8, N 197 | 1.000 ms | 5 MiB |" in fresh
     assert "| 7.00x | 4.00x | **0.80x** | OOM |" in fresh  # slower is bold, a failure is told
     assert "NVIDIA Test" in fresh and "commit 0000000000" in fresh
@@ -470,11 +490,30 @@ def test_an_unknown_name_is_answered_with_the_known_ones(flags, message, capsys)
 
 
 def test_a_smoke_run_of_every_suite(capsys):
-    flags = ["--operations", "cls_row", "--implementations", "ours", "eager_row", "off", "--pairs", "0", "--modes", "both"]
+    flags = [
+        "--operations",
+        "cls_row",
+        "--implementations",
+        "ours",
+        "eager_row",
+        "off",
+        "--pairs",
+        "0",
+        "--modes",
+        "both",
+    ]
     assert main(["run", "--smoke", *flags]) == 0
     said = capsys.readouterr().out
     assert "commit" in said.splitlines()[0]
-    for word in ("== operations", "== training", "== first_call", "== scaling", "eager_row", "cold  right", "warm  right"):
+    for word in (
+        "== operations",
+        "== training",
+        "== first_call",
+        "== scaling",
+        "eager_row",
+        "cold  right",
+        "warm  right",
+    ):
         assert word in said
     assert " ms (" not in said and "images/s" not in said
 
@@ -490,7 +529,10 @@ def test_device_time_grows_with_the_work():
     clock = timing.GpuClock(DEVICE)
     times = []
     for size in (1 << 27, 1 << 29):
-        source, target = torch.ones(size, dtype=torch.int8, device=DEVICE), torch.empty(size, dtype=torch.int8, device=DEVICE)
+        source, target = (
+            torch.ones(size, dtype=torch.int8, device=DEVICE),
+            torch.empty(size, dtype=torch.int8, device=DEVICE),
+        )
         times.append(timing.measure(lambda _, s=source, t=target: t.copy_(s), clock=clock, budget_ms=50).median)
     assert 3.0 < times[1] / times[0] < 5.0
 
@@ -498,15 +540,17 @@ def test_device_time_grows_with_the_work():
 @pytest.mark.gpu
 def test_memory_and_launches_are_counted():
     source = torch.ones(1 << 24, device=DEVICE)
-    settings = dataclasses.replace(SETTINGS, clock=timing.GpuClock(DEVICE))
-    assert measure.peak_bytes(lambda: source + 1, settings) == source.numel() * 4
+    assert measure.peak_bytes(lambda x: x + 1, lambda: source + 1, DEVICE) == 2 * source.numel() * 4
+    assert measure.peak_bytes(lambda _: source + 1, lambda: None, DEVICE) == source.numel() * 4
     assert measure.count_launches(lambda _: source.add_(1).mul_(2), lambda: None, DEVICE)["launches"] == 2
 
 
 def test_pytest_benchmark_runs_the_same_cases(tmp_path):
     pytest.importorskip("pytest_benchmark")
-    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-k", "cls_row-smoke-both-ours or cls_row-deit_small-both-ours"]
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-k", "test_operation[cls_row- and both-ours"]
     root = Path(__file__).resolve().parent.parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=root, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider"], cwd=root, capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr

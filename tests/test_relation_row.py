@@ -59,7 +59,9 @@ def test_textbook():
     normal = [F.normalize(x, p=2, dim=1) for x in (student, teacher)]
     rows = [(x @ x.transpose(-2, -1))[:, 0, 1:] for x in normal]
     for impl in ("reference", "chunked"):
-        torch.testing.assert_close(relation_row_loss(student, teacher, normalize_dim=-2, impl=impl), F.mse_loss(rows[0], rows[1]))
+        torch.testing.assert_close(
+            relation_row_loss(student, teacher, normalize_dim=-2, impl=impl), F.mse_loss(rows[0], rows[1])
+        )
     per_image = (rows[0] - rows[1]).square().mean(1)
     for reduction, value in (("none", per_image), ("sum", per_image.sum())):
         torch.testing.assert_close(relation_row_loss(student, teacher, normalize_dim=-2, reduction=reduction), value)
@@ -83,7 +85,9 @@ def test_chunked_in_float64(normalize_dim):
     student, teacher = (x.double() for x in features("cpu", C_t=20))
     runs = []
     for impl in ("chunked", "reference"):
-        loss = relation_row_loss(student.requires_grad_(), teacher, normalize_dim=normalize_dim, reduction="none", impl=impl)
+        loss = relation_row_loss(
+            student.requires_grad_(), teacher, normalize_dim=normalize_dim, reduction="none", impl=impl
+        )
         runs.append((loss, *torch.autograd.grad(loss.sum(), student)))
     torch.testing.assert_close(*runs)  # float64 tolerances: 1e-7
 
@@ -214,7 +218,7 @@ def test_opcheck(device):
     torch.library.opcheck(_relation_row_bwd, (torch.randn(2, device=device), coef, b_0, student, 2))
 
 
-@pytest.mark.parametrize("impl", ["triton", "chunked", "reference"])
+@pytest.mark.parametrize("impl", ["triton", "chunked"])
 def test_compile_fullgraph(device, impl):
     def function(student, teacher):
         return relation_row_loss(student * 1.0, teacher, impl=impl)

@@ -90,7 +90,9 @@ def _map_bias_kernel(
             DIV, True, BM, BN, BD_S, BD_T, True,
         )  # fmt: skip
         m = m0 + tl.arange(0, BM)
-        upstream = tl.load(GRAD + b * g_b + tl.cast(ho, tl.int64) * g_h + tl.cast(m, tl.int64) * g_m, mask=m < M, other=0.0)
+        upstream = tl.load(
+            GRAD + b * g_b + tl.cast(ho, tl.int64) * g_h + tl.cast(m, tl.int64) * g_m, mask=m < M, other=0.0
+        )
         if DIV == "mse" or DIV == "logit_mse":
             upstream = upstream * tl.load(weight + m, mask=m < M, other=0.0)
         acc += dz * upstream[:, None]

@@ -49,7 +49,15 @@ def at_head(operand, head):
 
 @triton.jit
 def load_rows(
-    operand, row0, rows, col0, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BD: tl.constexpr, CHECK: tl.constexpr
+    operand,
+    row0,
+    rows,
+    col0,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BD: tl.constexpr,
+    CHECK: tl.constexpr,
 ):
     """[BLOCK, BD]: rows row0.. and columns col0.. of a (wide) head; what lies outside [rows, WIDTH] is 0."""
     pointer, s_head, s_row, s_channel = operand
@@ -58,7 +66,7 @@ def load_rows(
     if WIDTH == D:
         columns = c * s_channel
     else:
-        columns = (c // D) * s_head + (c % D) * s_channel
+        columns = tl.cast(c // D, tl.int64) * s_head + (c % D) * s_channel
     pointers = pointer + tl.cast(row0, tl.int64) * s_row + (r[:, None] * s_row + columns[None, :])  # [BLOCK, BD]
     if WIDTH % BD != 0:
         if CHECK:
@@ -143,7 +151,9 @@ def logits(
             bias = tl.load(pointers, mask=inside, other=float("-inf")).to(tl.float32)
             lowest = bias
             for h in tl.static_range(1, MASK_HEADS):
-                more = tl.load(pointers + h * tl.cast(s_head, tl.int64), mask=inside, other=float("-inf")).to(tl.float32)
+                more = tl.load(pointers + h * tl.cast(s_head, tl.int64), mask=inside, other=float("-inf")).to(
+                    tl.float32
+                )
                 lowest = tl.minimum(lowest, more)
                 bias += more
             bias = tl.where(lowest <= MASK_HIDES, HIDDEN, bias * bias_factor)
@@ -221,9 +231,7 @@ def mean_log_probs(
             x = load_rows(left_h, l0, l_rows, 0, D, D, BL, BD, True)
             y = load_rows(right_h, r0, r_rows, 0, D, D, BR, BD, TAIL)
         product = scores(x, y, left_h, l0, l_rows, right_h, r0, r_rows, D, D, BL, BR, BD, TAIL)
-        z = logits(
-            product, factor, at_head(mask, head), bias_factor, q0, M, k0, N, BQ, BK, KIND, 1, QUERIES_LEFT, TAIL
-        )
+        z = logits(product, factor, at_head(mask, head), bias_factor, q0, M, k0, N, BQ, BK, KIND, 1, QUERIES_LEFT, TAIL)
         z -= row_values(lse + tl.cast(head, tl.int64) * M, q0, M, DEAD, BQ, QUERIES_LEFT, True)
         if PAIRS:
             z -= row_values(log_sum + tl.cast(head, tl.int64) * M, q0, M, 0.0, BQ, QUERIES_LEFT, True)

@@ -73,13 +73,17 @@ def allocate(student: Side, teacher: Side, merge: str | None, divergence: str) -
     outer = H if merge is None else 1
     heads_s = H if merge == "mean" else outer
     heads_t = teacher.query.shape[1] if merge == "mean" else outer
-    fp32 = dict(dtype=torch.float32, device=q.device)
+    weighted = divergence in ("mse", "logit_mse")
+
+    def fp32(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=q.device)
+
     return Saved(
-        torch.empty((B, outer, M), **fp32),
-        torch.empty((B, heads_s, M), **fp32),
-        torch.empty((B, heads_t, M), **fp32),
-        torch.empty((B, heads_s, M), **fp32),
-        torch.empty((B, outer, M) if divergence in ("mse", "logit_mse") else (0,), **fp32),
+        loss=fp32(B, outer, M),
+        lse_s=fp32(B, heads_s, M),
+        lse_t=fp32(B, heads_t, M),
+        centre=fp32(B, heads_s, M),
+        weight=fp32(B, outer, M) if weighted else fp32(0),
     )
 
 
@@ -98,7 +102,7 @@ def forward_calls(
     widths = wide_width(student, merge), wide_width(teacher, merge)
     calls = []
     if not needs_value_sweep(divergence, merge):
-        tile = pick_tile("fwd", arch, student.query.dtype, *widths)
+        tile = pick_tile("fwd", arch, *_kind(student, teacher, merge, divergence))
         arguments = {
             "LOSS": saved.loss, "LSE_S": saved.lse_s, "LSE_T": saved.lse_t, "CENTRE": saved.centre,
             "WEIGHT": saved.weight if saved.weight.numel() else saved.loss,
@@ -109,15 +113,15 @@ def forward_calls(
         return [Call(_map_fwd_kernel, (B * outer * triton.cdiv(M, tile.queries),), arguments, tile.options)]
 
     log_sums = torch.empty_like(saved.lse_s), torch.empty_like(saved.lse_t)
-    for side, top, log_sum, width in zip((student, teacher), (saved.lse_s, saved.lse_t), log_sums, widths):
-        tile = pick_tile("lse", arch, side.query.dtype, width, width)
+    for side, top, log_sum, width in zip((student, teacher), (saved.lse_s, saved.lse_t), log_sums, widths, strict=True):
+        tile = pick_tile("lse", arch, side.query.dtype, width, side.mask is not None)
         heads = top.shape[1]
         arguments = {
             "TOP": top, "LOG_SUM": log_sum, **_side("", side, merge, temperature), "HO": heads, "M": M, "N": N,
             "WIDTH": width, "BM": tile.queries, "BN": tile.keys, "BD": tile.columns(width),
         }  # fmt: skip
         calls.append(Call(_map_lse_kernel, (B * heads * triton.cdiv(M, tile.queries),), arguments, tile.options))
-    tile = pick_tile("value", arch, student.query.dtype, *widths)
+    tile = pick_tile("value", arch, *_kind(student, teacher, merge, divergence))
     heads_s, heads_t = _mean_heads(student, teacher, merge)
     arguments = {
         "LOSS": saved.loss, "LSE_S": saved.lse_s, "LSE_T": saved.lse_t, "LOG_SUM_S": log_sums[0], "LOG_SUM_T": log_sums[1],
@@ -147,7 +151,7 @@ def gradient_call(
     N = student.key.shape[2]
     heads = 1 if merge == "logsum" else H
     widths = wide_width(student, merge), wide_width(teacher, merge)
-    tile = pick_tile("dq" if queries_left else "dk", arch, student.query.dtype, *widths)
+    tile = pick_tile("dq" if queries_left else "dk", arch, *_kind(student, teacher, merge, divergence))
     left, right = tile.left_right(queries_left)
     heads_s, heads_t = _mean_heads(student, teacher, merge)
     columns = tile.columns(widths[0])
@@ -182,7 +186,7 @@ def bias_call(
     N = student.key.shape[2]
     heads = 1 if merge == "logsum" else H
     widths = wide_width(student, merge), wide_width(teacher, merge)
-    tile = pick_tile("bias", arch, student.query.dtype, *widths)
+    tile = pick_tile("bias", arch, *_kind(student, teacher, merge, divergence))
     bb, hb, mb, nb = student.mask.shape
     hb = 1 if merge == "logsum" else hb
     sums = (
@@ -207,6 +211,14 @@ def bias_call(
         "DIV": divergence, "OVER_M": mb != M, "OVER_N": nb != N, "BM": tile.queries, "BN": tile.keys,
     }  # fmt: skip
     return Call(_map_bias_kernel, (tiles * splits,), arguments, tile.options), out
+
+
+def _kind(student: Side, teacher: Side, merge: str | None, divergence: str) -> tuple[torch.dtype, int, bool]:
+    """What the tile depends on: the wider dtype, the wider head, and whether the problem is heavy (map_tiles.py)."""
+    dtype = torch.promote_types(student.query.dtype, teacher.query.dtype)
+    width = max(wide_width(student, merge), wide_width(teacher, merge))
+    masked = student.mask is not None or teacher.mask is not None
+    return dtype, width, masked or needs_value_sweep(divergence, merge)
 
 
 def _can_fuse(student: Side, teacher: Side, divergence: str, temperature: float) -> bool:
@@ -256,11 +268,14 @@ def _side(letter: str, side: Side, merge: str | None, temperature: float) -> dic
 
 
 def _strides(name: str, tensor: Tensor, letters: str = "bhmd") -> dict[str, int]:
-    return {f"{name}_{letter}": stride for letter, stride in zip(letters, tensor.stride())}
+    return {f"{name}_{letter}": stride for letter, stride in zip(letters, tensor.stride(), strict=True)}
 
 
 def _mask_strides(name: str, side: Side) -> dict[str, int]:
     """Strides of the mask over [B, H, M, N]; 0 where it has size 1."""
     if side.mask is None:
         return {f"{name}_{letter}": 0 for letter in "bhmn"}
-    return {f"{name}_{x}": 0 if size == 1 else s for x, size, s in zip("bhmn", side.mask.shape, side.mask.stride())}
+    return {
+        f"{name}_{x}": 0 if size == 1 else s
+        for x, size, s in zip("bhmn", side.mask.shape, side.mask.stride(), strict=True)
+    }

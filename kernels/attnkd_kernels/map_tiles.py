@@ -1,7 +1,10 @@
-"""The table of launch configurations of the whole-map kernels: one entry per kernel, architecture, dtype and head width.
+"""The table of launch configurations of the whole-map kernels: by kernel, architecture, dtype and head width.
 
-Chosen by compiling every candidate ahead of time and keeping the largest tile without register spills and within the
+Chosen by compiling candidates ahead of time, largest first, and keeping the first without register spills and within the
 target's shared memory (docs/kernels/map.md has the counts). No autotuning.
+
+A *heavy* problem (masks, a mean over heads, Jensen–Shannon's software logarithm) keeps far more values alive than a plain one,
+so it has its own entries.
 """
 
 from __future__ import annotations
@@ -12,18 +15,16 @@ import torch
 
 from attnkd_kernels.launch import padded
 
-MAX_MEAN_WIDTH = 256
-
 
 @dataclass(frozen=True)
 class Tile:
-    """queries × keys of the map per step; heads wider than ``whole`` are multiplied ``chunk`` columns at a time."""
+    """queries × keys of the map per step. Heads of more than ``whole`` channels are streamed, ``chunk`` channels at a time."""
 
     queries: int
     keys: int
     warps: int
     stages: int
-    whole: int = 256
+    whole: int = 128
     chunk: int = 64
     out_columns: int = 128
 
@@ -38,6 +39,45 @@ class Tile:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
+_INTERPRETER = Tile(64, 32, 4, 1, whole=64, chunk=32, out_columns=64)
+_FP32 = Tile(
+    32, 32, 4, 2, whole=16, chunk=16, out_columns=64
+)  # IEEE products have no matrix unit: operands live in registers
+_FP32_HEAVY = Tile(32, 16, 4, 2, whole=16, chunk=16, out_columns=64)
+_STREAMED = Tile(64, 64, 8, 2, whole=64)
+
+_PLAIN = {  # (kernel, architecture): tile up to 64 channels, tile up to 128
+    ("fwd", "sm80"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
+    ("dq", "sm80"): (Tile(64, 64, 4, 3), _STREAMED),
+    ("dk", "sm80"): (Tile(64, 64, 4, 2), _STREAMED),
+    ("fwd", "sm90"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
+    ("dq", "sm90"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
+    ("dk", "sm90"): (Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
+    ("fwd", "sm100"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    ("dq", "sm100"): (Tile(64, 64, 4, 2), _STREAMED),
+    ("dk", "sm100"): (Tile(32, 64, 4, 2), _STREAMED),
+    ("fwd", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    ("dq", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
+    ("dk", "gfx942"): (Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
+}  # fmt: skip
+_HEAVY = {  # (kernel, architecture): tile up to 64 channels, tile beyond
+    ("fwd", "sm80"): (Tile(64, 64, 8, 2), _STREAMED),
+    ("dq", "sm80"): (Tile(32, 32, 4, 2), _STREAMED),
+    ("dk", "sm80"): (Tile(32, 64, 8, 2), _STREAMED),
+    ("value", "sm80"): (Tile(32, 32, 4, 1), _STREAMED),
+    ("bias", "sm80"): (Tile(64, 64, 8, 2), _STREAMED),
+    ("fwd", "sm90"): (Tile(64, 64, 4, 3), _STREAMED),
+    ("dq", "sm90"): (Tile(64, 64, 4, 3), _STREAMED),
+    ("dk", "sm90"): (Tile(64, 64, 4, 2), Tile(32, 64, 4, 2, whole=64)),
+    ("bias", "sm90"): (Tile(64, 64, 4, 3), _STREAMED),
+    ("fwd", "gfx942"): (Tile(64, 64, 8, 2), _STREAMED),
+    ("dq", "gfx942"): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 1, whole=64, chunk=32, out_columns=64)),
+    ("dk", "gfx942"): (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1, whole=64, chunk=32, out_columns=64)),
+    ("value", "gfx942"): (Tile(64, 64, 8, 2), _STREAMED),
+    ("bias", "gfx942"): (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1, whole=64, chunk=32)),
+}  # fmt: skip
+
+
 def architecture(device: torch.device) -> str:
     """'sm80', 'sm90', 'sm100', 'sm120', 'gfx942', or 'cpu' for the interpreter; the nearest entry for other GPUs."""
     if device.type != "cuda":
@@ -50,7 +90,19 @@ def architecture(device: torch.device) -> str:
     return {8: "sm80", 9: "sm90", 10: "sm100"}.get(major, "sm80")
 
 
-def pick_tile(op: str, arch: str, dtype: torch.dtype, width_s: int, width_t: int) -> Tile:
+def pick_tile(kernel: str, arch: str, dtype: torch.dtype, width: int, heavy: bool) -> Tile:
+    """The entry for one kernel ('fwd', 'lse', 'value', 'dq', 'dk', 'bias') and a head of ``width`` channels."""
     if arch == "cpu":
-        return Tile(64, 32, 4, 1, whole=64, chunk=32, out_columns=64)
-    return Tile(64, 64, 4, 2)
+        return _INTERPRETER
+    if dtype == torch.float32:
+        return _FP32_HEAVY if heavy or width > 128 else _FP32
+    family = (
+        "sm80" if arch == "sm120" else arch
+    )  # the same matrix instructions, and its tiles fit either's shared memory
+    if kernel == "lse":
+        return Tile(64, 64, 4, 2) if width <= 64 else _STREAMED
+    if not heavy and width <= 128 and (kernel, family) in _PLAIN:
+        narrow, medium = _PLAIN[kernel, family]
+        return narrow if width <= 64 else medium
+    narrow, wide = _HEAVY.get((kernel, family), (_STREAMED, _STREAMED))
+    return narrow if width <= 64 else wide
