@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from attnkd.autograd import first_order_only
-from attnkd.chunked_sweep import Gradients, all_logits, contract, sweep
+from attnkd.chunked_matmul import Gradients
+from attnkd.chunked_sweep import all_logits, contract, sweep
 from attnkd.problem import HIDDEN_BELOW, Problem, Side
 
 FEW_ROWS = 16

@@ -1,6 +1,6 @@
 """`python -m benchmarks table`: writes the tables of README and docs from the committed result files.
 
-A table stands between two comments, `<!-- table:NAME key=value ... -->` and `<!-- /table -->`. NAME is an entry of
+A table stands between two lines, `<!-- table:NAME key=value ... -->` and `<!-- /table -->`. NAME is an entry of
 :data:`TABLES`; `results=FOLDER/FILE` names the result file under benchmarks/results where the default is not meant.
 """
 
@@ -64,7 +64,7 @@ def render(text: str, results: Path | None = None) -> str:
         return match["head"] + make_table(match["name"], options, folder) + match["tail"]
 
     closed = MARKED.sub(one, text)
-    if text.count("<!-- table:") != len(MARKED.findall(text)):
+    if len(re.findall("^<!-- table:", text, re.M)) != len(MARKED.findall(text)):
         raise ValueError("a table marker is malformed or has no <!-- /table --> after it")
     return closed
 
