@@ -14,11 +14,11 @@ from attnkd.relation import relation_row_loss
 from attnkd.resample import resample_attention
 
 if TYPE_CHECKING:
-    from attnkd.attention_probe import AttentionProbe
-    from attnkd.attn_distill import AttnDistill
-    from attnkd.head_kd import HeadKD
-    from attnkd.ssta import SSTA
-    from attnkd.tap import AttentionCall, AttentionTap
+    from attnkd.capture.tap import AttentionCall, AttentionTap
+    from attnkd.methods.attention_probe import AttentionProbe
+    from attnkd.methods.attn_distill import AttnDistill
+    from attnkd.methods.head_kd import HeadKD
+    from attnkd.methods.ssta import SSTA
 
 __version__ = "0.1.0"
 
@@ -37,12 +37,12 @@ __all__ = [
 ]
 
 _LAZY = {
-    "AttentionCall": "attnkd.tap",
-    "AttentionTap": "attnkd.tap",
-    "AttentionProbe": "attnkd.attention_probe",
-    "AttnDistill": "attnkd.attn_distill",
-    "HeadKD": "attnkd.head_kd",
-    "SSTA": "attnkd.ssta",
+    "AttentionCall": "attnkd.capture.tap",
+    "AttentionTap": "attnkd.capture.tap",
+    "AttentionProbe": "attnkd.methods.attention_probe",
+    "AttnDistill": "attnkd.methods.attn_distill",
+    "HeadKD": "attnkd.methods.head_kd",
+    "SSTA": "attnkd.methods.ssta",
 }
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnkd.attention_paths import attention_paths
+from attnkd.capture.attention_paths import attention_paths
+from attnkd.capture.tap import AttentionCall, AttentionTap
+from attnkd.capture.tokens import TokenLayout, cls_row, patch_grid, token_layout
 from attnkd.functional import attention_kl, attention_rows
 from attnkd.merging import merge_attention
 from attnkd.problem import MERGES, check_choice
 from attnkd.resample import resample_attention
-from attnkd.tap import AttentionCall, AttentionTap
-from attnkd.tokens import TokenLayout, cls_row, patch_grid, token_layout
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from attnkd.attention_maps import ClassMaps, class_kl, class_maps, upsample
-from attnkd.distill_task import check_pair
+from attnkd.capture.tokens import input_stats
+from attnkd.methods.distill_task import check_pair
 from attnkd.problem import MERGES
-from attnkd.tokens import input_stats
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -99,7 +99,7 @@ def examine(case: Case, impl: str, device: torch.device) -> Outcome:
         worst = max(results, key=lambda r: r.ratio)
         first, memory = _measured(case, impl, arguments, device)
         second, _ = _measured(case, impl, arguments, device)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return Outcome(str(case), 0.0, 0.0, float("inf"), "", False, 0, 0, f"{type(error).__name__}: {error}")
     same = all(torch.equal(a, b) or _same_nan(a, b) for a, b in zip(first, second, strict=True))
     promise = memory_promise(case, first)

@@ -17,7 +17,8 @@ from benchmarks import report, schema
 from benchmarks.machine import ROOT, headline
 
 MARKED = re.compile(
-    r"(?P<head><!-- table:(?P<name>[\w-]+)(?P<options>(?: \w+=[^\s>]+)*) -->\n).*?(?P<tail><!-- /table -->)", re.S
+    r"^(?P<head><!-- table:(?P<name>[\w-]+)(?P<options>(?: \w+=[^\s>]+)*) -->\n).*?(?P<tail><!-- /table -->)",
+    re.S | re.M,
 )
 
 Options = dict[str, str]

@@ -1,6 +1,6 @@
 """Whole training steps: AttnDistill on timm models with the attention loss off, from stored maps, and from the package.
 
-``off`` and ``ours`` are :class:`attnkd.attn_distill.AttnDistill`, without and with its attention loss. ``maps`` is what people
+``off`` and ``ours`` are :class:`attnkd.methods.attn_distill.AttnDistill`, without and with its attention loss. ``maps`` is what people
 do today: ``fused_attn = False`` in both models, a hook on the last block's attention dropout that keeps the map, and the loss in
 plain PyTorch. ``maps_last_block`` switches the fused attention off only in the block whose map is needed, which is the best
 that this way allows. All four train the same student, projector and class-token loss under bfloat16 autocast with fused AdamW.
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnkd import merge_attention, resample_attention
-from attnkd.attn_distill import AttnDistill, make_projector
-from attnkd.tokens import cls_features
+from attnkd.capture.tokens import cls_features
+from attnkd.methods.attn_distill import AttnDistill, make_projector
 from benchmarks import measure, timing
 from benchmarks.measure import Settings
 

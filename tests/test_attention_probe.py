@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attnkd.attention_probe import AttentionProbe, kd_loss
-from attnkd.block_outputs import BlockOutputs, default_blocks
-from attnkd.noise_adaptation import NoiseAdaptation, noisy_cross_entropy
+from attnkd.capture.block_outputs import BlockOutputs, default_blocks
+from attnkd.methods.attention_probe import AttentionProbe, kd_loss
+from attnkd.methods.noise_adaptation import NoiseAdaptation, noisy_cross_entropy
+from attnkd.methods.schedule import Schedule
 from attnkd.relation import relation_row_loss
-from attnkd.schedule import Schedule
 
 KIND = {"img_size": 16, "patch_size": 4, "in_chans": 1}
 

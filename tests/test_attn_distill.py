@@ -15,9 +15,9 @@ from timm.task import TrainingTask
 from torch import nn
 from torch.nn import functional as F
 
-from attnkd.attention_paths import pair_blocks
-from attnkd.attn_distill import AttnDistill, make_projector
-from attnkd.tap import AttentionTap
+from attnkd.capture.attention_paths import pair_blocks
+from attnkd.capture.tap import AttentionTap
+from attnkd.methods.attn_distill import AttnDistill, make_projector
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 0}
 

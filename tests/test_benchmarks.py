@@ -342,11 +342,11 @@ def test_no_table_in_the_documentation_is_stale(capsys):
 def test_tables_are_written_between_their_markers(tmp_path):
     for kind, result in _made_up().items():
         schema.save(tmp_path / f"{kind}.json", result)
-    page = "before\n<!-- table:operations results=operations.json operation=cls_row -->\nold\n<!-- /table -->\nafter\n"
+    page = "before `<!-- table:NAME -->`\n<!-- table:operations results=operations.json operation=cls_row -->\nold\n<!-- /table -->\nafter\n"
     fresh = table.render(page, tmp_path)
     assert (
         "old" not in fresh
-        and fresh.startswith("before\n<!-- table:operations")
+        and fresh.startswith("before `<!-- table:NAME -->`\n<!-- table:operations")
         and fresh.endswith("<!-- /table -->\nafter\n")
     )
     assert "| deit_small, B 8, N 197 | 1.000 ms | 5 MiB |" in fresh

@@ -22,10 +22,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from attnkd import demo
-from attnkd.attn_distill import AttnDistill
 from attnkd.demo import evaluate, models, report
 from attnkd.demo.data import RandomAffine, load_digits
 from attnkd.demo.training import Recipe, TrainingError, train
+from attnkd.methods.attn_distill import AttnDistill
 from attnkd.resample import MODES
 
 TEMPERATURE = 4.0

@@ -8,8 +8,8 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from attnkd.head_kd import ALPHAS, HeadKD
-from attnkd.schedule import Schedule
+from attnkd.methods.head_kd import ALPHAS, HeadKD
+from attnkd.methods.schedule import Schedule
 
 
 def vit(heads, depth=2, dim=48, classes=10, seed=0, **options):

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from attnkd import maps
 from attnkd.attention_maps import attention_rollout, class_kl, class_maps, upsample
+from attnkd.capture.tap import AttentionTap
+from attnkd.capture.tokens import token_layout
 from attnkd.demo import models
-from attnkd.tap import AttentionTap
-from attnkd.tokens import token_layout
 
 
 def vit(heads, seed=0, patch_size=4, depth=3, **options):

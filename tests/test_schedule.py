@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from attnkd.schedule import Schedule, Schedules
+from attnkd.methods.schedule import Schedule, Schedules
 
 
 def test_ssta_early_stop():

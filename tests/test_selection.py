@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from attnkd.demo import models, wild
 from attnkd.demo.data import RandomAffine, load_digits
 from attnkd.demo.training import Recipe, train
-from attnkd.probe_scores import ProbeScorer, cosine_to_uniform
+from attnkd.methods.probe_scores import ProbeScorer, cosine_to_uniform
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_really_killed(world, command, tmp_path):
     code = (
         "import os, sys\n"
         "from attnkd.demo import wild\n"
-        "from attnkd.probe_scores import ProbeScorer\n"
+        "from attnkd.methods.probe_scores import ProbeScorer\n"
         "forward, calls = ProbeScorer.forward, []\n"
         "def dying(self, images):\n"
         "    calls.append(1)\n"
@@ -219,7 +219,7 @@ def test_memory_does_not_grow_with_the_folder(tmp_path):
     """50 times the files cost no more memory than the file system itself: names are never collected."""
     import tracemalloc
 
-    from attnkd.image_stream import list_images
+    from attnkd.methods.image_stream import list_images
 
     peaks = []
     for count in (100, 5000):

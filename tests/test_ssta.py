@@ -10,9 +10,9 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from attnkd.head_importance import HeadImportance, head_importance, select_heads
-from attnkd.silence import silenced
-from attnkd.ssta import SSTA
+from attnkd.methods.head_importance import HeadImportance, head_importance, select_heads
+from attnkd.methods.silence import silenced
+from attnkd.methods.ssta import SSTA
 
 
 def vit(heads, depth=3, dim=48, seed=0, classes=10, **options):

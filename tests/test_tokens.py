@@ -7,8 +7,8 @@ import timm
 import torch
 from torch import nn
 
-from attnkd.tap import AttentionCall, AttentionTap
-from attnkd.tokens import (
+from attnkd.capture.tap import AttentionCall, AttentionTap
+from attnkd.capture.tokens import (
     cls_features,
     cls_row,
     image_size,

@@ -10,7 +10,6 @@ import torch
 
 from attnkd import cli
 from attnkd.testing import cases
-from attnkd.testing.cases import Case
 
 HAS_GPU = torch.cuda.is_available()
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attnkd.capture.tap import AttentionTap
+from attnkd.capture.tokens import cls_features, cls_row, patch_grid, token_layout
 from attnkd.functional import attention_rows
 from attnkd.merging import merge_attention
 from attnkd.resample import resample_attention
-from attnkd.tap import AttentionTap
-from attnkd.tokens import cls_features, cls_row, patch_grid, token_layout
 
 
 @torch.no_grad()

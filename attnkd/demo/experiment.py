@@ -16,11 +16,11 @@ from timm.task import ClassificationTask
 from torch import Tensor, nn
 
 from attnkd import __version__
-from attnkd.attn_distill import AttnDistill
 from attnkd.demo import models
 from attnkd.demo.data import Digits, RandomAffine, load_digits
 from attnkd.demo.evaluate import attention_kl_per_image, cls_attention, features, knn_top1, linear_probe_top1
 from attnkd.demo.training import Recipe, Record, load_state, train
+from attnkd.methods.attn_distill import AttnDistill
 
 ARMS = {"pa": "PA only", "pa_ag": "PA + AG"}
 

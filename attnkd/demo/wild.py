@@ -22,11 +22,11 @@ from PIL import Image
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 
-from attnkd import selection
-from attnkd.attention_probe import AttentionProbe
 from attnkd.demo import models
 from attnkd.demo.data import IMAGE_SIZE, Digits, RandomAffine, load_digits
 from attnkd.demo.training import Recipe, train
+from attnkd.methods import selection
+from attnkd.methods.attention_probe import AttentionProbe
 
 TEACHER = {**models.TEACHER, "patch_size": 4}
 STUDENT = {**models.STUDENT, "num_classes": 10}

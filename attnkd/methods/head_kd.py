@@ -11,8 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from attnkd.attention_paths import Blocks, pair_blocks
-from attnkd.distill_task import (
+from attnkd.capture.attention_paths import Blocks, pair_blocks
+from attnkd.capture.tap import AttentionTap
+from attnkd.capture.tokens import resolve_model, token_layout
+from attnkd.methods.distill_task import (
     DistillTask,
     FrozenClassifier,
     Heads,
@@ -22,10 +24,8 @@ from attnkd.distill_task import (
     num_heads,
     whole_map_divergence,
 )
+from attnkd.methods.schedule import Schedule, Schedules
 from attnkd.problem import DIVERGENCES, check_choice
-from attnkd.schedule import Schedule, Schedules
-from attnkd.tap import AttentionTap
-from attnkd.tokens import resolve_model, token_layout
 
 _logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class HeadKD(DistillTask):
             first m.
         divergence: 'forward_kl', 'cross_entropy', 'logit_mse' (the paper's MSE on scores before the softmax), or any
             other of :func:`attnkd.attention_kl`.
-        alpha: α in [0, 1], a number or a :class:`attnkd.schedule.Schedule`. None is the first of ``ALPHAS`` for the
+        alpha: α in [0, 1], a number or a :class:`attnkd.methods.schedule.Schedule`. None is the first of ``ALPHAS`` for the
             divergence.
         temperature: divides the scores of both sides; a number or a Schedule.
         wrong_teacher_weight: factor in [0, 1] on the attention loss of images that the teacher misclassifies. Below 1

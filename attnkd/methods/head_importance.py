@@ -1,7 +1,7 @@
 """Which heads of a Vision Transformer matter: the accuracy that is lost when a head's attention is set to zero.
 
 Wu et al.: Self-supervised Models are Good Teaching Assistants for Vision Transformers (SSTA), ICML 2022. Used to choose the
-teachers' heads for :class:`attnkd.ssta.SSTA`; see docs/methods/ssta.md.
+teachers' heads for :class:`attnkd.methods.ssta.SSTA`; see docs/methods/ssta.md.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from attnkd.attention_paths import Blocks, attention_paths, plain_class
-from attnkd.distill_task import num_heads
-from attnkd.silence import block_path, silenced
+from attnkd.capture.attention_paths import Blocks, attention_paths, plain_class
+from attnkd.methods.distill_task import num_heads
+from attnkd.methods.silence import block_path, silenced
 
 SELECTIONS = ("importance", "average", "random")
 
@@ -174,7 +174,7 @@ def select_heads(
     importance: HeadImportance | None = None,
     seed: int = 0,
 ) -> list[int] | str:
-    """The teacher heads for :class:`attnkd.ssta.SSTA`, one for every block, in running order.
+    """The teacher heads for :class:`attnkd.methods.ssta.SSTA`, one for every block, in running order.
 
     Args:
         selection: 'importance': the most important ones of ``importance``; 'random': drawn with ``seed``; 'average': the

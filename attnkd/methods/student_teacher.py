@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnkd.tap import AttentionCall, AttentionTap
-from attnkd.tokens import cls_features, image_size, input_stats, token_layout
+from attnkd.capture.tap import AttentionCall, AttentionTap
+from attnkd.capture.tokens import cls_features, image_size, input_stats, token_layout
 
 
 class TappedStudent(nn.Module):

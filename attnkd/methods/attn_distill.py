@@ -15,14 +15,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnkd.attention_paths import Blocks, pair_blocks
+from attnkd.capture.attention_paths import Blocks, pair_blocks
+from attnkd.capture.tap import AttentionCall, AttentionTap
+from attnkd.capture.tokens import (
+    TrainingTask,
+    cls_row,
+    input_stats,
+    patch_grid,
+    resolve_model,
+    token_layout,
+    unwrap_model,
+)
 from attnkd.functional import attention_kl, attention_rows
 from attnkd.merging import merge_attention
+from attnkd.methods.student_teacher import FrozenTeacher, TappedStudent, check_models
 from attnkd.problem import MERGES
 from attnkd.resample import MODES, resample_attention
-from attnkd.student_teacher import FrozenTeacher, TappedStudent, check_models
-from attnkd.tap import AttentionCall, AttentionTap
-from attnkd.tokens import TrainingTask, cls_row, input_stats, patch_grid, resolve_model, token_layout, unwrap_model
 
 _logger = logging.getLogger(__name__)
 

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnkd.attention_paths import Blocks, pair_blocks
-from attnkd.distill_task import (
+from attnkd.capture.attention_paths import Blocks, pair_blocks
+from attnkd.capture.tap import AttentionTap
+from attnkd.capture.tokens import resolve_model, token_layout
+from attnkd.methods.distill_task import (
     DistillTask,
     Heads,
     build_student,
@@ -23,12 +25,10 @@ from attnkd.distill_task import (
     num_heads,
     whole_map_divergence,
 )
-from attnkd.head_kd import CROSS_ENTROPY
+from attnkd.methods.head_kd import CROSS_ENTROPY
+from attnkd.methods.schedule import Schedule, Schedules
+from attnkd.methods.student_teacher import FrozenTeacher
 from attnkd.problem import DIVERGENCES, check_choice
-from attnkd.schedule import Schedule, Schedules
-from attnkd.student_teacher import FrozenTeacher
-from attnkd.tap import AttentionTap
-from attnkd.tokens import resolve_model, token_layout
 
 _logger = logging.getLogger(__name__)
 
@@ -53,10 +53,10 @@ class SSTA(DistillTask):
         teacher_blocks, assistant_blocks: the block for each of ``blocks``. None: student block i of Ls learns from teacher
             block ⌈(i + 1)·Lt/Ls⌉ − 1, so the last from the last.
         teacher_heads, assistant_heads: the head to imitate in each of ``blocks``, or 'average' for the mean of all heads'
-            maps. :func:`attnkd.head_importance.select_heads` finds them.
+            maps. :func:`attnkd.methods.head_importance.select_heads` finds them.
         student_heads: (head that imitates the teacher, head that imitates the assistant).
         alpha: weight of the class loss.
-        beta: weight of KL_SL until ``stop_epoch``. A :class:`attnkd.schedule.Schedule` is used as it is.
+        beta: weight of KL_SL until ``stop_epoch``. A :class:`attnkd.methods.schedule.Schedule` is used as it is.
         lam: weight λ of KL_SSL, likewise.
         stop_epoch: the epoch from which β = λ = 0. The paper stops at 100 of 300. None: never. With it ``set_epoch`` must
             be called.
@@ -228,7 +228,7 @@ def _teacher_heads(name: str, model: nn.Module, paths: list[str], heads: Sequenc
     if heads is None or isinstance(heads, str):
         raise ValueError(
             f"{name}_heads: expected 'average' or one head for each of {len(paths)} blocks, got {heads!r}; "
-            "attnkd.head_importance finds the important ones"
+            "attnkd.methods.head_importance finds the important ones"
         )
     if len(heads) != len(paths):
         raise ValueError(f"{name}_heads: expected one head for each of {len(paths)} blocks, got {list(heads)}")

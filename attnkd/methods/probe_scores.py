@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attnkd.block_outputs import Blocks, block_count, block_indices, default_blocks
+from attnkd.capture.block_outputs import Blocks, block_count, block_indices, default_blocks
+from attnkd.capture.tap import AttentionTap
+from attnkd.capture.tokens import cls_row, token_layout
 from attnkd.functional import attention_rows
 from attnkd.problem import check_choice
-from attnkd.tap import AttentionTap
-from attnkd.tokens import cls_row, token_layout
 
 
 class ProbeScores(NamedTuple):

@@ -14,7 +14,7 @@ from timm.task import TrainingTask
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
-from attnkd.tap import AttentionCall
+from attnkd.capture.tap import AttentionCall
 
 __all__ = [
     "TokenLayout",

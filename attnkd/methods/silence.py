@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from attnkd.distill_task import num_heads
+from attnkd.methods.distill_task import num_heads
 
 
 @contextmanager

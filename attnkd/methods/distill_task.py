@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnkd.attention_paths import plain_class
+from attnkd.capture.attention_paths import plain_class
+from attnkd.capture.tap import AttentionCall, AttentionTap
+from attnkd.capture.tokens import TokenLayout, TrainingTask, image_size, input_stats, resolve_model, unwrap_model
 from attnkd.functional import attention_kl
-from attnkd.schedule import Schedules
-from attnkd.student_teacher import FrozenTeacher, TappedStudent
-from attnkd.tap import AttentionCall, AttentionTap
-from attnkd.tokens import TokenLayout, TrainingTask, image_size, input_stats, resolve_model, unwrap_model
+from attnkd.methods.schedule import Schedules
+from attnkd.methods.student_teacher import FrozenTeacher, TappedStudent
 
 _logger = logging.getLogger(__name__)
 

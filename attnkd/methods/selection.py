@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from attnkd.image_stream import ENCODING, Batch, ListedImages, list_images, read_lines
-from attnkd.probe_scores import ProbeScorer, ProbeScores
+from attnkd.methods.image_stream import ENCODING, Batch, ListedImages, list_images, read_lines
+from attnkd.methods.probe_scores import ProbeScorer, ProbeScores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

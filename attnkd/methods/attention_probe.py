@@ -1,7 +1,7 @@
 """Attention Probe: a student learns from a classifier on unlabelled images, without the data the classifier was trained on.
 
 Wang, Cao, Shi, Wu, Yang: Attention Probe: Vision Transformer Distillation in the Wild, ICASSP 2022. The formulas, and where
-the authors' published code differs: docs/methods/attention_probe.md. Choosing the images: :mod:`attnkd.selection`.
+the authors' published code differs: docs/methods/attention_probe.md. Choosing the images: :mod:`attnkd.methods.selection`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnkd.block_outputs import BlockOutputs, Blocks, pair_block_indices
-from attnkd.distill_task import FrozenClassifier
-from attnkd.noise_adaptation import NoiseAdaptation, noisy_cross_entropy
+from attnkd.capture.block_outputs import BlockOutputs, Blocks, pair_block_indices
+from attnkd.capture.tokens import TrainingTask, token_layout, unwrap_model
+from attnkd.methods.distill_task import FrozenClassifier
+from attnkd.methods.noise_adaptation import NoiseAdaptation, noisy_cross_entropy
+from attnkd.methods.schedule import Schedule, Schedules
+from attnkd.methods.student_teacher import check_models
 from attnkd.relation import relation_row_loss
-from attnkd.schedule import Schedule, Schedules
-from attnkd.student_teacher import check_models
-from attnkd.tokens import TrainingTask, token_layout, unwrap_model
 
 _logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class AttentionProbe(TrainingTask):
         device, dtype: of Q; the student's when None.
         verbose: log the settings.
 
-    Weights and temperature may be :class:`attnkd.schedule.Schedule`; a part whose weight is 0 now is not computed.
+    Weights and temperature may be :class:`attnkd.methods.schedule.Schedule`; a part whose weight is 0 now is not computed.
 
     Raises:
         TypeError, ValueError: models that cannot be compared (no class token, other classes, fixed input sizes that differ,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from attnkd.attention_paths import Blocks, attention_paths, plain_class
+from attnkd.capture.attention_paths import Blocks, attention_paths, plain_class
 
 
 class AttentionCall(NamedTuple):

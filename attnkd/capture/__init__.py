@@ -1,0 +1,1 @@
+"""Taking queries and keys out of a model, and knowing what its tokens are."""

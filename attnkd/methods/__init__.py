@@ -1,0 +1,1 @@
+"""The published methods: AttnDistill, head-specific KD, SSTA and Attention Probe, and what they share."""
