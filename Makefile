@@ -27,8 +27,9 @@ $(READY): pyproject.toml
 demo: $(READY)
 	"$(BIN)/python" -m attnkd demo
 
+# One thread a process: the workers share the cores.
 test: $(READY)
-	"$(BIN)/python" -m pytest
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: $(READY)
 	"$(BIN)/ruff" check .
