@@ -115,7 +115,7 @@ def _forward_kl(s: Softmax, t: Softmax, need_ds: bool) -> _Result:
 
 
 def _cross_entropy(s: Softmax, t: Softmax, need_ds: bool) -> _Result:
-    mean = _mean(t, t.spend_shifted().copy_(s.shifted), s)
+    mean = _mean(t, s.shifted, s, out=t.spend_shifted())
     s.exp_()
     return s.total.log() - mean, *_gap(s, t, need_ds)
 
@@ -179,12 +179,12 @@ _KINDS = {
 }
 
 
-def _mean(side: Softmax, value: Tensor, other: Softmax) -> Tensor:
-    """Σ p · value, [P, r, 1]; a key of probability 0 adds 0 even to an infinite value. ``value`` becomes e · value."""
-    value.mul_(side.exp)
+def _mean(side: Softmax, value: Tensor, other: Softmax, out: Tensor | None = None) -> Tensor:
+    """Σ p · value, [P, r, 1]; a key of probability 0 adds 0 even to an infinite value. ``out`` (or value) ← e · value."""
+    product = torch.mul(side.exp, value, out=value if out is None else out)
     if side.masked or other.masked:
-        value.masked_fill_(side.exp == 0, 0.0)
-    return value.sum(-1, keepdim=True) / side.total
+        product.masked_fill_(side.exp == 0, 0.0)
+    return product.sum(-1, keepdim=True) / side.total
 
 
 def _square_sum(x: Tensor) -> Tensor:

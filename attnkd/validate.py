@@ -18,11 +18,13 @@ from torch import Tensor
 from attnkd import dispatch
 from attnkd.functional import attention_kl, attention_rows
 from attnkd.info import devices, versions
+from attnkd.relation import relation_row_loss
 from attnkd.testing import cases
 from attnkd.testing.cases import Case
-from attnkd.testing.proof import prove, prove_rows
+from attnkd.testing.proof import prove, prove_relation, prove_rows
 from attnkd.testing.tolerance import Result
 
+PROOFS = {"rows": prove_rows, "relation": prove_relation}
 EPILOG = """Every case compares the outputs and all gradients with the float64 reference on the same inputs; the allowed error is a
 small multiple of what plain PyTorch's rounding causes. Each case also runs twice (results must be bitwise equal) and must
 keep the memory promise: no more than its results and, for a few rows, those rows. Exit status 1 if anything fails, with the
@@ -50,8 +52,12 @@ class Outcome:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("--impl", choices=("triton", "chunked"), default="triton", help="what to validate (default: triton)")
-    parser.add_argument("--cases", type=int, metavar="N", help="random cases after the fixed ones (default: 100, --quick: 10)")
+    parser.add_argument(
+        "--impl", choices=("triton", "chunked"), default="triton", help="what to validate (default: triton)"
+    )
+    parser.add_argument(
+        "--cases", type=int, metavar="N", help="random cases after the fixed ones (default: 100, --quick: 10)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random cases (default: 0)")
     parser.add_argument("--quick", action="store_true", help="every seventh fixed case only")
     parser.add_argument("--minutes", type=float, metavar="M", help="fuzz: keep drawing random cases for M minutes")
@@ -75,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
         from attnkd.testing import interpreter
 
         interpreter.install()
-        print("No GPU: the kernels run in Triton's interpreter on small shapes. This proves their arithmetic, not their compilation.")
+        print(
+            "No GPU: the kernels run in Triton's interpreter on small shapes. This proves their arithmetic, not their compilation."
+        )
     outcomes = []
     todo = _selection(args, small=interpreted)
     for case in _with_progress(todo, args):
@@ -95,7 +103,7 @@ def examine(case: Case, impl: str, device: torch.device) -> Outcome:
     """Run one case: errors, determinism, memory. A case that raises is a failure, not a crash."""
     try:
         arguments = case.arguments(device)
-        results = (prove_rows if case.operation == "rows" else prove)(impl, seed=case.seed, **arguments)
+        results = PROOFS.get(case.operation, prove)(impl, seed=case.seed, **arguments)
         worst = max(results, key=lambda r: r.ratio)
         first, memory = _measured(case, impl, arguments, device)
         second, _ = _measured(case, impl, arguments, device)
@@ -131,7 +139,9 @@ def table(outcomes: list[Outcome]) -> str:
     for outcome in outcomes:
         case = cases.parse(outcome.case)
         groups.setdefault((case.operation, case.dtype, str(case.merge)), []).append(outcome)
-    lines = [f"{'operation':<10}{'dtype':<7}{'merge':<8}{'cases':>6}{'worst error':>14}{'allowed':>11}{'ratio':>8}  result"]
+    lines = [
+        f"{'operation':<10}{'dtype':<7}{'merge':<8}{'cases':>6}{'worst error':>14}{'allowed':>11}{'ratio':>8}  result"
+    ]
     for (operation, dtype, merge), members in groups.items():
         worst = max(members, key=lambda o: o.ratio)
         failed = sum(not o.ok for o in members)
@@ -168,7 +178,7 @@ def _with_progress(todo: Iterable[Case], args: argparse.Namespace) -> Iterable[C
 
 def _measured(case: Case, impl: str, arguments: dict[str, Any], device: torch.device) -> tuple[list[Tensor], int]:
     """Loss and gradients of a plain call, and the bytes it allocated at its peak (interpreter: in all)."""
-    names = [n for n in ("student_query", "student_key") if n in arguments]
+    names = [n for n in ("student_query", "student_key", "student_features") if n in arguments]
     leaves = {n: arguments[n].detach().requires_grad_() for n in names}
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -185,7 +195,9 @@ def _measured(case: Case, impl: str, arguments: dict[str, Any], device: torch.de
 
 
 def _call(case: Case, impl: str, arguments: dict[str, Any], leaves: list[Tensor]) -> list[Tensor]:
-    if case.operation == "rows":
+    if case.operation == "relation":
+        out = loss = relation_row_loss(**arguments, impl=impl)
+    elif case.operation == "rows":
         renamed = {n.removeprefix("student_"): a for n, a in arguments.items()}
         out = attention_rows(**renamed, impl=impl)
         loss = out.square().sum()
@@ -221,7 +233,9 @@ def _command(args: argparse.Namespace, case: Case) -> str:
 def _again_in_the_interpreter() -> int:
     """Triton's interpreter must be chosen before the kernels are imported, so start over with it."""
     if not dispatch.TRITON_INSTALLED:
-        raise SystemExit("attnkd validate: triton is not installed; `--impl chunked` validates the plain PyTorch implementation")
+        raise SystemExit(
+            "attnkd validate: triton is not installed; `--impl chunked` validates the plain PyTorch implementation"
+        )
     # The other two silence the profiler that measures memory.
     os.environ |= {"TRITON_INTERPRET": "1", "KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     sys.stdout.flush()

@@ -15,6 +15,7 @@ COMMANDS = {
     ),
     "aot": ("benchmarks.aot", "compile every kernel for every GPU target and check what it uses (no GPU needed)"),
     "traffic": ("benchmarks.traffic", "count the bytes every kernel moves, against the least possible (no GPU needed)"),
+    "cpu": ("benchmarks.cpu", "the chunked implementation against eager PyTorch on this machine's CPU"),
     "compare": ("benchmarks.compare", "what became slower or larger from one result file to another"),
     "plot": ("benchmarks.plot", "figures from result files"),
     "table": ("benchmarks.table", "write the tables of README and docs from the committed results"),

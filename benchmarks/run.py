@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from benchmarks import machine, schema
+    from benchmarks.compare import is_ours
     from benchmarks.measure import DeviceLost
 
     device = torch.device(args.device if has_gpu else "cpu")
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             for record in _with_progress(console, suite, cases, ceilings):
                 result["records"].append(record)
-                bad += record["status"] in ("FAIL", "error") and _is_ours(record)
+                bad += record["status"] in ("FAIL", "error") and is_ours(record)
                 if not args.smoke:
                     schema.save(
                         folder / f"{name}.json", result
@@ -242,10 +243,6 @@ def _dtypes(args: argparse.Namespace) -> list[torch.dtype]:
     from benchmarks.cases import parse_dtype
 
     return [parse_dtype(name) for name in args.dtypes or ["bf16"]]
-
-
-def _is_ours(record: dict[str, Any]) -> bool:
-    return record.get("implementation", record.get("variant", "")).startswith(("ours", "chunked"))
 
 
 def _selected(args: argparse.Namespace) -> bool:

@@ -113,10 +113,9 @@ def test_what_cannot_be_compiled_fails(toys, toy, message):
 
 def test_a_crash_is_pinned_on_the_call_that_crashed():
     """A failed assertion in LLVM aborts the process; the other calls must be judged all the same."""
-    results = _by_call([Toy("honest"), Toy("crashing"), Toy("strided")], ("sm90",))
+    results = _by_call([Toy("honest"), Toy("crashing")], ("sm90",))
     assert [record["faults"] for record in results["crashing", "sm90"]] == [["the compiler crashed"]]
     assert [record["faults"] for record in results["honest", "sm90"]] == [[]]
-    assert results["strided", "sm90"][0]["faults"]
 
 
 GOOD = {

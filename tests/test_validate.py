@@ -28,6 +28,8 @@ def test_fixed_cases_cover_what_is_promised(impl):
         for dtype in cases.DTYPES:
             here = [c for c in fixed if (c.operation, c.dtype) == (operation, dtype)]
             assert {c.layout for c in here} == set(cases.LAYOUTS)
+            if operation == "relation":
+                continue
             assert {c.mask for c in here} == set(cases.MASKS)
             if operation != "rows":
                 assert {c.divergence for c in here} == set(cases.DIVERGENCES)
@@ -37,7 +39,11 @@ def test_fixed_cases_cover_what_is_promised(impl):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("M=two", "expected M to be a int"), ("heads=3", "expected fields among"), ("dtype=int8", "expected dtype to be one of")],
+    [
+        ("M=two", "expected M to be a int"),
+        ("heads=3", "expected fields among"),
+        ("dtype=int8", "expected dtype to be one of"),
+    ],
 )
 def test_bad_cases_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
@@ -81,7 +87,9 @@ def test_fails_on_a_broken_kernel_and_prints_how_to_run_it_again(monkeypatch, ca
     finally:
         library._destroy()
     captured = capsys.readouterr()
-    expected = {"wrong": "dstudent_key: WRONG", "unsteady": "two runs differ", "hungry": "bytes allocated, promised"}[breakage]
+    expected = {"wrong": "dstudent_key: WRONG", "unsteady": "two runs differ", "hungry": "bytes allocated, promised"}[
+        breakage
+    ]
     assert expected in captured.err
     assert "attnkd validate --impl triton --case D=32,N=40" in captured.err or "--case N=40,D=32,Dt=32" in captured.err
     assert "1 FAILED" in captured.out

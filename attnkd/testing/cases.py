@@ -14,8 +14,9 @@ from torch import Tensor
 from attnkd.problem import DIVERGENCES, MERGES
 from attnkd.testing.guard import LAYOUTS, lay_out
 
-OPERATIONS = ("row", "map", "rows")
-"""``row``: attention_kl of up to 16 query rows. ``map``: attention_kl of more. ``rows``: attention_rows."""
+OPERATIONS = ("row", "map", "rows", "relation")
+"""``row``: attention_kl of up to 16 query rows. ``map``: attention_kl of more. ``rows``: attention_rows. ``relation``:
+relation_row_loss of N tokens, M of them prefix tokens, with D and Dt channels."""
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MASKS = ("none", "bool", "bias", "padding")
@@ -49,7 +50,7 @@ class Case:
         return ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default)
 
     def arguments(self, device: torch.device) -> dict[str, Any]:
-        """The arguments of the call, as :func:`attnkd.attention_kl` names them."""
+        """The arguments of the call, as its function names them (``rows``: as :func:`attnkd.attention_kl` would)."""
         generator = torch.Generator().manual_seed(self.seed)
         dtype = DTYPES[self.dtype]
 
@@ -57,6 +58,13 @@ class Case:
             values = torch.randn(shape, generator=generator) * self.std
             return lay_out(values.to(device, dtype), self.layout)
 
+        if self.operation == "relation":
+            return {
+                "student_features": draw(self.B, 1, self.N, self.D)[:, 0],
+                "teacher_features": draw(self.B, 1, self.N, self.Dt)[:, 0],
+                "student_prefix_tokens": self.M,
+                "teacher_prefix_tokens": self.M,
+            }
         given: dict[str, Any] = {
             "student_query": draw(self.B, self.H, self.M, self.D),
             "student_key": draw(self.B, self.H, self.N, self.D),
@@ -85,7 +93,11 @@ class Case:
         if self.mask == "padding":  # image 0 is padded throughout: its rows see nothing
             visible[0] = False
         visible = visible.to(device)
-        both = ("student_mask", "teacher_mask") if self.operation != "rows" and self.target == "keys" else ("student_mask",)
+        both = (
+            ("student_mask", "teacher_mask")
+            if self.operation != "rows" and self.target == "keys"
+            else ("student_mask",)
+        )
         return dict.fromkeys(both, visible)
 
 
@@ -119,6 +131,15 @@ def parse(text: str) -> Case:
 def exists(case: Case, impl: str) -> bool:
     """Whether the operation is defined for the case and covered by the implementation."""
     merged = case.merge is not None
+    if case.operation == "relation":
+        plain = (case.merge, case.divergence, case.mask, case.target, case.Ht) == (
+            None,
+            "forward_kl",
+            "none",
+            "keys",
+            case.H,
+        )
+        return plain and case.N > case.M
     if case.divergence == "logit_mse" and (case.merge not in (None, "logsum") or case.target == "probs"):
         return False
     if case.mask != "none" and case.divergence == "reverse_kl" and case.target == "probs":
@@ -141,10 +162,12 @@ def fixed(impl: str, small: bool) -> Iterator[Case]:
     """
     turn = itertools.count()
     for operation, dtype, merge in itertools.product(OPERATIONS, DTYPES, MERGES):
-        for divergence in DIVERGENCES if operation != "rows" else DIVERGENCES[:1]:
+        for divergence in DIVERGENCES if operation in ("row", "map") else DIVERGENCES[:1]:
             i = next(turn)
             case = _sized(Case(operation, dtype, merge, divergence), i, small)
-            case = replace(case, layout=LAYOUTS[i % len(LAYOUTS)], mask=MASKS[i % len(MASKS)], temperature=1 + 0.5 * (i % 3))
+            case = replace(
+                case, layout=LAYOUTS[i % len(LAYOUTS)], mask=MASKS[i % len(MASKS)], temperature=1 + 0.5 * (i % 3)
+            )
             if merge is not None:
                 case = replace(case, Ht=1 + i % 4, Dt=HEAD_DIMS[(i + 3) % len(HEAD_DIMS)])
             if exists(case, impl):
@@ -170,8 +193,10 @@ def draw(rng: random.Random, impl: str, small: bool) -> Case:
         )  # fmt: skip
         keys = rng.randint(1, 70 if small else 1100)
         rows = rng.randint(1, 3) if case.operation != "map" else rng.randint(17, 40 if small else 300)
-        if case.operation == "rows":
+        if case.operation in ("rows", "relation"):
             case = replace(case, divergence="forward_kl", target="keys")
+        if case.operation == "relation":
+            case = replace(case, merge=None, mask="none", Ht=case.H, temperature=1.0)
         case = replace(case, N=keys, M=rows)
         if exists(case, impl):
             return case

@@ -11,6 +11,7 @@ from torch import Tensor
 from attnkd import reference
 from attnkd.functional import attention_kl, attention_rows
 from attnkd.problem import make_problem, make_side
+from attnkd.relation import reference_per_image, relation_row_loss
 from attnkd.testing.tolerance import Result, compare
 
 STUDENT = ("student_query", "student_key", "student_mask")
@@ -83,6 +84,33 @@ def prove_rows(impl: str, *, seed: int = 0, **arguments: Any) -> list[Result]:
     for name, grad, truth, plain in zip(names, grads, oracle_grads, eager_grads, strict=True):
         results.append(compare(f"{label} d{name}", grad, truth, plain))
     return results
+
+
+def prove_relation(impl: str, *, seed: int = 0, **arguments: Any) -> list[Result]:
+    """The same for :func:`attnkd.relation_row_loss`."""
+    student, teacher = arguments["student_features"], arguments["teacher_features"]
+    prefixes = arguments["student_prefix_tokens"], arguments["teacher_prefix_tokens"]
+
+    def reference_loss(inputs: torch.dtype, precision: torch.dtype) -> tuple[Tensor, Tensor]:
+        leaf = student.detach().to(inputs).requires_grad_()
+        loss = reference_per_image(leaf, teacher.to(inputs), *prefixes, -1, precision)
+        (grad,) = torch.autograd.grad(loss, leaf, _upstream(loss, seed, boost))
+        return loss.detach(), grad
+
+    boost = 4096.0  # a mean over patches and a norm over channels leave small gradients
+    oracle, oracle_grad = reference_loss(torch.float64, torch.float64)
+    eager, _ = reference_loss(student.dtype, torch.float32)
+    _, eager_grad = reference_loss(student.dtype, student.dtype)
+    leaf = student.detach().requires_grad_()
+    loss = relation_row_loss(
+        leaf, teacher, reduction="none", impl=impl, student_prefix_tokens=prefixes[0], teacher_prefix_tokens=prefixes[1]
+    )
+    (grad,) = torch.autograd.grad(loss, leaf, _upstream(oracle, seed, boost).to(loss))
+    label = f"{impl} relation_row {str(student.dtype)[6:]}"
+    return [
+        compare(f"{label} loss", loss, oracle, eager.float()),
+        compare(f"{label} dstudent_features", grad, oracle_grad, eager_grad),
+    ]
 
 
 def assert_proved(impl: str, **arguments: Any) -> None:

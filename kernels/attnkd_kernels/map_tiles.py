@@ -46,15 +46,19 @@ _FP32 = Tile(
 _FP32_HEAVY = Tile(32, 16, 4, 2, whole=16, chunk=16, out_columns=64)
 _STREAMED = Tile(64, 64, 8, 2, whole=64)
 
+_MEAN = Tile(64, 32, 8, 2, whole=32, chunk=32, out_columns=64)  # one map of every head is alive beside the merged ones
+_MEAN_KEYS_LEFT = Tile(32, 64, 8, 2, whole=32, chunk=32, out_columns=64)
+
 _PLAIN = {  # (kernel, architecture): tile up to 64 channels, tile up to 128
     ("fwd", "sm80"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
     ("dq", "sm80"): (Tile(64, 64, 4, 3), _STREAMED),
     ("dk", "sm80"): (Tile(64, 64, 4, 2), _STREAMED),
+    ("fwd", "sm120"): (Tile(64, 64, 8, 2), _STREAMED),
     ("fwd", "sm90"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
     ("dq", "sm90"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
     ("dk", "sm90"): (Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
     ("fwd", "sm100"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    ("dq", "sm100"): (Tile(64, 64, 4, 2), _STREAMED),
+    ("dq", "sm100"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2, whole=64)),
     ("dk", "sm100"): (Tile(32, 64, 4, 2), _STREAMED),
     ("fwd", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     ("dq", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
@@ -70,6 +74,7 @@ _HEAVY = {  # (kernel, architecture): tile up to 64 channels, tile beyond
     ("dq", "sm90"): (Tile(64, 64, 4, 3), _STREAMED),
     ("dk", "sm90"): (Tile(64, 64, 4, 2), Tile(32, 64, 4, 2, whole=64)),
     ("bias", "sm90"): (Tile(64, 64, 4, 3), _STREAMED),
+    ("dq", "sm100"): (_STREAMED, Tile(64, 32, 4, 2, whole=64)),
     ("fwd", "gfx942"): (Tile(64, 64, 8, 2), _STREAMED),
     ("dq", "gfx942"): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 1, whole=64, chunk=32, out_columns=64)),
     ("dk", "gfx942"): (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1, whole=64, chunk=32, out_columns=64)),
@@ -90,19 +95,23 @@ def architecture(device: torch.device) -> str:
     return {8: "sm80", 9: "sm90", 10: "sm100"}.get(major, "sm80")
 
 
-def pick_tile(kernel: str, arch: str, dtype: torch.dtype, width: int, heavy: bool) -> Tile:
-    """The entry for one kernel ('fwd', 'lse', 'value', 'dq', 'dk', 'bias') and a head of ``width`` channels."""
+def pick_tile(kernel: str, arch: str, dtype: torch.dtype, width: int, heavy: bool, mean: bool) -> Tile:
+    """The entry for one kernel ('fwd', 'lse', 'value', 'dq', 'dk', 'bias') and a head of ``width`` channels.
+
+    heavy: masks or js; mean: heads are averaged.
+    """
     if arch == "cpu":
         return _INTERPRETER
     if dtype == torch.float32:
-        return _FP32_HEAVY if heavy or width > 128 else _FP32
+        return _FP32_HEAVY if heavy or mean or width > 128 else _FP32
+    if kernel == "lse":
+        return Tile(64, 64, 4, 2) if width <= 64 else _STREAMED
+    if mean:
+        return _MEAN_KEYS_LEFT if kernel == "dk" else _MEAN
+    plain = not heavy and width <= 128
+    table = _PLAIN if plain else _HEAVY
     family = (
         "sm80" if arch == "sm120" else arch
     )  # the same matrix instructions, and its tiles fit either's shared memory
-    if kernel == "lse":
-        return Tile(64, 64, 4, 2) if width <= 64 else _STREAMED
-    if not heavy and width <= 128 and (kernel, family) in _PLAIN:
-        narrow, medium = _PLAIN[kernel, family]
-        return narrow if width <= 64 else medium
-    narrow, wide = _HEAVY.get((kernel, family), (_STREAMED, _STREAMED))
+    narrow, wide = table.get((kernel, arch)) or table.get((kernel, family)) or (_STREAMED, _STREAMED)
     return narrow if width <= 64 else wide

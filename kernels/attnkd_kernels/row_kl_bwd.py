@@ -19,6 +19,7 @@ from attnkd_kernels import launch
 from attnkd_kernels.row_common import wide_offsets
 
 TILE = 4096  # elements of a dk tile
+WARPS = 4
 
 
 @triton.jit
@@ -110,6 +111,6 @@ def row_kl_bwd(
         _row_kl_bwd_kernel[(B * HO, triton.cdiv(N, BN))](
             grad, coef, unit_dq, student_query, dq, dk, dmask, student_scale / temperature, 1.0 / temperature, N, M, HO,
             *grad.stride(), *student_query.stride(), *(dk.stride() if need_dk else (0, 0, 0, 0)),
-            HEADS=heads, D=D, WP=WP, NEED_DQ=need_dq, NEED_DK=need_dk, NEED_DMASK=need_dmask, BN=BN, num_warps=4, **launch.OPTIONS,
+            HEADS=heads, D=D, WP=WP, NEED_DQ=need_dq, NEED_DK=need_dk, NEED_DMASK=need_dmask, BN=BN, num_warps=WARPS, **launch.OPTIONS,
         )  # fmt: skip
     return dq, dk, dmask

@@ -22,6 +22,7 @@ from attnkd_kernels.row_common import ALIVE, load_keys, masked_logits, wide_offs
 from attnkd_kernels.row_kl_bwd import row_kl_bwd
 
 TILE = 8192  # elements of a K tile
+WARPS = 4
 
 
 @triton.jit
@@ -109,7 +110,7 @@ def row_logits_fwd(
         _row_logits_fwd_kernel[(B * HO, triton.cdiv(N, BN))](
             query, key, mask, logits, scale / temperature, 1.0 / temperature, N, M, HO,
             *query.stride(), *key.stride(), *strides,
-            HEADS=heads, D=D, WP=WP, MASK_KIND=kind, BN=BN, num_warps=4, **launch.OPTIONS,
+            HEADS=heads, D=D, WP=WP, MASK_KIND=kind, BN=BN, num_warps=WARPS, **launch.OPTIONS,
         )  # fmt: skip
     return logits
 
@@ -132,6 +133,6 @@ def row_logits_bwd(
         with launch.on_device(query):
             _row_logits_dq_kernel[(B * HO * M,)](
                 grad, key, dq, scale / temperature, N, M, HO, *key.stride(),
-                HEADS=heads, D=D, WP=WP, BN=BN, num_warps=4, **launch.OPTIONS,
+                HEADS=heads, D=D, WP=WP, BN=BN, num_warps=WARPS, **launch.OPTIONS,
             )  # fmt: skip
     return dq, dk, dmask

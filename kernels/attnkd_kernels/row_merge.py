@@ -24,6 +24,7 @@ from attnkd_kernels.row_common import ALIVE, HIDDEN, row_divergence
 
 MERGES = {None: 0, "mean": 1, "max": 2, "min": 3}
 MAX_KEYS = 65536
+KEYS_PER_WARP = 512
 LOG2E_ = tl.constexpr(LOG2E)
 
 
@@ -145,6 +146,6 @@ def row_merge(
                 student_logits, teacher, loss, grad, N, M, HO, *teacher.stride(),
                 HEADS_S=heads_s, HEADS_T=heads_t, PROBS=teacher_probs is not None, MERGE=MERGES[merge],
                 KIND=launch.DIVERGENCES[divergence], NEED_GRAD=need_grad, BN=BN,
-                num_warps=4 if BN <= 1024 else 8 if BN <= 4096 else 16, **launch.OPTIONS,
+                num_warps=min(max(BN // KEYS_PER_WARP, 4), 16), **launch.OPTIONS,
             )  # fmt: skip
     return loss, grad
