@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from attnkd.autograd import first_order_only
 from attnkd.problem import Problem
 from attnkd.problem import Side as ProblemSide
 from attnkd_kernels.launch import num_processors, on_device
@@ -111,7 +111,7 @@ class MapDivergenceFunction(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor):
         qs, ks, stored_s, qt, kt, stored_t, *saved = ctx.saved_tensors
         scale_s, scale_t, merge, divergence, temperature = ctx.options

@@ -15,8 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attnkd.autograd import first_order_only
-from attnkd.dispatch import IMPLS, why_not_triton
+from attnkd.dispatch import IMPLS, TRITON_INSTALLED, why_not_triton
 from attnkd.problem import check_choice, check_tensor
+
+if TRITON_INSTALLED:
+    # Not where it is used: torch.compile must find this module imported.
+    from attnkd import ops_relation
 
 REDUCTIONS = ("none", "sum", "mean")
 EPS = 1e-12
@@ -73,8 +77,6 @@ def relation_row_loss(
     implementation = _choose(impl, student_features, teacher_features, normalize_dim)
     prefixes = (student_prefix_tokens, teacher_prefix_tokens)
     if implementation == "triton":
-        from attnkd import ops_relation
-
         loss = ops_relation.per_image(student_features, teacher_features, *prefixes, EPS)
     elif implementation == "chunked":
         need_grad = torch.is_grad_enabled() and student_features.requires_grad

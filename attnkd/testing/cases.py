@@ -108,12 +108,12 @@ def parse(text: str) -> Case:
         ValueError: an unknown field or value.
     """
     values: dict[str, Any] = {}
-    kinds = {f.name: f.default for f in fields(Case)}
+    kinds: dict[str, Any] = {f.name: f.default for f in fields(Case)}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
         if name not in kinds:
             raise ValueError(f"case: expected fields among {', '.join(kinds)}, got {name!r}")
-        kind = str if name == "merge" else type(kinds[name])
+        kind: Any = str if name == "merge" else type(kinds[name])
         try:
             values[name] = None if name == "merge" and value == "None" else kind(value)
         except ValueError:
@@ -173,7 +173,7 @@ def fixed(impl: str, small: bool) -> Iterator[Case]:
             if exists(case, impl):
                 yield case
     for operation, dtype in itertools.product(OPERATIONS, DTYPES):
-        variants = [{"layout": x} for x in LAYOUTS] + [{"mask": x} for x in MASKS] + [{"target": x} for x in TARGETS]
+        variants: list[dict[str, Any]] = [{"layout": x} for x in LAYOUTS] + [{"mask": x} for x in MASKS] + [{"target": x} for x in TARGETS]
         for variant in variants:
             case = replace(_sized(Case(operation, dtype), next(turn), small), **variant)
             if exists(case, impl):
