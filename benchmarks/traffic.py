@@ -7,7 +7,8 @@ that left its tensor would raise. Two ratios are told for the forward and the ba
 * **touched**: bytes of the distinct elements asked for ÷ floor. What is above 1 is scratch: written and read again.
 
 The floors are the calls' own (:meth:`benchmarks.launches.Attention.floors`). Kernels are metered, PyTorch's own operations
-(the mean over rows, the sum of partial gradients) are not. Whole maps are bound by arithmetic, not by bytes.
+(the mean over rows, the sum of partial gradients) are not. Whole maps are bound by arithmetic, not by bytes. A GPU with
+many idle processors splits the keys of a small batch further than the interpreter does, which adds scratch.
 """
 
 from __future__ import annotations

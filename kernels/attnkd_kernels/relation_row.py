@@ -53,7 +53,7 @@ def _cosines(F, n, n_valid, f_n, f_c, eps_squared, C: tl.constexpr, BN: tl.const
             cls = tl.load(first, mask=c_valid, other=0.0).to(tl.float32)
             f = tl.load(first[None, :] + rows, mask=n_valid[:, None] & c_valid[None, :], other=0.0).to(tl.float32)
         dot += f * cls[None, :]
-        square += f * f
+        square = tl.fma(f, f, square)  # written out: f * f here crashes the compiler of Triton 3.6
         square_0 += cls * cls
     v = _inverse_norm(tl.sum(square, 1), eps_squared)
     v_0 = _inverse_norm(tl.sum(square_0, 0), eps_squared)
