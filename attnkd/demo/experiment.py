@@ -31,8 +31,8 @@ class Config:
 
     attn_weight is the paper's λ. temperature is the number of the teacher's heads, so that 'logsum' takes the geometric
     mean of its heads (the paper's 10 is made for 6 and 12 heads). resample_mode is not the paper's 'bicubic': on grids
-    this small its negative weights take about a fifth of all entries to the floor, and a patch that is at the floor in one head
-    is dark after merging, however bright it is in the others.
+    this small its negative weights take about a fifth of all entries to the floor, and a patch that is at the floor in
+    one head is dark after merging, however bright it is in the others.
     """
 
     epochs: int = 30

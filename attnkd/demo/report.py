@@ -72,7 +72,7 @@ def sentence(metric: str, change: dict[str, Any]) -> str:
     by = f"{mean:+.{digits}f} {unit}"
     if interval is None:
         return f"{words}: {by} with attention guidance in one seed, which says nothing about chance."
-    span = f"95 % interval {interval[0]:+.{digits}f} to {interval[1]:+.{digits}f}, {len(change['values'])} seeds"
+    span = f"95 % interval {interval[0]:+.{digits}f} to {interval[1]:+.{digits}f}, {len(change['values'])} seeds, one teacher"
     if interval[0] <= 0 <= interval[1]:
         return f"{words}: no difference that stands out from the seeds' spread ({by}; {span})."
     verdict = "better" if (mean > 0) == more_is_better else "worse"

@@ -52,9 +52,10 @@ def _cosines(F, n, n_valid, f_n, f_c, eps_squared, C: tl.constexpr, BN: tl.const
         else:
             cls = tl.load(first, mask=c_valid, other=0.0).to(tl.float32)
             f = tl.load(first[None, :] + rows, mask=n_valid[:, None] & c_valid[None, :], other=0.0).to(tl.float32)
-        dot += f * cls[None, :]
-        square = tl.fma(f, f, square)  # written out: f * f here crashes the compiler of Triton 3.6
-        square_0 += cls * cls
+        # Fused multiply-adds by name: written as a * b + c these three crash the compiler of Triton 3.6.
+        dot = tl.fma(f, tl.broadcast_to(cls[None, :], f.shape), dot)
+        square = tl.fma(f, f, square)
+        square_0 = tl.fma(cls, cls, square_0)
     v = _inverse_norm(tl.sum(square, 1), eps_squared)
     v_0 = _inverse_norm(tl.sum(square_0, 0), eps_squared)
     return tl.sum(dot, 1) * v * v_0, v, v_0
