@@ -4,6 +4,7 @@ Up to 16 query rows keep coefficient rows, more rows walk over blocks; both are 
 """
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from torch.autograd import gradcheck
 from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
-from attnkd import attention_kl, chunked, chunked_sweep
+from attnkd import attention_kl, chunked, chunked_divergence, chunked_sweep
 from attnkd.problem import DIVERGENCES, MERGES, make_problem
 from attnkd.testing.proof import assert_proved
+from benchmarks import cpu
 
 ROWS = (2, 20)
 
@@ -464,3 +466,25 @@ def test_a_mask_without_broadcast_views():
     expanded = problem(call(M=20), student_mask=bias)
     compact = dataclasses.replace(expanded, student=dataclasses.replace(expanded.student, mask=bias))
     assert torch.equal(chunked.per_row(expanded), chunked.per_row(compact))
+
+
+# -- its benchmark ----------------------------------------------------------------------------------------------------
+
+
+def test_benchmark_measures_a_case():
+    settings = {"threads": torch.get_num_threads(), "clock": "wall", "seconds": 0.01}
+    for name in cpu.IMPLEMENTATIONS:
+        case = dataclasses.asdict(cpu.Case("divergences", 1, 65, divergence="js"))
+        record = cpu._measure({"case": case, "implementation": name, **settings})
+        assert record["status"] == "ok" and 0 < record["ms"]["fastest"] <= record["ms"]["median"]
+
+
+def test_benchmark_stops_where_chunked_is_wrong(monkeypatch):
+    monkeypatch.setitem(chunked_divergence._KINDS, "js", chunked_divergence._forward_kl)
+    assert "WRONG" in cpu._wrong(cpu.Case("divergences", 1, 65, divergence="js"))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resets the peak of /proc/self")
+def test_benchmark_sees_memory_that_is_given_back():
+    assert cpu._extra_bytes(lambda: None) < 8 << 20
+    assert 60 << 20 < cpu._extra_bytes(lambda: torch.ones(16 << 20).sum()) < 80 << 20

@@ -47,6 +47,7 @@ _FP32_HEAVY = Tile(32, 16, 4, 2, whole=16, chunk=16, out_columns=64)
 _STREAMED = Tile(64, 64, 8, 2, whole=64)
 
 _MEAN = Tile(64, 32, 8, 2, whole=32, chunk=32, out_columns=64)  # one map of every head is alive beside the merged ones
+_MEAN_AMD = Tile(32, 32, 8, 1, whole=32, chunk=32, out_columns=64)
 _MEAN_KEYS_LEFT = Tile(32, 64, 8, 2, whole=32, chunk=32, out_columns=64)
 
 _PLAIN = {  # (kernel, architecture): tile up to 64 channels, tile up to 128
@@ -68,13 +69,14 @@ _HEAVY = {  # (kernel, architecture): tile up to 64 channels, tile beyond
     ("fwd", "sm80"): (Tile(64, 64, 8, 2), _STREAMED),
     ("dq", "sm80"): (Tile(32, 32, 4, 2), _STREAMED),
     ("dk", "sm80"): (Tile(32, 64, 8, 2), _STREAMED),
-    ("value", "sm80"): (Tile(32, 32, 4, 1), _STREAMED),
+    ("value", "sm80"): (Tile(64, 32, 8, 2, whole=32, chunk=32), _STREAMED),
     ("bias", "sm80"): (Tile(64, 64, 8, 2), _STREAMED),
     ("fwd", "sm90"): (Tile(64, 64, 4, 3), _STREAMED),
     ("dq", "sm90"): (Tile(64, 64, 4, 3), _STREAMED),
     ("dk", "sm90"): (Tile(64, 64, 4, 2), Tile(32, 64, 4, 2, whole=64)),
     ("bias", "sm90"): (Tile(64, 64, 4, 3), _STREAMED),
     ("dq", "sm100"): (_STREAMED, Tile(64, 32, 4, 2, whole=64)),
+    ("dk", "sm100"): (Tile(32, 64, 4, 2), _STREAMED),
     ("fwd", "gfx942"): (Tile(64, 64, 8, 2), _STREAMED),
     ("dq", "gfx942"): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 1, whole=64, chunk=32, out_columns=64)),
     ("dk", "gfx942"): (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1, whole=64, chunk=32, out_columns=64)),
@@ -106,6 +108,8 @@ def pick_tile(kernel: str, arch: str, dtype: torch.dtype, width: int, heavy: boo
         return _FP32_HEAVY if heavy or mean or width > 128 else _FP32
     if kernel == "lse":
         return Tile(64, 64, 4, 2) if width <= 64 else _STREAMED
+    if mean and arch == "gfx942":
+        return _MEAN_AMD
     if mean:
         return _MEAN_KEYS_LEFT if kernel == "dk" else _MEAN
     plain = not heavy and width <= 128

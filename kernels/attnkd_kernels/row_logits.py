@@ -21,7 +21,8 @@ from attnkd_kernels import launch
 from attnkd_kernels.row_common import ALIVE, load_keys, masked_logits, wide_offsets
 from attnkd_kernels.row_kl_bwd import row_kl_bwd
 
-TILE = 8192  # elements of a K tile
+TILE = 8192  # elements of a K tile, forward
+DQ_TILE = 2048  # and in the dq sweep, which holds an accumulator of that size
 WARPS = 4
 
 
@@ -129,7 +130,7 @@ def row_logits_bwd(
     _, dk, dmask = row_kl_bwd(one, grad, grad, query, key, scale, temperature, wide, False, need_dk, need_dmask)
     dq = torch.empty((B, H, M, D) if need_dq else (0,), dtype=query.dtype, device=grad.device)
     if dq.numel():
-        BN = min(TILE // WP // 2, launch.padded(N))
+        BN = max(min(DQ_TILE // WP, launch.padded(N)), 1)
         with launch.on_device(query):
             _row_logits_dq_kernel[(B * HO * M,)](
                 grad, key, dq, scale / temperature, N, M, HO, *key.stride(),

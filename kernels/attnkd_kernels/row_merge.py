@@ -24,7 +24,7 @@ from attnkd_kernels.row_common import ALIVE, HIDDEN, row_divergence
 
 MERGES = {None: 0, "mean": 1, "max": 2, "min": 3}
 MAX_KEYS = 65536
-KEYS_PER_WARP = 512
+KEYS_PER_WARP = 32
 LOG2E_ = tl.constexpr(LOG2E)
 
 
