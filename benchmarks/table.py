@@ -178,7 +178,8 @@ def cpu(result: dict[str, Any], options: Options) -> list[list[str]]:
 def traffic(result: dict[str, Any], options: Options) -> list[list[str]]:
     """One row a call: bytes moved over the least possible, forward and backward."""
     rows = [["call", "launches", "forward ÷ floor", "backward ÷ floor"]]
-    records = [r for r in result["records"] if options.get("match", "") in r["call"]]
+    match = options.get("match", "").replace("+", " ")
+    records = [r for r in result["records"] if match in r["call"]]
     for call in dict.fromkeys(r["call"] for r in records):
         found = {r["pass"]: r for r in records if r["call"] == call}
         launches = " + ".join(str(len(r["launches"])) for r in found.values())

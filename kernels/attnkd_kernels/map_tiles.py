@@ -73,10 +73,13 @@ _HEAVY = {  # (kernel, architecture): tile up to 64 channels, tile beyond
     ("bias", "sm80"): (Tile(64, 64, 8, 2), _STREAMED),
     ("fwd", "sm90"): (Tile(64, 64, 4, 3), _STREAMED),
     ("dq", "sm90"): (Tile(64, 64, 4, 3), _STREAMED),
-    ("dk", "sm90"): (Tile(64, 64, 4, 2), Tile(32, 64, 4, 2, whole=64)),
+    ("dk", "sm90"): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2, whole=64)),
     ("bias", "sm90"): (Tile(64, 64, 4, 3), _STREAMED),
-    ("dq", "sm100"): (_STREAMED, Tile(64, 32, 4, 2, whole=64)),
-    ("dk", "sm100"): (Tile(32, 64, 4, 2), _STREAMED),
+    ("dq", "sm100"): (_STREAMED, Tile(64, 32, 8, 2, whole=64)),
+    ("dk", "sm100"): (Tile(32, 64, 4, 2), Tile(32, 64, 8, 2, whole=64)),
+    ("dq", "sm120"): (Tile(32, 32, 8, 2), _STREAMED),
+    ("dk", "sm120"): (Tile(32, 32, 8, 2), _STREAMED),
+    ("bias", "sm120"): (Tile(32, 64, 8, 2), _STREAMED),
     ("fwd", "gfx942"): (Tile(64, 64, 8, 2), _STREAMED),
     ("dq", "gfx942"): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 1, whole=64, chunk=32, out_columns=64)),
     ("dk", "gfx942"): (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1, whole=64, chunk=32, out_columns=64)),
@@ -105,7 +108,7 @@ def pick_tile(kernel: str, arch: str, dtype: torch.dtype, width: int, heavy: boo
     if arch == "cpu":
         return _INTERPRETER
     if dtype == torch.float32:
-        return _FP32_HEAVY if heavy or mean or width > 128 else _FP32
+        return _FP32
     if kernel == "lse":
         return Tile(64, 64, 4, 2) if width <= 64 else _STREAMED
     if mean and arch == "gfx942":

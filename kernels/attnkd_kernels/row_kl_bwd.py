@@ -18,7 +18,7 @@ from torch import Tensor
 from attnkd_kernels import launch
 from attnkd_kernels.row_common import wide_offsets
 
-TILE = 4096  # elements of a dk tile
+TILE = 8192  # elements of a dk tile
 WARPS = 4
 
 
