@@ -40,14 +40,12 @@ class Tile:
 
 
 _INTERPRETER = Tile(64, 32, 4, 1, whole=64, chunk=32, out_columns=64)
-_FP32 = Tile(
-    32, 32, 4, 2, whole=16, chunk=16, out_columns=64
-)  # IEEE products have no matrix unit: operands live in registers
-_FP32_HEAVY = Tile(32, 16, 4, 2, whole=16, chunk=16, out_columns=64)
+# IEEE products have no matrix unit: operands live in registers.
+_FP32 = Tile(32, 16, 4, 1, whole=16, chunk=16, out_columns=64)
 _STREAMED = Tile(64, 64, 8, 2, whole=64)
 
 _MEAN = Tile(64, 32, 8, 2, whole=32, chunk=32, out_columns=64)  # one map of every head is alive beside the merged ones
-_MEAN_AMD = Tile(32, 32, 8, 1, whole=32, chunk=32, out_columns=64)
+_MEAN_SMALL = Tile(32, 32, 8, 1, whole=32, chunk=32, out_columns=64)
 _MEAN_KEYS_LEFT = Tile(32, 64, 8, 2, whole=32, chunk=32, out_columns=64)
 
 _PLAIN = {  # (kernel, architecture): tile up to 64 channels, tile up to 128
@@ -77,7 +75,7 @@ _HEAVY = {  # (kernel, architecture): tile up to 64 channels, tile beyond
     ("bias", "sm90"): (Tile(64, 64, 4, 3), _STREAMED),
     ("dq", "sm100"): (_STREAMED, Tile(64, 32, 8, 2, whole=64)),
     ("dk", "sm100"): (Tile(32, 64, 4, 2), Tile(32, 64, 8, 2, whole=64)),
-    ("dq", "sm120"): (Tile(32, 32, 8, 2), _STREAMED),
+    ("dq", "sm120"): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2, whole=64)),
     ("dk", "sm120"): (Tile(32, 32, 8, 2), _STREAMED),
     ("bias", "sm120"): (Tile(32, 64, 8, 2), _STREAMED),
     ("fwd", "gfx942"): (Tile(64, 64, 8, 2), _STREAMED),
@@ -112,7 +110,7 @@ def pick_tile(kernel: str, arch: str, dtype: torch.dtype, width: int, heavy: boo
     if kernel == "lse":
         return Tile(64, 64, 4, 2) if width <= 64 else _STREAMED
     if mean and arch == "gfx942":
-        return _MEAN_AMD
+        return _MEAN_SMALL
     if mean:
         return _MEAN_KEYS_LEFT if kernel == "dk" else _MEAN
     plain = not heavy and width <= 128
