@@ -14,7 +14,10 @@ COMMANDS = {
     "info": ("attnkd.info", "versions, devices, and which implementation each operation would use here"),
     "maps": ("attnkd.maps", "where teacher and student look: every head, merged and rolled out, with the KL of each"),
     "validate": ("attnkd.validate", "the kernels against the float64 reference, on this machine"),
-    "select": ("attnkd.methods.selection", "list the images of a folder that are worth distilling a teacher on (Attention Probe)"),
+    "select": (
+        "attnkd.methods.selection",
+        "list the images of a folder that are worth distilling a teacher on (Attention Probe)",
+    ),
     "demo": ("attnkd.demo", "distil a small ViT on real handwritten digits and compare with and without attention"),
 }
 

@@ -497,8 +497,9 @@ print(cpu._extra_bytes(lambda: None), cpu._extra_bytes(lambda: torch.ones(16 << 
 """
     root = Path(__file__).resolve().parents[1]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
-    output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout
     nothing, some = map(int, output.split())
     assert nothing < 8 << 20
     assert 60 << 20 < some < 80 << 20
-

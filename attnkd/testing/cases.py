@@ -173,7 +173,9 @@ def fixed(impl: str, small: bool) -> Iterator[Case]:
             if exists(case, impl):
                 yield case
     for operation, dtype in itertools.product(OPERATIONS, DTYPES):
-        variants: list[dict[str, Any]] = [{"layout": x} for x in LAYOUTS] + [{"mask": x} for x in MASKS] + [{"target": x} for x in TARGETS]
+        variants: list[dict[str, Any]] = (
+            [{"layout": x} for x in LAYOUTS] + [{"mask": x} for x in MASKS] + [{"target": x} for x in TARGETS]
+        )
         for variant in variants:
             case = replace(_sized(Case(operation, dtype), next(turn), small), **variant)
             if exists(case, impl):
