@@ -41,7 +41,11 @@ class Tile:
 
 _INTERPRETER = Tile(64, 32, 4, 1, whole=64, chunk=32, out_columns=64)
 # IEEE products have no matrix unit: operands live in registers.
-_FP32 = Tile(32, 16, 4, 1, whole=16, chunk=16, out_columns=64)
+_FP32 = Tile(32, 16, 4, 2, whole=16, chunk=16, out_columns=64)
+_FP32_OF = {
+    ("dq", "sm100"): Tile(32, 16, 8, 2, whole=16, chunk=16, out_columns=64),
+    ("bias", "sm120"): Tile(32, 16, 4, 1, whole=16, chunk=16),
+}
 _STREAMED = Tile(64, 64, 8, 2, whole=64)
 
 _MEAN = Tile(64, 32, 8, 2, whole=32, chunk=32, out_columns=64)  # one map of every head is alive beside the merged ones
@@ -105,18 +109,16 @@ def pick_tile(kernel: str, arch: str, dtype: torch.dtype, width: int, heavy: boo
     """
     if arch == "cpu":
         return _INTERPRETER
+    # sm_120 has sm_80's matrix instructions; the tiles fit the shared memory of either.
+    family = "sm80" if arch == "sm120" else arch
     if dtype == torch.float32:
-        return _FP32
+        return _FP32_OF.get((kernel, arch), _FP32)
     if kernel == "lse":
         return Tile(64, 64, 4, 2) if width <= 64 else _STREAMED
-    if mean and arch == "gfx942":
+    if mean and (family == "gfx942" or (family == "sm80" and kernel in ("dk", "value"))):
         return _MEAN_SMALL
     if mean:
         return _MEAN_KEYS_LEFT if kernel == "dk" else _MEAN
-    plain = not heavy and width <= 128
-    table = _PLAIN if plain else _HEAVY
-    family = (
-        "sm80" if arch == "sm120" else arch
-    )  # the same matrix instructions, and its tiles fit either's shared memory
+    table = _PLAIN if not heavy and width <= 128 else _HEAVY
     narrow, wide = table.get((kernel, arch)) or table.get((kernel, family)) or (_STREAMED, _STREAMED)
     return narrow if width <= 64 else wide
