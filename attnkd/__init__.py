@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from attnkd.methods.attention_probe import AttentionProbe
     from attnkd.methods.attn_distill import AttnDistill
     from attnkd.methods.head_kd import HeadKD
+    from attnkd.methods.pos_embed import sincos_pos_embed_
+    from attnkd.methods.recipe import AttnDistillRecipe
     from attnkd.methods.ssta import SSTA
 
 __version__ = "0.1.0"
@@ -28,12 +30,14 @@ __all__ = [
     "AttentionProbe",
     "AttentionTap",
     "AttnDistill",
+    "AttnDistillRecipe",
     "HeadKD",
     "attention_kl",
     "attention_rows",
     "merge_attention",
     "relation_row_loss",
     "resample_attention",
+    "sincos_pos_embed_",
 ]
 
 _LAZY = {
@@ -41,8 +45,10 @@ _LAZY = {
     "AttentionTap": "attnkd.capture.tap",
     "AttentionProbe": "attnkd.methods.attention_probe",
     "AttnDistill": "attnkd.methods.attn_distill",
+    "AttnDistillRecipe": "attnkd.methods.recipe",
     "HeadKD": "attnkd.methods.head_kd",
     "SSTA": "attnkd.methods.ssta",
+    "sincos_pos_embed_": "attnkd.methods.pos_embed",
 }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     "TrainingTask",
     "cls_features",
     "cls_row",
+    "final_tokens",
     "image_size",
     "input_stats",
     "patch_grid",
@@ -120,10 +122,20 @@ def cls_row(call: AttentionCall, num_prefix_tokens: int) -> AttentionCall:
 
 
 def cls_features(model: nn.Module, tokens: Tensor) -> Tensor:
-    """The normalised class token [B, D] of ``model.forward_features(images)`` [B, N, D].
+    """The normalised class token [B, D] of ``model.forward_features(images)`` [B, N, D]; see :func:`final_tokens`."""
+    return final_tokens(model, tokens, patches=False)[:, 0]
+
+
+def final_tokens(model: nn.Module, tokens: Tensor, patches: bool) -> Tensor:
+    """The normalised class token [B, 1, D] of ``model.forward_features(images)`` [B, N, D], or it and the patches.
 
     timm normalises all tokens (``norm``) or, in models that pool patches, the pooled feature (``fc_norm``); whichever
-    of the two the model has is applied once.
+    of the two the model has is applied once, token by token.
+
+    Args:
+        model: a timm Vision Transformer whose token 0 is a class token.
+        tokens: [B, P + patches, D], P prefix tokens.
+        patches: return [B, 1 + patches, D] without registers and distillation token.
 
     Raises:
         ValueError: not [B, N, D] tokens, or the model has neither norm.
@@ -131,13 +143,16 @@ def cls_features(model: nn.Module, tokens: Tensor) -> Tensor:
     if not isinstance(tokens, Tensor) or tokens.ndim != 3:
         got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
         raise ValueError(f"{type(model).__name__}.forward_features: expected [B, N, D] tokens, got {got}")
-    cls = tokens[:, 0]
+    prefix: Any = getattr(model, "num_prefix_tokens", 1)
+    kept = tokens[:, :1]
+    if patches:
+        kept = tokens if prefix == 1 else torch.cat([kept, tokens[:, prefix:]], 1)
     if not isinstance(getattr(model, "norm", nn.Identity()), nn.Identity):
-        return cls
+        return kept
     fc_norm = getattr(model, "fc_norm", nn.Identity())
     if isinstance(fc_norm, nn.Identity):
         raise ValueError(f"{type(model).__name__}: its features are not normalised, it has neither norm nor fc_norm")
-    return fc_norm(cls)
+    return fc_norm(kept)
 
 
 def resolve_model(model: str | nn.Module, pretrained: bool) -> nn.Module:

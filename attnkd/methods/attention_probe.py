@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnkd.capture.block_outputs import BlockOutputs, Blocks, pair_block_indices
-from attnkd.capture.tokens import TrainingTask, token_layout, unwrap_model
-from attnkd.methods.distill_task import FrozenClassifier
+from attnkd.capture.tokens import token_layout, unwrap_model
+from attnkd.methods.distill_task import DistillTask, check_pair
 from attnkd.methods.noise_adaptation import NoiseAdaptation, noisy_cross_entropy
 from attnkd.methods.schedule import Schedule, Schedules
-from attnkd.methods.student_teacher import check_models
+from attnkd.methods.student_teacher import FrozenTeacher, TrainedStudent
 from attnkd.relation import relation_row_loss
 
 _logger = logging.getLogger(__name__)
 
 
-class AttentionProbe(TrainingTask):
+class AttentionProbe(DistillTask):
     """Probe knowledge distillation: loss = kd_weight · KD + noisy_weight · NCE + relation_weight · R.
 
     KD is T²·KL(teacher ‖ student) of the class probabilities at temperature T. NCE is the cross-entropy with the teacher's
@@ -92,7 +92,7 @@ class AttentionProbe(TrainingTask):
     ) -> None:
         teacher = _classifier(teacher, pretrained=True)
         student = _classifier(student, num_classes=getattr(teacher, "num_classes", None))
-        check_models(student, teacher)
+        check_pair(student, "teacher", teacher, class_token=True)
         classes, theirs = getattr(student, "num_classes", None), getattr(teacher, "num_classes", None)
         if not isinstance(theirs, int) or theirs < 2 or classes != theirs:
             raise ValueError(
@@ -100,35 +100,31 @@ class AttentionProbe(TrainingTask):
             )
         if normalize_dim not in (-1, -2):
             raise ValueError(f"normalize_dim: expected -1 or -2, got {normalize_dim!r}")
-        parameter = next(student.parameters())
-        super().__init__(device=device or parameter.device, dtype=dtype or parameter.dtype, verbose=verbose)
-        self.schedules = Schedules(
+        schedules = Schedules(
             relation_weight=relation_weight, kd_weight=kd_weight, noisy_weight=noisy_weight, temperature=temperature
         )
-        _check_schedules(self.schedules)
-        self.normalize_dim, self.impl = normalize_dim, impl
-        self.prefixes = token_layout(student).num_prefix_tokens, token_layout(teacher).num_prefix_tokens
-
+        schedules.check_weights("relation_weight", "kd_weight", "noisy_weight")
         student_blocks, wanted = pair_block_indices(student, teacher, blocks, teacher_blocks)
         unique = sorted(set(wanted))
-        self.pairs = [(i, unique.index(block)) for i, block in enumerate(wanted)]
-        noise = NoiseAdaptation(theirs, teacher_accuracy).to(device=self.device, dtype=self.dtype)
-        self.trainable_module = ProbeStudent(BlockOutputs(student, student_blocks), noise)
-        # In __dict__, not in _modules: parameters(), state_dict(), train() and requires_grad_() must not reach it.
-        self.__dict__["teacher"] = FrozenClassifier(cast(Any, BlockOutputs(teacher, unique)), input_norm).to(
-            self.device
+        super().__init__(
+            ProbeStudent(BlockOutputs(student, student_blocks), NoiseAdaptation(theirs, teacher_accuracy)),
+            {"teacher": FrozenTeacher(BlockOutputs(teacher, unique), input_norm)},
+            criterion=None,
+            schedules=schedules,
+            impl=impl,
+            device=device,
+            dtype=dtype,
+            verbose=verbose,
         )
+        self.pairs = [(i, unique.index(block)) for i, block in enumerate(wanted)]
+        self.prefixes = token_layout(student).num_prefix_tokens, token_layout(teacher).num_prefix_tokens
+        self.normalize_dim = normalize_dim
         if verbose:
-            numbers = {name: s.value if s.constant else s for name, s in self.schedules.numbers.items()}
-            _logger.info(f"AttentionProbe: {numbers}, student blocks {student_blocks} <- teacher blocks {wanted}")
-
-    teacher: FrozenClassifier
-    trainable_module: Any  # ProbeStudent, or what DDP or torch.compile made of it
+            _logger.info(f"AttentionProbe: {schedules}, student blocks {student_blocks} <- teacher blocks {wanted}")
 
     @property
-    def student(self) -> nn.Module:
-        """The student model itself, without wrappers."""
-        return unwrap_model(self.trainable_module).outputs.model
+    def teacher(self) -> FrozenTeacher:
+        return self.teachers["teacher"]
 
     @property
     def noise(self) -> NoiseAdaptation:
@@ -148,10 +144,7 @@ class AttentionProbe(TrainingTask):
         Raises:
             ValueError: images of another rank, models that cut the same images into different numbers of patches.
         """
-        if not isinstance(images, Tensor) or images.ndim != 4:
-            got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(f"images: expected [B, C, H, W], got {got}")
-        output, tokens, log_q = self.trainable_module(images)
+        output, tokens, log_q = self.run_student(images, targets)
         target_output, target_tokens = self.teacher(images)
         assert target_output is not None
         weights = {name: self.schedules[f"{name}_weight"] for name in ("kd", "noisy", "relation")}
@@ -187,75 +180,21 @@ class AttentionProbe(TrainingTask):
             torch.optim.Adam(self.noise.parameters(), lr=noise_lr),
         )
 
-    def set_epoch(self, epoch: float) -> None:
-        """Tell the epoch (0 at the start) to the scheduled numbers."""
-        self.schedules.set_epoch(epoch)
-
-    def set_step(self, step: int) -> None:
-        """Tell the number of optimizer steps done to numbers scheduled by step."""
-        self.schedules.set_step(step)
-
-    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> AttentionProbe:
-        """Wrap student and Q in DistributedDataParallel; the teacher stays as it is on every rank."""
+    def leaves_parameters_unused(self) -> bool:
         weights = [self.schedules.numbers[f"{name}_weight"] for name in ("kd", "noisy", "relation")]
-        if any(not w.constant or w.value == 0 for w in weights):
-            ddp_kwargs.setdefault("find_unused_parameters", True)
-        self.trainable_module = nn.parallel.DistributedDataParallel(
-            self.trainable_module, device_ids=device_ids, **ddp_kwargs
-        )
-        return self
+        return any(not weight.constant or weight.off for weight in weights)
 
-    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> Any:
-        """Compile student and teacher; call it before :meth:`prepare_distributed`. Returns the eval model."""
-        options = {"backend": backend, "mode": mode, **compile_kwargs}
-        self.eval_model = torch.compile(self.student, **options)
-        self.trainable_module = torch.compile(self.trainable_module, **options)
-        self.teacher.compile(**options)
-        return self.eval_model
-
-    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
-        resolved = super().get_eval_model(module=module, ema=ema)
-        plain = None if resolved is None else unwrap_model(resolved)
-        return plain.outputs.model if isinstance(plain, ProbeStudent) else resolved
-
-    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        trainable = module if module is not None else self.get_trainable_module(ema=ema)
-        if trainable is None:
-            return {}
-        return {"noise": unwrap_model(trainable).noise.state_dict(), "schedules": self.schedules.state_dict()}
-
-    def load_task_state(
-        self,
-        state: dict[str, Any] | None,
-        strict: bool = True,
-        module: nn.Module | None = None,
-        ema: bool = False,
-    ) -> None:
-        trainable = module if module is not None else self.get_trainable_module(ema=ema)
-        if trainable is None:
-            raise RuntimeError("AttentionProbe: setup_ema() comes before loading an EMA checkpoint")
-        missing = {"noise", "schedules"} - set(state or {})
-        if strict and missing:
-            raise RuntimeError(
-                f"AttentionProbe: the checkpoint has no task state {sorted(missing)} (strict=False ignores that)"
-            )
-        if state and "noise" in state:
-            unwrap_model(trainable).noise.load_state_dict(state["noise"], strict=strict)
-        if state and "schedules" in state:
-            self.schedules.load_state_dict(state["schedules"])
-
-    def close(self) -> tuple[nn.Module, nn.Module]:
+    def untap(self) -> tuple[nn.Module, nn.Module]:
         """Give student and teacher back as plain models, without hooks; the task cannot run after that."""
-        outputs = unwrap_model(self.trainable_module).outputs, cast(Any, self.teacher.tap)
-        return outputs[0].close(), outputs[1].close()
+        return unwrap_model(self.trainable_module).outputs.close(), self.teacher.tap.close()
 
-    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> AttentionProbe:
-        self.teacher._apply(fn, *args, **kwargs)
-        return super()._apply(fn, *args, **kwargs)
+    close = untap
 
 
-class ProbeStudent(nn.Module):
-    """What trains: the student and Q. The module that DDP, EMA and torch.compile wrap."""
+class ProbeStudent(TrainedStudent):
+    """The student and Q."""
+
+    wrapper = "outputs"
 
     def __init__(self, outputs: BlockOutputs, noise: NoiseAdaptation) -> None:
         super().__init__()
@@ -267,9 +206,8 @@ class ProbeStudent(nn.Module):
         return output, tokens, self.noise()
 
     def no_weight_decay(self) -> set[str]:
-        """The student's own list under the names its parameters have here, and Q; timm's optimizer factory asks for it."""
-        listed = getattr(self.outputs.model, "no_weight_decay", None)
-        return {f"outputs.model.{name}" for name in (listed() if listed else ())} | {"noise.weight"}
+        """The student's own list, and Q."""
+        return super().no_weight_decay() | {"noise.weight"}
 
 
 def kd_loss(output: Tensor, target_output: Tensor, temperature: float) -> Tensor:
@@ -285,16 +223,3 @@ def _classifier(model: str | nn.Module, pretrained: bool = False, num_classes: i
     import timm
 
     return timm.create_model(model, pretrained=pretrained, num_classes=num_classes)
-
-
-def _check_schedules(schedules: Schedules) -> None:
-    for name, schedule in schedules.numbers.items():
-        reached = [schedule.value]
-        reached += [schedule.start] if schedule.warmup else []
-        reached += [] if schedule.stop is None else [schedule.end]
-        positive = name == "temperature"
-        if any(value < 0 or positive and value == 0 for value in reached):
-            raise ValueError(f"{name}: expected a number {'> 0' if positive else '>= 0'}, got {schedule}")
-    weights = [schedules.numbers[f"{name}_weight"] for name in ("kd", "noisy", "relation")]
-    if all(weight.constant and weight.value == 0 for weight in weights):
-        raise ValueError("relation_weight, kd_weight, noisy_weight: all are 0, nothing would be distilled")

@@ -7,7 +7,6 @@ BMVC 2022 (arXiv:2210.00944). The formulas, and where the authors' published cod
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,33 +16,38 @@ from torch.nn import functional as F
 
 from attnkd.capture.attention_paths import Blocks, pair_blocks
 from attnkd.capture.tap import AttentionCall, AttentionTap
-from attnkd.capture.tokens import (
-    TrainingTask,
-    cls_row,
-    input_stats,
-    patch_grid,
-    resolve_model,
-    token_layout,
-    unwrap_model,
-)
+from attnkd.capture.tokens import cls_row, patch_grid, resolve_model, token_layout
 from attnkd.functional import attention_kl, attention_rows
 from attnkd.merging import merge_attention
-from attnkd.methods.student_teacher import FrozenTeacher, TappedStudent, check_models
-from attnkd.problem import MERGES
+from attnkd.methods.alignment import make_projector, resize_tokens
+from attnkd.methods.distill_task import DistillTask, check_pair
+from attnkd.methods.schedule import Schedule, Schedules
+from attnkd.methods.student_teacher import FeatureTeacher, TappedStudent
+from attnkd.problem import MERGES, check_choice
 from attnkd.resample import MODES, resample_attention
 
 _logger = logging.getLogger(__name__)
 
+WEIGHTS = {
+    "pa_loss": "pa_weight",
+    "patch_loss": "patch_weight",
+    "attn_loss": "attn_weight",
+    "task_loss": "task_loss_weight",
+}
+"""The parts of the loss and their weights. The first three come from the teacher."""
 
-class AttnDistill(TrainingTask):
-    """The AttnDistill training task: loss = pa_weight · PA + attn_weight · AG (+ task_loss_weight · criterion).
+
+class AttnDistill(DistillTask):
+    """The AttnDistill training task: loss = pa_weight · PA + patch_weight · PT + attn_weight · AG.
 
     PA (projector alignment) is the mean squared error between the teacher's normalised class token and the student's
-    after a projector. AG (attention guidance) is KL(teacher ‖ student) of the class token's attention over class token
-    and patches, summed over heads and divided by the batch size; see :meth:`attention_loss`.
+    after a projector. PT is the same of the patch tokens, off unless asked for. AG (attention guidance) is
+    KL(teacher ‖ student) of the class token's attention over class token and patches, summed over heads and divided by
+    the batch size; see :meth:`attention_loss`. With a ``criterion``, task_loss_weight · criterion is added.
 
     A ``timm.task.TrainingTask``: EMA, DDP, compilation and checkpoints work as in timm's own distillation tasks. The
     teacher is frozen, stays in evaluation mode, and is not a submodule: no optimizer, state_dict or checkpoint has it.
+    Projector and the schedules' time are task state.
 
     Args:
         student: a timm Vision Transformer with a class token, or a timm name (built without classifier, from scratch).
@@ -52,12 +56,14 @@ class AttnDistill(TrainingTask):
             guides the last block. With several, AG is their mean.
         teacher_blocks: the teacher block for each student block, in the same order. None: student block i of Ls learns
             from teacher block ⌈(i + 1)·Lt/Ls⌉ − 1, the last from the last.
-        pa_weight: weight of PA; 0 leaves it out, and then neither model runs past its last tapped attention.
-        attn_weight: weight of AG, the paper's λ; 0 leaves it out.
+        pa_weight: weight of PA.
+        patch_weight: weight of PT. With both at 0 for good neither model runs past its last tapped attention.
+        attn_weight: weight of AG, the paper's λ.
         merge: how heads are compared: None head by head, or merged by 'logsum', 'mean', 'max' or 'min'. 'auto' merges
             by 'logsum' where the numbers of heads differ.
         temperature: T of the comparison; None is the paper's 10 for 'logsum', otherwise 1.
-        resample_mode: 'bicubic', 'bilinear' or 'area', for teachers with another patch grid.
+        resample_mode: 'bicubic', 'bilinear' or 'area', for teachers with another patch grid: how their attention rows and
+            patch tokens are resized.
         input_norm: ((mean, ...), (std, ...)) the images arrive normalised with; the teacher then gets them in the
             normalisation of its ``pretrained_cfg``. None: the teacher gets them as they are.
         criterion: loss of (student output, targets); None trains without labels.
@@ -68,6 +74,9 @@ class AttnDistill(TrainingTask):
         device: moves student and teacher there; None is where the student is. dtype: of the projector, None the
             student's.
         verbose: log the settings.
+
+    Weights and temperature may be a :class:`attnkd.methods.schedule.Schedule`; ``set_epoch`` or ``set_step`` must then be
+    called. A part whose weight is 0 now is not computed, and without any part from the teacher it does not run.
 
     Raises:
         TypeError, ValueError: models that cannot be compared (no class token, fixed input sizes that differ, shared
@@ -88,14 +97,15 @@ class AttnDistill(TrainingTask):
         *,
         blocks: Blocks = -1,
         teacher_blocks: Blocks | None = None,
-        pa_weight: float = 1.0,
-        attn_weight: float = 0.1,
+        pa_weight: float | Schedule = 1.0,
+        patch_weight: float | Schedule = 0.0,
+        attn_weight: float | Schedule = 0.1,
         merge: str | None = "auto",
-        temperature: float | None = None,
+        temperature: float | Schedule | None = None,
         resample_mode: str = "bicubic",
         input_norm: tuple[Sequence[float], Sequence[float]] | None = None,
         criterion: nn.Module | None = None,
-        task_loss_weight: float = 1.0,
+        task_loss_weight: float | Schedule = 1.0,
         impl: str = "auto",
         check_finite: bool = True,
         device: torch.device | None = None,
@@ -103,48 +113,45 @@ class AttnDistill(TrainingTask):
         verbose: bool = True,
     ) -> None:
         student, teacher = resolve_model(student, pretrained=False), resolve_model(teacher, pretrained=True)
-        _check_options(pa_weight, attn_weight, merge, temperature, resample_mode)
-        check_models(student, teacher)
-        parameter = next(student.parameters())
-        super().__init__(device=device or parameter.device, dtype=dtype or parameter.dtype, verbose=verbose)
-
-        self.pa_weight, self.attn_weight, self.task_loss_weight = pa_weight, attn_weight, task_loss_weight
-        self.merge, self.temperature = merge, temperature
-        self.resample_mode, self.impl, self.check_finite = resample_mode, impl, check_finite
-        self.criterion = criterion
-        self.student_layout, self.teacher_layout = token_layout(student), token_layout(teacher)
-
-        student_paths, teacher_paths, self.pairs = pair_blocks(student, teacher, blocks, teacher_blocks)
-        student_tap = AttentionTap(student.to(self.device), student_paths, stop=pa_weight == 0 and criterion is None)
-        teacher_tap = AttentionTap(teacher.to(self.device), teacher_paths, stop=pa_weight == 0)
-        projector = None
-        if pa_weight:
-            projector = make_projector(self.student_layout.feature_dim, self.teacher_layout.feature_dim)
-            projector.to(device=self.device, dtype=self.dtype)
-        self.trainable_module: Any = TappedStudent(student_tap, projector, train_head=criterion is not None)
-        # In __dict__, not in _modules: parameters(), state_dict(), train() and requires_grad_() must not reach it.
-        self.__dict__["teacher"] = FrozenTeacher(teacher_tap, input_norm)
-        if input_norm is None and input_stats(student) != input_stats(teacher):
-            _logger.warning(
-                f"image mean and std differ between student {input_stats(student)} and teacher {input_stats(teacher)}: "
-                "images must come normalised for the teacher, or say with input_norm how they come"
-            )
+        check_choice("merge", merge, ("auto", *MERGES))
+        check_choice("resample_mode", resample_mode, MODES)
+        check_pair(student, "teacher", teacher, class_token=True)
+        schedules = Schedules(
+            pa_weight=pa_weight,
+            patch_weight=patch_weight,
+            attn_weight=attn_weight,
+            task_loss_weight=task_loss_weight,
+            **({} if temperature is None else {"temperature": temperature}),
+        )
+        schedules.check_weights("pa_weight", "patch_weight", "attn_weight")
+        student_layout, teacher_layout = token_layout(student), token_layout(teacher)
+        student_paths, teacher_paths, pairs = pair_blocks(student, teacher, blocks, teacher_blocks)
+        align = not (schedules.numbers["pa_weight"].off and schedules.numbers["patch_weight"].off)
+        student_tap = AttentionTap(student, student_paths, stop=not align and criterion is None)
+        teacher_tap = AttentionTap(teacher, teacher_paths, stop=not align)
+        projector = make_projector(student_layout.feature_dim, teacher_layout.feature_dim) if align else None
+        super().__init__(
+            TappedStudent(student_tap, projector, train_head=criterion is not None),
+            {"teacher": FeatureTeacher(teacher_tap, input_norm)},
+            criterion=criterion,
+            schedules=schedules,
+            impl=impl,
+            device=device,
+            dtype=dtype,
+            verbose=verbose,
+        )
+        self.student_layout, self.teacher_layout, self.pairs = student_layout, teacher_layout, pairs
+        self.merge, self.resample_mode, self.check_finite = merge, resample_mode, check_finite
         if verbose:
             _logger.info(
-                f"AttnDistill: student {student_paths} <- teacher {teacher_paths} (pairs {self.pairs}), "
-                f"pa_weight={pa_weight}, attn_weight={attn_weight}, merge={merge}, temperature={temperature}"
+                f"AttnDistill: student {student_paths} <- teacher {teacher_paths} (pairs {pairs}), {schedules}, merge={merge}"
             )
 
-    teacher: FrozenTeacher
-
     @property
-    def student(self) -> nn.Module:
-        """The student model itself, without wrappers."""
-        return self.student_tap.model
-
-    @property
-    def student_tap(self) -> AttentionTap:
-        return unwrap_model(self.trainable_module).tap
+    def teacher(self) -> FeatureTeacher:
+        teacher = self.teachers["teacher"]
+        assert isinstance(teacher, FeatureTeacher)
+        return teacher
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> dict[str, Tensor]:
         """One training step's losses.
@@ -154,38 +161,59 @@ class AttnDistill(TrainingTask):
             targets: what ``criterion`` takes; unused without one.
 
         Returns:
-            loss: what to call backward on. pa_loss, attn_loss, task_loss: its unweighted parts, those that are on.
-            output: the student's head output [B, ...], without gradient if there is no ``criterion``. features: the
+            loss: what to call backward on. pa_loss, patch_loss, attn_loss, task_loss: its unweighted parts, those that are
+            on. output: the student's head output [B, ...], without gradient if there is no ``criterion``. features: the
             projected class token [B, Dt]. Both are absent when the student stops at its last tapped attention.
 
         Raises:
             ValueError: images of another rank, tokens that are not class token + prefix + patch grid.
-            RuntimeError: the teacher made the loss NaN or infinite (with ``check_finite``).
+            RuntimeError: the teacher made the loss NaN or infinite (with ``check_finite``); a weight that changes before
+                ``set_epoch`` or ``set_step`` was called; nothing left to train on.
         """
-        if not isinstance(images, Tensor) or images.ndim != 4:
-            got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(f"images: expected [B, C, H, W], got {got}; NaFlex batches of patches are not supported")
-        if self.criterion is not None and targets is None:
-            raise ValueError("targets: needed by criterion, got None")
-        output, features, student_calls = self.trainable_module(images)
-        target_features, teacher_calls = self.teacher(images)
+        weights = {part: self.schedules[name] for part, name in WEIGHTS.items()}
+        patches = weights["patch_loss"] != 0
+        output, features, student_calls = self.run_student(images, targets, patches=patches)
+        size = images.shape[-2:]
+        target_features: Any = None
+        teacher_calls: list[AttentionCall] = []
+        if any(weights[part] for part in ("pa_loss", "patch_loss", "attn_loss")):
+            target_features, teacher_calls = self.teacher(images, patches)
 
-        result, parts = {}, []
-        if self.pa_weight:
-            result["pa_loss"] = F.mse_loss(features.float(), target_features.float())
-            parts.append(self.pa_weight * result["pa_loss"])
-        if self.attn_weight:
-            losses = [self.attention_loss(student_calls[s], teacher_calls[t], images.shape[-2:]) for s, t in self.pairs]
+        result: dict[str, Tensor] = {}
+        if weights["pa_loss"]:
+            result["pa_loss"] = F.mse_loss(features[:, 0].float(), target_features[:, 0].float())
+        if patches:
+            result["patch_loss"] = self.patch_loss(features[:, 1:], target_features[:, 1:], size)
+        if weights["attn_loss"]:
+            losses = [self.attention_loss(student_calls[s], teacher_calls[t], size) for s, t in self.pairs]
             result["attn_loss"] = torch.stack(losses).mean()
-            parts.append(self.attn_weight * result["attn_loss"])
         if self.criterion is not None:
             result["task_loss"] = self.criterion(output, targets)
-            parts.append(self.task_loss_weight * result["task_loss"])
+        if not result:
+            raise RuntimeError("AttnDistill: nothing to train on: all weights are 0 now and criterion is None")
+        parts = [weights[name] * value for name, value in result.items()]
         loss = sum(parts[1:], parts[0])
         if self.check_finite and not bool(torch.isfinite(loss)):
             _blame_teacher(self.teacher.tap.model, target_features, teacher_calls)
-        extra = {"output": output, "features": features}
-        return {"loss": loss, **result, **{name: value for name, value in extra.items() if value is not None}}
+        if output is not None:
+            result["output"] = output
+        if features is not None:
+            result["features"] = features[:, 0]
+        return {"loss": loss, **result}
+
+    def patch_loss(self, features: Tensor, target: Tensor, size: Sequence[int]) -> Tensor:
+        """PT: the mean squared error of patch tokens, over images, patches and features; in float32.
+
+        A teacher with another patch grid has its tokens resized to the student's grid first, as an image of features.
+
+        Args:
+            features: [B, Ns, Dt], the student's, projected.
+            target: [B, Nt, Dt], the teacher's.
+            size: (height, width) of the images in pixels.
+        """
+        grid = patch_grid(self.student, size, features.shape[1])
+        teacher_grid = patch_grid(self.teacher.tap.model, size, target.shape[1])
+        return F.mse_loss(features.float(), resize_tokens(target.float(), teacher_grid, grid, self.resample_mode))
 
     def attention_loss(self, student: AttentionCall, teacher: AttentionCall, size: Sequence[int]) -> Tensor:
         """AG of one pair of attentions: Σ_heads KL(teacher ‖ student) of the class-token row ÷ B.
@@ -204,7 +232,9 @@ class AttnDistill(TrainingTask):
         merge = self.merge
         if merge == "auto":
             merge = None if s.query.shape[1] == t.query.shape[1] else "logsum"
-        temperature = self.temperature or (10.0 if merge == "logsum" else 1.0)
+        temperature = 10.0 if merge == "logsum" else 1.0
+        if "temperature" in self.schedules.numbers:
+            temperature = self.schedules["temperature"]
         options: dict[str, Any] = {
             "student_scale": s.scale,
             "student_mask": s.mask,
@@ -225,95 +255,22 @@ class AttnDistill(TrainingTask):
                 rows = merge_attention(rows, merge, temperature)
         return attention_kl(s.query, s.key, teacher_probs=rows, **options)
 
-    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> AttnDistill:
-        """Wrap student and projector in DistributedDataParallel; the teacher stays as it is on every rank."""
-        if self.criterion is None:  # the head, and without PA all that follows the tapped attention, gets no gradient
-            ddp_kwargs.setdefault("find_unused_parameters", True)
-        self.trainable_module = nn.parallel.DistributedDataParallel(
-            self.trainable_module, device_ids=device_ids, **ddp_kwargs
-        )
-        return self
-
-    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> Any:
-        """Compile student, projector and teacher, before :meth:`prepare_distributed`; returns the model to evaluate."""
-        options: dict[str, Any] = {"backend": backend, "mode": mode, **compile_kwargs}
-        self.eval_model = torch.compile(self.student, **options)
-        self.trainable_module = torch.compile(self.trainable_module, **options)
-        self.teacher.compile(**options)
-        return self.eval_model
-
-    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
-        resolved = super().get_eval_model(module=module, ema=ema)
-        plain = None if resolved is None else unwrap_model(resolved)
-        return plain.tap.model if isinstance(plain, TappedStudent) else resolved
-
-    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        trainable = module if module is not None else self.get_trainable_module(ema=ema)
-        projector = None if trainable is None else unwrap_model(trainable).projector
-        return {} if projector is None else {"projector": projector.state_dict()}
-
-    def load_task_state(
-        self,
-        state: dict[str, Any] | None,
-        strict: bool = True,
-        module: nn.Module | None = None,
-        ema: bool = False,
-    ) -> None:
-        trainable = module if module is not None else self.get_trainable_module(ema=ema)
-        if trainable is None:
-            raise RuntimeError("AttnDistill: setup_ema() comes before loading an EMA checkpoint")
-        projector = unwrap_model(trainable).projector
-        if projector is None:
-            return
-        if state and "projector" in state:
-            projector.load_state_dict(state["projector"], strict=strict)
-        elif strict:
-            raise RuntimeError("AttnDistill: the checkpoint has no task state 'projector' (strict=False ignores that)")
+    def leaves_parameters_unused(self) -> bool:
+        changing = any(not self.schedules.numbers[name].constant for name in ("pa_weight", "patch_weight"))
+        return super().leaves_parameters_unused() or changing  # the projector
 
     def untap(self) -> tuple[nn.Module, nn.Module]:
         """Give student and teacher back as plain models; the task cannot run after that."""
         return self.student_tap.untap(), self.teacher.tap.untap()
 
-    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> AttnDistill:
-        self.teacher._apply(fn, *args, **kwargs)
-        return super()._apply(fn, *args, **kwargs)
-
-
-def make_projector(dim: int, teacher_dim: int) -> nn.Sequential:
-    """[B, D] → [B, Dt]: LayerNorm, linear layers D → 2D → D → 2D → Dt with GELU between them, LayerNorm."""
-    widths = [dim, 2 * dim, dim, 2 * dim, teacher_dim]
-    layers: list[nn.Module] = [nn.LayerNorm(dim, eps=1e-6)]
-    for index in range(4):
-        linear = nn.Linear(widths[index], widths[index + 1])
-        nn.init.trunc_normal_(linear.weight, std=0.02)
-        nn.init.zeros_(linear.bias)
-        layers += [linear, nn.GELU()]
-    return nn.Sequential(*layers[:-1], nn.LayerNorm(teacher_dim, eps=1e-6))
-
-
-def _check_options(
-    pa_weight: float, attn_weight: float, merge: str | None, temperature: float | None, resample_mode: str
-) -> None:
-    for name, weight in (("pa_weight", pa_weight), ("attn_weight", attn_weight)):
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"{name}: expected a finite number >= 0, got {weight}")
-    if pa_weight == attn_weight == 0:
-        raise ValueError("pa_weight, attn_weight: both are 0, nothing would be distilled")
-    if merge not in ("auto", *MERGES):
-        raise ValueError(f"merge: expected 'auto' or one of {MERGES}, got {merge!r}")
-    if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature: expected a finite number > 0 or None, got {temperature}")
-    if resample_mode not in MODES:
-        raise ValueError(f"resample_mode: expected one of {MODES}, got {resample_mode!r}")
-
 
 def _blame_teacher(teacher: nn.Module, features: Tensor | None, calls: list[AttentionCall]) -> None:
     """The loss is not finite: raise if the teacher is the cause."""
-    tensors = [("class token", features)]
+    tensors = [] if features is None else [("class token", features[:, 0]), ("patch tokens", features[:, 1:])]
     for index, call in enumerate(calls):
         tensors += [(f"query of tapped attention {index}", call.query), (f"key of tapped attention {index}", call.key)]
     for name, tensor in tensors:
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+        if not bool(torch.isfinite(tensor).all()):
             raise RuntimeError(
                 f"teacher ({type(teacher).__name__}): its {name} is NaN or infinite, and so is the loss; check its "
                 "weights, its input and its precision. Nothing was updated"

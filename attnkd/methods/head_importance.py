@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from attnkd.capture.attention_paths import Blocks, attention_paths, plain_class
-from attnkd.methods.distill_task import num_heads
 from attnkd.methods.silence import block_path, silenced
+from attnkd.methods.whole_map import num_heads
 
 SELECTIONS = ("importance", "average", "random")
 

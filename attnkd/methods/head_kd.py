@@ -14,17 +14,10 @@ from torch import Tensor, nn
 from attnkd.capture.attention_paths import Blocks, pair_blocks
 from attnkd.capture.tap import AttentionTap
 from attnkd.capture.tokens import resolve_model, token_layout
-from attnkd.methods.distill_task import (
-    DistillTask,
-    FrozenClassifier,
-    Heads,
-    build_student,
-    check_heads,
-    check_pair,
-    num_heads,
-    whole_map_divergence,
-)
+from attnkd.methods.distill_task import DistillTask, build_student, check_pair
 from attnkd.methods.schedule import Schedule, Schedules
+from attnkd.methods.student_teacher import FrozenTeacher, TappedStudent
+from attnkd.methods.whole_map import Heads, check_heads, num_heads, whole_map_divergence
 from attnkd.problem import DIVERGENCES, check_choice
 
 _logger = logging.getLogger(__name__)
@@ -124,11 +117,11 @@ class HeadKD(DistillTask):
         if blocks is None:
             blocks = "all" if mode == "encoder_to_encoder" else -1
         student_paths, teacher_paths, pairs = pair_blocks(student, teacher, blocks, teacher_blocks)
-        needs_output = wrong_teacher_weight != 1
+        student_tap = AttentionTap(student, student_paths, stop=criterion is None)
+        teacher_tap = AttentionTap(teacher, teacher_paths, stop=wrong_teacher_weight == 1)
         super().__init__(
-            student,
-            student_paths,
-            {"teacher": FrozenClassifier(AttentionTap(teacher, teacher_paths, stop=not needs_output), input_norm)},
+            TappedStudent(student_tap, train_head=criterion is not None),
+            {"teacher": FrozenTeacher(teacher_tap, input_norm)},
             criterion=criterion,
             schedules=Schedules(alpha=alpha, temperature=temperature),
             impl=impl,
@@ -167,7 +160,7 @@ class HeadKD(DistillTask):
         Raises:
             ValueError: images of another rank, missing targets, maps of different sizes.
         """
-        output, student_calls = self.run_student(images, targets)
+        output, _, student_calls = self.run_student(images, targets)
         alpha = self.schedules["alpha"]
         result, parts = {}, []
         if alpha < 1:
@@ -193,7 +186,6 @@ class HeadKD(DistillTask):
             if weight is not None:
                 result["attn_sample_weight"] = weight
         if self.criterion is not None:
-            assert output is not None
             result["task_loss"] = self.criterion(output, targets)
             parts.append(alpha * result["task_loss"])
             result["output"] = output
@@ -263,8 +255,7 @@ def check_alpha(alpha: float | Schedule | None, divergence: str) -> float | Sche
                 f"alpha: needed for divergence={divergence!r}; the paper has values for {', '.join(ALPHAS)} only"
             )
         return ALPHAS[divergence][0]
-    values = [alpha.value, alpha.start, alpha.end] if isinstance(alpha, Schedule) else [alpha]
-    for value in values:
+    for value in alpha.reached if isinstance(alpha, Schedule) else [alpha]:
         if not 0 <= value <= 1:
             raise ValueError(f"alpha: expected a number from 0 to 1, got {value}")
     return alpha

@@ -81,6 +81,20 @@ class Schedule:
     def constant(self) -> bool:
         return not self.warmup and self.stop is None
 
+    @property
+    def reached(self) -> tuple[float, ...]:
+        """The numbers it moves between: it takes them all, and none outside their range."""
+        starts = (self.start,) if self.warmup else ()
+        return (*starts, self.value, *(() if self.stop is None else (self.end,)))
+
+    @property
+    def off(self) -> bool:
+        """0 at all times."""
+        return not any(self.reached)
+
+    def __str__(self) -> str:
+        return f"{self.value:g}" if self.constant else repr(self)
+
 
 class Schedules:
     """The scheduled numbers of a training task by name, and the time at which they are read.
@@ -125,6 +139,28 @@ class Schedules:
     def set_step(self, step: int) -> None:
         """Tell the number of optimizer steps done so far."""
         self._set("step", step)
+
+    @property
+    def constant(self) -> bool:
+        """Whether no number changes, so that no time is needed."""
+        return all(number.constant for number in self.numbers.values())
+
+    def check_weights(self, *weights: str) -> None:
+        """Refuse weights below 0, weights of which none is ever above it, and a ``temperature`` that is not above 0.
+
+        Raises:
+            ValueError: naming the number.
+        """
+        for name, number in self.numbers.items():
+            if name in weights and min(number.reached) < 0:
+                raise ValueError(f"{name}: expected a number >= 0, got {number}")
+            if name == "temperature" and min(number.reached) <= 0:
+                raise ValueError(f"{name}: expected a number > 0, got {number}")
+        if all(self.numbers[name].off for name in weights):
+            raise ValueError(f"{', '.join(weights)}: all are 0, nothing would be distilled")
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={number}" for name, number in self.numbers.items())
 
     def values(self) -> dict[str, float]:
         """All numbers now, for logs."""

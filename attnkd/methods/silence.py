@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from attnkd.methods.distill_task import num_heads
+from attnkd.methods.whole_map import num_heads
 
 
 @contextmanager

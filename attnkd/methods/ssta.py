@@ -16,18 +16,11 @@ from torch import Tensor, nn
 from attnkd.capture.attention_paths import Blocks, pair_blocks
 from attnkd.capture.tap import AttentionTap
 from attnkd.capture.tokens import resolve_model, token_layout
-from attnkd.methods.distill_task import (
-    DistillTask,
-    Heads,
-    build_student,
-    check_heads,
-    check_pair,
-    num_heads,
-    whole_map_divergence,
-)
+from attnkd.methods.distill_task import DistillTask, build_student, check_pair
 from attnkd.methods.head_kd import CROSS_ENTROPY
 from attnkd.methods.schedule import Schedule, Schedules
-from attnkd.methods.student_teacher import FrozenTeacher
+from attnkd.methods.student_teacher import FrozenTeacher, TappedStudent
+from attnkd.methods.whole_map import Heads, check_heads, num_heads, whole_map_divergence
 from attnkd.problem import DIVERGENCES, check_choice
 
 _logger = logging.getLogger(__name__)
@@ -147,9 +140,9 @@ class SSTA(DistillTask):
                 for (s, ours, t, _), h in zip(links[name], chosen, strict=True):
                     which = "the mean of its heads" if heads == "average" else f"head {h[0]}"
                     _logger.info(f"SSTA: {paths[s]} head {ours[0]} <- {name} {model_paths[t]} {which}")
+        student_tap = AttentionTap(student, paths, stop=criterion is None)
         super().__init__(
-            student,
-            paths,
+            TappedStudent(student_tap, train_head=criterion is not None),
             teachers,
             criterion=criterion,
             schedules=Schedules(
@@ -179,7 +172,7 @@ class SSTA(DistillTask):
             ValueError: images of another rank, missing targets, maps of different sizes.
             RuntimeError: a weight that changes with the epoch before ``set_epoch`` was called; nothing left to train on.
         """
-        output, calls = self.run_student(images, targets)
+        output, _, calls = self.run_student(images, targets)
         result, parts = {}, []
         for name, teacher in self.teachers.items():
             weight = self.schedules[WEIGHTS[name]]
@@ -209,7 +202,6 @@ class SSTA(DistillTask):
         if self.criterion is not None:
             result["task_loss"] = self.criterion(output, targets)
             parts.append(self.schedules["alpha"] * result["task_loss"])
-            assert output is not None
             result["output"] = output
         if not parts:
             raise RuntimeError("SSTA: nothing to train on: every teacher's weight is 0 and criterion is None")

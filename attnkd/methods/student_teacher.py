@@ -1,4 +1,4 @@
-"""Student and teacher as a training task holds them: tapped, the one with its projector, the other frozen."""
+"""Student and teacher as a training task holds them: the one trains, with what trains beside it, the other is frozen."""
 
 from __future__ import annotations
 
@@ -9,11 +9,35 @@ import torch
 from torch import Tensor, nn
 
 from attnkd.capture.tap import AttentionCall, AttentionTap
-from attnkd.capture.tokens import cls_features, image_size, input_stats, token_layout
+from attnkd.capture.tokens import final_tokens, input_stats
 
 
-class TappedStudent(nn.Module):
-    """What trains: the tapped student and its projector. The module that DDP, EMA and torch.compile wrap.
+class TrainedStudent(nn.Module):
+    """What trains: a student in a wrapper that observes it, and modules that train beside it.
+
+    The module that DDP, EMA and torch.compile wrap. ``wrapper`` is the name of the submodule that has the student as its
+    ``model``; every other submodule is task state.
+    """
+
+    wrapper = "tap"
+
+    @property
+    def model(self) -> nn.Module:
+        """The student itself."""
+        return getattr(self, self.wrapper).model
+
+    def task_modules(self) -> dict[str, nn.Module]:
+        """What trains beside the student, by name."""
+        return {name: module for name, module in self.named_children() if name != self.wrapper}
+
+    def no_weight_decay(self) -> set[str]:
+        """The student's own list under the names its parameters have here; timm's optimizer factory asks for it."""
+        listed: Any = getattr(self.model, "no_weight_decay", None)
+        return {f"{self.wrapper}.model.{name}" for name in (listed() if listed else ())}
+
+
+class TappedStudent(TrainedStudent):
+    """A tapped student and its projector.
 
     Args:
         tap: the student's tap.
@@ -21,86 +45,75 @@ class TappedStudent(nn.Module):
         train_head: whether the head's output takes part in a loss.
     """
 
-    def __init__(self, tap: AttentionTap, projector: nn.Module | None, train_head: bool) -> None:
+    def __init__(self, tap: AttentionTap, projector: nn.Module | None = None, train_head: bool = True) -> None:
         super().__init__()
         self.tap, self.projector, self.train_head = tap, projector, train_head
 
-    def forward(self, images: Tensor) -> tuple[Tensor | None, Tensor | None, list[AttentionCall]]:
-        """images [B, C, H, W] → head output, projected features [B, Dt] (None where not computed), attention calls."""
+    def forward(
+        self, images: Tensor, patches: bool = False
+    ) -> tuple[Tensor | None, Tensor | None, list[AttentionCall]]:
+        """images [B, C, H, W] → head output, projected tokens, attention calls; None for what is not computed.
+
+        The projected tokens are the class token [B, 1, Dt], or with ``patches`` class token and patches [B, 1 + N, Dt].
+        """
         model: Any = self.tap.model
         tokens, calls = self.tap.capture(model.forward_features, images)
         if tokens is None:
             return None, None, calls
         with torch.set_grad_enabled(self.train_head and torch.is_grad_enabled()):
             output = model.forward_head(tokens)
-        features = None if self.projector is None else self.projector(cls_features(model, tokens))
+        features = None if self.projector is None else self.projector(final_tokens(model, tokens, patches))
         return output, features, calls
-
-    def no_weight_decay(self) -> set[str]:
-        """The student's own list under the names its parameters have here; timm's optimizer factory asks for it."""
-        listed = getattr(self.tap.model, "no_weight_decay", None)
-        names: set[str] = set() if listed is None else set(listed())
-        return {f"tap.model.{name}" for name in names}
 
 
 class FrozenTeacher(nn.Module):
-    """The tapped teacher: never trained, always in evaluation mode, run without gradients.
+    """A teacher in its wrapper: never trained, always in evaluation mode, run without gradients.
 
     Args:
-        tap: the teacher's tap. The model's parameters are frozen in place.
+        tap: what runs the teacher and observes it, with the teacher as its ``model``. The teacher's parameters are frozen
+            in place.
         input_norm: ((mean, ...), (std, ...)) per channel that images come normalised with; None when they come as the
             teacher wants them.
     """
 
-    def __init__(self, tap: AttentionTap, input_norm: tuple[Sequence[float], Sequence[float]] | None = None) -> None:
+    def __init__(self, tap: Any, input_norm: tuple[Sequence[float], Sequence[float]] | None = None) -> None:
         super().__init__()
         self.tap = tap
+        self.input_norm = input_norm
         self.scale: Tensor | None
         self.shift: Tensor | None
-        scale, shift = (None, None) if input_norm is None else _renormalise(tap.model, input_norm)
+        scale, shift = (None, None) if input_norm is None else _renormalise(self.tap.model, input_norm)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
         super().train(False)
         self.requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> tuple[Tensor | None, list[AttentionCall]]:
-        """images [B, C, H, W] → class token [B, Dt] (None if stopped before it), attention calls."""
-        model: Any = self.tap.model
-        if self.scale is not None and self.shift is not None:
-            images = (images * self.scale + self.shift).to(images.dtype)
-        tokens, calls = self.tap.capture(model.forward_features, images)
-        return (None if tokens is None else cls_features(model, tokens)), calls
+    def forward(self, images: Tensor) -> tuple[Tensor | None, list[Any]]:
+        """images [B, C, H, W] → the teacher's output (None if it stops before), and what its wrapper observed."""
+        return self.tap(self.normalise(images))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """The images in the teacher's own normalisation."""
+        if self.scale is None or self.shift is None:
+            return images
+        return (images * self.scale + self.shift).to(images.dtype)
 
     def train(self, mode: bool = True) -> FrozenTeacher:
         """Does nothing: a teacher stays in evaluation mode."""
         return self
 
 
-def check_models(student: nn.Module, teacher: nn.Module) -> None:
-    """Refuse models whose class tokens cannot be compared on the same images.
+class FeatureTeacher(FrozenTeacher):
+    """A frozen, tapped teacher that gives its normalised tokens."""
 
-    Raises:
-        TypeError: not a timm model.
-        ValueError: no class token, shared parameters, or fixed image sizes that differ.
-    """
-    for name, model in (("student", student), ("teacher", teacher)):
-        if not isinstance(model, nn.Module) or not hasattr(model, "forward_features"):
-            raise TypeError(f"{name}: expected a timm model or its name, got {type(model).__name__}")
-        layout = token_layout(model)
-        if not layout.has_cls:
-            raise ValueError(
-                f"{name}: class tokens are compared, but {type(model).__name__} has none "
-                f"(num_prefix_tokens = {layout.num_prefix_tokens}, cls_token is None)"
-            )
-    if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
-        raise ValueError("teacher: shares parameters with student; freezing the teacher would freeze the student")
-    sizes = image_size(student), image_size(teacher)
-    if None not in sizes and sizes[0] != sizes[1]:
-        raise ValueError(
-            f"student and teacher see the same images, but student takes {sizes[0]} and teacher {sizes[1]} pixels "
-            "only; build one of them with another img_size, or with dynamic_img_size=True"
-        )
+    @torch.no_grad()
+    def forward(self, images: Tensor, patches: bool = False) -> tuple[Tensor | None, list[Any]]:
+        """images [B, C, H, W] → class token [B, 1, Dt], or with ``patches`` class token and patches [B, 1 + N, Dt]
+        (None if it stops before), and attention calls."""
+        model = self.tap.model
+        tokens, calls = self.tap.capture(model.forward_features, self.normalise(images))
+        return (None if tokens is None else final_tokens(model, tokens, patches)), calls
 
 
 def _renormalise(

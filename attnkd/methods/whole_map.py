@@ -1,0 +1,125 @@
+"""Whole attention maps of chosen heads, cut to the tokens two models share, and their divergence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnkd.capture.attention_paths import plain_class
+from attnkd.capture.tap import AttentionCall
+from attnkd.capture.tokens import TokenLayout
+from attnkd.functional import attention_kl
+
+Heads = tuple[int, ...]
+
+
+def num_heads(model: nn.Module, path: str) -> int:
+    """The number of heads of an attention, as its module says."""
+    heads = getattr(model.get_submodule(path), "num_heads", None)
+    if not isinstance(heads, int):
+        raise TypeError(f"{path} ({plain_class(model.get_submodule(path)).__name__}): does not say its num_heads")
+    return heads
+
+
+def check_heads(name: str, heads: Sequence[int], count: int, path: str) -> Heads:
+    """Head indices of an attention with ``count`` heads, each at most once; negative indices are refused."""
+    for head in heads:
+        if isinstance(head, bool) or not isinstance(head, int):
+            raise TypeError(f"{name}: expected head indices (int), got {head!r}")
+        if not 0 <= head < count:
+            raise ValueError(f"{name}: expected indices from 0 to {count - 1} ({path} has {count} heads), got {head}")
+    if len(set(heads)) != len(heads):
+        raise ValueError(f"{name}: expected every head once, got {list(heads)} for {path}")
+    return tuple(heads)
+
+
+def take_heads(call: AttentionCall, heads: Heads) -> AttentionCall:
+    """The call of some heads: views where the heads follow each other, else copies of these heads."""
+    if heads == tuple(range(call.query.shape[1])):
+        return call
+    index: slice | list[int] = list(heads)
+    if heads == tuple(range(heads[0], heads[0] + len(heads))):
+        index = slice(heads[0], heads[0] + len(heads))
+    mask = call.mask
+    if mask is not None and mask.ndim >= 3 and mask.shape[-3] != 1:
+        mask = mask[..., index, :, :]
+    return AttentionCall(call.query[:, index], call.key[:, index], mask, call.scale)
+
+
+def shared_map(call: AttentionCall, layout: TokenLayout, keep_cls: bool) -> AttentionCall:
+    """Rows and keys that two models share: patches, and the class token where both have one.
+
+    Registers, distillation tokens and a class token of one model alone are left out before the softmax: what remains is
+    the distribution conditional on the shared keys.
+    """
+    prefix, kept = layout.num_prefix_tokens, int(keep_cls)
+    if prefix == kept:
+        return call
+
+    def cut(tensor: Tensor, dim: int) -> Tensor:
+        patches = tensor.narrow(dim, prefix, tensor.shape[dim] - prefix)
+        return torch.cat([tensor.narrow(dim, 0, 1), patches], dim) if kept else patches
+
+    mask = call.mask
+    for dim in (-1, -2):
+        if mask is not None and mask.ndim >= -dim and mask.shape[dim] != 1:
+            mask = cut(mask, dim)
+    return AttentionCall(cut(call.query, 2), cut(call.key, 2), mask, call.scale)
+
+
+def whole_map_divergence(
+    student: AttentionCall,
+    student_layout: TokenLayout,
+    teacher: AttentionCall,
+    teacher_layout: TokenLayout,
+    *,
+    student_heads: Heads,
+    teacher_heads: Heads,
+    merge: str | None = None,
+    sample_weight: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """The divergence of whole maps, averaged over images, heads and query rows; a scalar.
+
+    Args:
+        student, teacher: as an :class:`attnkd.AttentionTap` returns them.
+        student_layout, teacher_layout: which of their tokens are class token, other prefix tokens and patches.
+        student_heads, teacher_heads: student head i learns from teacher head i; with ``merge`` any numbers of heads.
+        merge: None, or how the heads of each side become one map first.
+        sample_weight: [B], multiplies every image's rows; the divisor stays the number of rows, so that a batch of
+            small weights has a small loss.
+        options: divergence, temperature, impl; see :func:`attnkd.attention_kl`.
+
+    Raises:
+        ValueError: maps of different sizes.
+    """
+    keep_cls = student_layout.has_cls and teacher_layout.has_cls
+    s = take_heads(shared_map(student, student_layout, keep_cls), student_heads)
+    t = take_heads(shared_map(teacher, teacher_layout, keep_cls), teacher_heads)
+    if s.query.shape[2] != t.query.shape[2]:
+        raise ValueError(
+            f"whole maps need the same tokens: the student's map is {s.query.shape[2]} x {s.key.shape[2]}, the "
+            f"teacher's {t.query.shape[2]} x {t.key.shape[2]} (class token and patches); use models with the same patch "
+            "grid, or a method that compares class-token rows (AttnDistill), which can be resized"
+        )
+    reduction, row_weight = "mean", None
+    if sample_weight is not None:
+        rows = (s.query.shape[1] if merge is None else 1) * s.query.shape[2]
+        reduction, row_weight = "batchmean", (sample_weight / rows)[:, None, None]
+    return attention_kl(
+        s.query,
+        s.key,
+        t.query,
+        t.key,
+        student_scale=s.scale,
+        teacher_scale=t.scale,
+        student_mask=s.mask,
+        teacher_mask=t.mask,
+        merge=merge,
+        row_weight=row_weight,
+        reduction=reduction,
+        **options,
+    )
