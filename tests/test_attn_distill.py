@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
-from pathlib import Path
 
 import pytest
 import timm
@@ -618,14 +616,3 @@ class TestRefused:
         tap = AttentionTap(s, "all")
         result = AttnDistill(s, teacher())(x)
         assert result["loss"].isfinite() and len(tap(x)[1]) == 3
-
-
-@pytest.mark.parametrize("page", ["docs/capture.md", "docs/methods/attn_distill.md"])
-def test_the_documentation_runs(page: str, capsys: pytest.CaptureFixture) -> None:
-    text = (Path(__file__).parent.parent / page).read_text(encoding="utf-8")
-    examples = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert examples
-    for example in examples:
-        exec(compile(example, page, "exec"), {})
-    if "attn_distill" in page:
-        assert capsys.readouterr().out.count("attn_loss") == 3

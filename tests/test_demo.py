@@ -324,6 +324,9 @@ def test_digits_are_split_by_class_and_the_same_every_time() -> None:
     assert len(everything.unique(dim=0)) == 1797
     with pytest.raises(ValueError, match="at most 1797 in all, got 1197, 601"):
         load_digits(1197, 601)
+    parts = load_digits(597, 900)
+    everything = torch.cat([parts.train_images, parts.test_images, parts.spare_images])
+    assert len(parts.spare_labels) == 300 and len(everything.unique(dim=0)) == 1797
 
 
 def test_augmentation_is_seeded_light_and_can_be_off() -> None:
@@ -357,6 +360,20 @@ def test_linear_probe_separates_what_is_separable_only() -> None:
     vectors[:, 0] += 8 * labels
     assert evaluate.linear_probe_top1(vectors[:100], labels[:100], vectors[100:], labels[100:]) == 100
     assert chance < 70
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_linear_probe_is_scikit_learns_as_a_layer(classes: int) -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    torch.manual_seed(0)
+    labels = torch.arange(120) % classes
+    vectors = 3 * torch.randn(120, 5) + 2 + labels[:, None]
+    fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(vectors.double(), labels)
+    scores = evaluate.linear_probe(vectors, labels)(vectors.double())
+    torch.testing.assert_close(scores.softmax(1), torch.from_numpy(fitted.predict_proba(vectors.double())))
 
 
 @pytest.mark.parametrize(

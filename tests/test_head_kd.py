@@ -1,7 +1,6 @@
 """Head-specific knowledge distillation: textbook restatements, choice of heads and blocks, refusals, and a run on digits."""
 
 import re
-from pathlib import Path
 
 import pytest
 import timm
@@ -315,9 +314,3 @@ def test_digits_end_to_end(tmp_path):
     assert with_attention[0]["kl"] == without[0]["kl"]
     assert with_attention[-1]["kl"] < 0.8 * min(without[-1]["kl"], with_attention[0]["kl"])
     assert without[-1]["task_loss"] < without[1]["task_loss"]
-
-
-def test_the_documented_example_runs():
-    page = Path(__file__).resolve().parents[1] / "docs" / "methods" / "head_kd.md"
-    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
-    exec(compile(example, str(page), "exec"), {})

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.task import ClassificationTask
 from torch.nn import functional as F
 
 from attnkd.demo import models, wild
@@ -29,15 +30,15 @@ def world(tmp_path_factory, digits):
     folder = tmp_path_factory.mktemp("wild")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    teacher = models.create(wild.TEACHER, seed=0)
-    task = wild.ClassificationTask(teacher)
+    teacher = models.create(models.COARSE_TEACHER, seed=0)
+    task = ClassificationTask(teacher)
     train(
         task, digits.train_images, digits.train_labels, Recipe(12), seed=0, state_path=folder / "state.pt", fingerprint="",
         augment=RandomAffine(digits.background),
     )  # fmt: skip
     torch.set_num_threads(threads)
-    models.save(teacher.eval(), wild.TEACHER, folder / "teacher.safetensors")
-    wild.make_wild_folder(folder / "images", digits, 140, seed=0)
+    models.save(teacher.eval(), models.COARSE_TEACHER, folder / "teacher.safetensors")
+    wild.make_wild_folder(folder / "images", digits, digits.test_images, 140, seed=0)
     return folder, teacher
 
 
@@ -46,7 +47,7 @@ def command(world, digits, tmp_path):
     """The command line up to --out, for 60 images."""
     folder, _ = world
     return wild.select_arguments(
-        folder / "images", folder / "teacher.safetensors", wild.TEACHER, digits, 60, tmp_path / "list.txt"
+        folder / "images", folder / "teacher.safetensors", models.COARSE_TEACHER, digits, 60, tmp_path / "list.txt"
     )
 
 
@@ -204,7 +205,7 @@ def test_unreadable_files_are_reported_and_skipped(world, digits, tmp_path, caps
     (images / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (images / "loop").symlink_to(images)
     arguments = wild.select_arguments(
-        images, folder / "teacher.safetensors", wild.TEACHER, digits, 5, tmp_path / "list.txt"
+        images, folder / "teacher.safetensors", models.COARSE_TEACHER, digits, 5, tmp_path / "list.txt"
     )
     assert sorted(Path(name).name for name in wild.select([*arguments, "--batch-size", "2"])) == sorted(
         p.name for p in good

@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import re
-from pathlib import Path
 
 import pytest
 import timm
@@ -394,9 +392,3 @@ def test_digits_end_to_end(tmp_path):
     for name in ("teacher_attn_loss", "assistant_attn_loss"):
         assert losses[1][name] < losses[0][name] and name not in losses[2]
     assert losses[2]["task_loss"] < losses[0]["task_loss"]
-
-
-def test_the_documented_example_runs():
-    page = Path(__file__).resolve().parents[1] / "docs" / "methods" / "ssta.md"
-    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
-    exec(compile(example, str(page), "exec"), {})
