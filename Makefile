@@ -8,7 +8,8 @@ READY := $(VENV)/.ready
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo      distil a ViT on real digits (CPU: under 10 minutes), results in runs/demo"
+	@echo "make demo      distil a ViT on real digits (CPU: under 10 minutes), results in runs/demo;"
+	@echo "               ARGS=--all compares all four methods (under 30 minutes), ARGS=--help says more"
 	@echo "make test      run the tests"
 	@echo "make check     lint and types"
 	@echo "make gate      compile every kernel for every GPU target, full sweep (no GPU needed)"
@@ -25,7 +26,7 @@ $(READY): pyproject.toml
 	@touch "$(READY)"
 
 demo: $(READY)
-	"$(BIN)/python" -m attnkd demo
+	"$(BIN)/python" -m attnkd demo $(ARGS)
 
 # One thread a process: the workers share the cores.
 test: $(READY)

@@ -18,9 +18,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from torch import Tensor
 
-from attnkd.demo import QUICK, figures, models, report
-from attnkd.demo.experiment import ARMS, Config, Experiment, Outcome
+from attnkd.demo import QUICK, comparison, comparison_report, figures, models, report
+from attnkd.demo.comparison import AllMethods, ComparisonConfig
+from attnkd.demo.experiment import ARMS, Config, Experiment
+from attnkd.demo.stages import Trained
 from attnkd.demo.training import Record, TrainingError
 from attnkd.info import versions
 
@@ -28,44 +31,30 @@ from attnkd.info import versions
 def run(args: argparse.Namespace) -> int:
     names = ("epochs", "teacher_epochs", "seeds", "attn_weight", "temperature", "resample_mode")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    kind: Any = ComparisonConfig if args.all else Config
+    quick: dict[str, Any] = comparison.QUICK if args.all else QUICK
+    work: Any = compare if args.all else demonstrate
     try:
-        config = Config(**{**(QUICK if args.quick else {}), **given})
+        config = kind(**{**(quick if args.quick else {}), **given})
         device = choose_device(args.device)
     except ValueError as error:
         print(f"attnkd demo: {error}", file=sys.stderr)
         return 2
-    directory = args.output_dir or Path("runs/demo-quick" if args.quick else "runs/demo")
+    directory = args.output_dir or Path("runs") / f"demo{'-all' * args.all}{'-quick' * args.quick}"
     # A pipe or a log file has no width of its own; 80 columns would fold the table.
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 150)
     wall, cpu = time.perf_counter(), time.process_time()
-    console.print(
-        f"attnkd demo on {device_name(device)}, results in {directory}\n"
-        f"A teacher, {config.teacher_epochs} epochs; then {len(ARMS) * config.seeds} students, {config.epochs} epochs "
-        f"each: {config.seeds} with {ARMS['pa']}, {config.seeds} with {ARMS['pa_ag']}",
-        markup=False,
-    )
+    console.print(f"attnkd demo on {device_name(device)}, results in {directory}", markup=False)
     try:
-        with Progress(console, config) as progress:
-            outcome = Experiment(config, directory, device, progress).run()
+        stages, summary = work(config, directory, device, console)
     except TrainingError as error:
         print(f"attnkd demo: {error}", file=sys.stderr)
         return 1
-
-    summary = report.summarise(outcome)
-    console.print(report.table(summary))
-    for sentence in summary["verdict"]:
-        console.print(sentence)
-    checkpoints = prove_checkpoints(outcome, directory)
-    console.print(f"\n{len(checkpoints)} checkpoints loaded again by timm.create_model: features equal bit for bit")
-    figures.draw_curves(outcome, directory / "curves.png")
-    figures.draw_attention(outcome, directory / "attention.png")
-    write_json(directory / "curves.json", report.curves(outcome))
-    seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "training": training_time(outcome)}
+    seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "training": training_time(stages)}
     write_json(
         directory / "summary.json",
         {
             **summary,
-            "checkpoints": checkpoints,
             "config": asdict(config),
             "device": device_name(device),
             "threads": torch.get_num_threads(),
@@ -73,23 +62,68 @@ def run(args: argparse.Namespace) -> int:
             "versions": versions(),
         },
     )
-    console.print(f"summary.json, curves.json, curves.png and attention.png are in {directory}")
     console.print(
         f"{seconds['wall']:.0f} s ({seconds['cpu']:.0f} s of CPU time); all training: {seconds['training']:.0f} s"
     )
     return 0
 
 
+def demonstrate(
+    config: Config, directory: Path, device: torch.device, console: Console
+) -> tuple[list[Trained], dict[str, Any]]:
+    """The demo: AttnDistill without and with attention guidance. Returns its stages and what goes into summary.json."""
+    console.print(
+        f"A teacher, {config.teacher_epochs} epochs; then {len(ARMS) * config.seeds} students, {config.epochs} epochs "
+        f"each: {config.seeds} with {ARMS['pa']}, {config.seeds} with {ARMS['pa_ag']}",
+        markup=False,
+    )
+    epochs = config.teacher_epochs + len(ARMS) * config.seeds * config.epochs
+    with Progress(console, epochs) as progress:
+        outcome = Experiment(config, directory, device, progress).run()
+    summary = report.summarise(outcome)
+    console.print(report.table(summary))
+    for sentence in summary["verdict"]:
+        console.print(sentence)
+    checkpoints = prove_checkpoints(outcome.stages(), outcome.digits.test_images, directory, console)
+    figures.draw_curves(outcome, directory / "curves.png")
+    figures.draw_attention(outcome, directory / "attention.png")
+    write_json(directory / "curves.json", report.curves(outcome))
+    console.print(f"summary.json, curves.json, curves.png and attention.png are in {directory}")
+    return outcome.stages(), {**summary, "checkpoints": checkpoints}
+
+
+def compare(
+    config: ComparisonConfig, directory: Path, device: torch.device, console: Console
+) -> tuple[list[Trained], dict[str, Any]]:
+    """All four methods, each beside the same training without attention; returns as :func:`demonstrate`."""
+    console.print(
+        f"Three teachers, {config.teacher_epochs} epochs each; then {config.seeds} students in each of "
+        f"{len(comparison.ARMS)} arms",
+        markup=False,
+    )
+    with Progress(console, comparison.count_epochs(config)) as progress:
+        methods = AllMethods(config, directory, device, progress)
+        outcome = methods.run()
+    summary = comparison_report.summarise(outcome)
+    console.print(comparison_report.table(summary))
+    for compared in summary["comparisons"]:
+        console.print(compared["verdict"])
+    checkpoints = prove_checkpoints(outcome.stages(), methods.lab.digits.test_images, directory, console)
+    figures.draw_comparison(summary, directory / "methods.png")
+    (directory / "methods.md").write_text(comparison_report.markdown(summary), encoding="utf-8")
+    console.print(f"summary.json, methods.md (the table) and methods.png are in {directory}")
+    return outcome.stages(), {**summary, "checkpoints": checkpoints}
+
+
 class Progress:
     """Progress bars on a terminal; there and elsewhere a line about each stage when it is done."""
 
-    def __init__(self, console: Console, config: Config) -> None:
+    def __init__(self, console: Console, epochs: int) -> None:
         self.console = console
         values = TextColumn("{task.fields[values]}")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), values)
         self.bars = Bars(*columns, console=console, transient=True, disable=not console.is_terminal)
-        total = config.teacher_epochs + len(ARMS) * config.seeds * config.epochs
-        self.whole = self.bars.add_task("all epochs", total=total, values="")
+        self.whole = self.bars.add_task("all epochs", total=epochs, values="")
         self.stage = self.bars.add_task("", total=1, values="", visible=False)
 
     def __enter__(self) -> Progress:
@@ -114,16 +148,17 @@ class Progress:
         self.console.print(f"{name}: {report.scores_in_words(scores)}", markup=False)
 
 
-def prove_checkpoints(outcome: Outcome, directory: Path) -> list[str]:
+def prove_checkpoints(stages: list[Trained], images: Tensor, directory: Path, console: Console) -> list[str]:
     """Load every checkpoint with timm, compare its features with the trained model's, and list the files."""
-    for stage in outcome.stages():
-        models.check_reload(stage.model, stage.checkpoint, outcome.digits.test_images)
-    return [str(stage.checkpoint.relative_to(directory)) for stage in outcome.stages()]
+    for stage in stages:
+        models.check_reload(stage.model, stage.checkpoint, images)
+    console.print(f"\n{len(stages)} checkpoints loaded again by timm.create_model: features equal bit for bit")
+    return [str(stage.checkpoint.relative_to(directory)) for stage in stages]
 
 
-def training_time(outcome: Outcome) -> float:
+def training_time(stages: list[Trained]) -> float:
     """Seconds that all stages took, in this run and in those it continued."""
-    return sum(record["seconds"] for stage in outcome.stages() for record in stage.history)
+    return sum(record["seconds"] for stage in stages for record in stage.history)
 
 
 def choose_device(name: str | None) -> torch.device:

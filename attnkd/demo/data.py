@@ -22,11 +22,13 @@ class Digits(NamedTuple):
     """[n] int64."""
     test_images: Tensor
     test_labels: Tensor
+    spare_images: Tensor
+    """The images that are in neither part: there to choose heads or images with."""
+    spare_labels: Tensor
     background: float
 
     def to(self, device: torch.device) -> Digits:
-        train_images, train_labels, test_images, test_labels = (tensor.to(device) for tensor in self[:4])
-        return Digits(train_images, train_labels, test_images, test_labels, self.background)
+        return Digits._make(value.to(device) if isinstance(value, Tensor) else value for value in self)
 
 
 def load_digits(train_size: int, test_size: int) -> Digits:
@@ -47,12 +49,14 @@ def load_digits(train_size: int, test_size: int) -> Digits:
     train, test = train_test_split(
         range(total), train_size=train_size, test_size=test_size, random_state=SPLIT_SEED, stratify=data.target
     )
+    spare = sorted(set(range(total)) - {*train, *test})
     images = torch.from_numpy(data.images).float()[:, None] / 16
     images = F.interpolate(images, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", align_corners=False).clamp(0, 1)
     labels = torch.from_numpy(data.target).long()
     mean, std = images[train].mean(), images[train].std()
     images = (images - mean) / std
-    return Digits(images[train], labels[train], images[test], labels[test], float(-mean / std))
+    parts = [part[chosen] for chosen in (train, test, spare) for part in (images, labels)]
+    return Digits._make([*parts, float(-mean / std)])
 
 
 class RandomAffine:

@@ -43,17 +43,35 @@ def knn_top1(
     return 100 * (votes.argmax(1) == test_labels).float().mean().item()
 
 
+def linear_probe(train_features: Tensor, train_labels: Tensor) -> nn.Linear:
+    """A logistic regression on standardised features, fitted in float64, as one float64 layer: [n, D] → [n, classes].
+
+    Args:
+        train_features: [n, D]. train_labels: [n], every class of 0 … classes − 1 among them.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler()
+    standardised = scaler.fit_transform(train_features.double().cpu().numpy())
+    fitted = LogisticRegression(max_iter=2000).fit(standardised, train_labels.cpu().numpy())
+    weight = torch.from_numpy(fitted.coef_ / scaler.scale_)
+    bias = torch.from_numpy(fitted.intercept_) - weight @ torch.from_numpy(scaler.mean_)
+    if len(weight) == 1:  # of two classes scikit-learn scores the second alone
+        weight, bias = (torch.cat([torch.zeros_like(values), values]) for values in (weight, bias))
+    layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+    return layer.to(train_features.device).requires_grad_(False)
+
+
 def linear_probe_top1(
     train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor
 ) -> float:
-    """Top-1 accuracy in percent of a logistic regression on standardised features; arguments as in :func:`knn_top1`."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    probe.fit(train_features.double().cpu().numpy(), train_labels.cpu().numpy())
-    return 100 * float(probe.score(test_features.double().cpu().numpy(), test_labels.cpu().numpy()))
+    """Top-1 accuracy in percent of :func:`linear_probe`; arguments as in :func:`knn_top1`."""
+    scores = linear_probe(train_features, train_labels)(test_features.double())
+    return 100 * (scores.argmax(1) == test_labels).double().mean().item()
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
-"""The demo's two figures. Colours: Okabe and Ito's, and the map 'viridis', both made for colour-blind readers."""
+"""The demo's figures. Colours: Okabe and Ito's, and the map 'viridis', both made for colour-blind readers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,30 @@ def draw_attention(outcome: Outcome, path: Path) -> None:
     bar = figure.colorbar(image, ax=grid[1:, :], fraction=0.025, pad=0.01)
     bar.set_label("attention per student patch (square-root scale)")
     figure.suptitle("Attention of the class token over the patches, last block, heads merged (seed 1)")
+    figure.savefig(path)
+
+
+def draw_comparison(summary: Mapping[str, Any], path: Path) -> None:
+    """For every method two panels, accuracy and distance: a line a seed, from without attention to with it."""
+    compared = summary["comparisons"]
+    figure = _new_figure((13, 6))
+    panels = figure.subplots(2, len(compared))
+    for column, comparison in enumerate(compared):
+        for row, (key, label) in enumerate(
+            ((comparison["accuracy"], "accuracy, %"), (comparison["distance"], comparison["unit"]))
+        ):
+            pairs = [summary["arms"][comparison[arm]][key]["values"] for arm in ("without", "arm")]
+            axes = panels[row][column]
+            for seed in zip(*pairs, strict=True):
+                axes.plot((0, 1), seed, marker="o", markersize=4, linewidth=1, color="0.6", markerfacecolor="#0072B2")
+            axes.plot((0, 1), [statistics.fmean(values) for values in pairs], color="#D55E00", linewidth=2.5)
+            axes.set(xlim=(-0.25, 1.25), xticks=(0, 1), xticklabels=("without\nattention", "with"), ylabel=label)
+            axes.grid(axis="y", alpha=0.25)
+        panels[0][column].set_title(comparison["method"])
+        panels[1][column].set_ylim(bottom=0)
+    figure.suptitle(
+        "Test images. Above: accuracy. Below: distance to the teachers' attention. Thin: a seed, thick: their mean"
+    )
     figure.savefig(path)
 
 

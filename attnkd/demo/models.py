@@ -1,4 +1,4 @@
-"""The demo's two timm Vision Transformers, and their checkpoints as timm reads them."""
+"""The demo's timm Vision Transformers, and their checkpoints as timm reads them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
 from attnkd.demo.data import IMAGE_SIZE
 from attnkd.demo.evaluate import features
+from attnkd.methods.pos_embed import sincos_pos_embed_
 
 _COMMON = {"model_name": "vit_tiny_patch16_224", "img_size": IMAGE_SIZE, "in_chans": 1}
 TEACHER: dict[str, Any] = {**_COMMON, "patch_size": 2, "num_classes": 10, "embed_dim": 64, "depth": 3, "num_heads": 4}
+COARSE_TEACHER = {**TEACHER, "patch_size": 4}
+"""With the student's patches: whole maps and token similarities cannot be resized."""
 STUDENT: dict[str, Any] = {**_COMMON, "patch_size": 4, "num_classes": 0, "embed_dim": 32, "depth": 3, "num_heads": 2}
 
 
@@ -28,11 +30,7 @@ def create(args: dict[str, Any], seed: int) -> nn.Module:
     a standard deviation of 0.02, is made for wide models) and position embeddings that start as 2-D sines and cosines.
     """
     torch.manual_seed(seed)
-    model: Any = timm.create_model(**args, weight_init="jax")
-    with torch.no_grad():
-        sincos = build_sincos2d_pos_embed(list(model.patch_embed.grid_size), dim=model.embed_dim)
-        model.pos_embed[0, model.num_prefix_tokens :] = sincos
-    return model
+    return sincos_pos_embed_(timm.create_model(**args, weight_init="jax"), learnable=True)
 
 
 def describe(model: Any) -> dict[str, int]:

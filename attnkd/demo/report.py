@@ -105,8 +105,17 @@ def table(summary: dict[str, Any]) -> Table:
 
 
 def scores_in_words(scores: Mapping[str, float]) -> str:
-    names = {"top1": ("top-1", 1), **{metric: (words, digits) for metric, (words, _, digits, _) in METRICS.items()}}
-    return ", ".join(f"{names[key][0]} {value:.{names[key][1]}f}" for key, value in scores.items())
+    names = {
+        "top1": ("top-1", 1),
+        "digits_kept": ("digits among the images", 0),
+        **{metric: (words, digits) for metric, (words, _, digits, _) in METRICS.items()},
+    }
+
+    def words(key: str, value: float) -> str:
+        name, digits = names.get(key, (key.replace("_", " "), 3))
+        return f"{name} {value:.{digits}f}"
+
+    return ", ".join(words(key, value) for key, value in scores.items())
 
 
 def plus_minus(value: dict[str, Any], digits: int) -> str:

@@ -70,7 +70,7 @@ def train(
 
     Args:
         method: ``forward(images [B, ...], targets [B, ...])`` → dict with ``loss``. Its ``state_dict()`` must hold all
-            that training changes.
+            that training changes. ``set_epoch``, if it has one, is told the epoch, from 0.
         images, targets: the training set [n, ...], on the device of ``method``. The last incomplete batch is dropped.
         recipe: optimizer and schedule.
         seed: of data order and augmentation. Initial weights are the caller's.
@@ -129,6 +129,8 @@ def train(
         order = torch.randperm(len(images), generator=generator).to(images.device)
         sums: dict[str, float] = {}
         method.train()
+        if hasattr(method, "set_epoch"):
+            method.set_epoch(epoch - 1)  # type: ignore[operator]  # scheduled weights count from 0
         for step in range(steps):
             scheduler.step_update((epoch - 1) * steps + step)
             chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]

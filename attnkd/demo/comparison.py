@@ -1,0 +1,314 @@
+"""All four methods on the digits, each beside the same training without attention: `attnkd demo --all`."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.task import ClassificationTask
+from torch import Tensor, nn
+
+from attnkd.demo import models, wild
+from attnkd.demo.contrastive import SimCLR
+from attnkd.demo.data import RandomAffine
+from attnkd.demo.evaluate import features, linear_probe
+from attnkd.demo.experiment import Config, Experiment
+from attnkd.demo.stages import Listener, Trained
+from attnkd.demo.training import Recipe, Record, TrainingError
+from attnkd.methods.attention_probe import AttentionProbe
+from attnkd.methods.head_importance import HeadImportance, head_importance
+from attnkd.methods.head_kd import HeadKD
+from attnkd.methods.ssta import SSTA
+
+CLASSIFIER = {**models.STUDENT, "num_classes": 10}
+ASSISTANT = {**models.COARSE_TEACHER, "num_classes": 0}
+
+ARMS = {
+    "pa": "class token (PA)",
+    "pa_ag": "class token, its attention (PA + AG)",
+    "labels": "labels",
+    "head_kd": "labels, maps of chosen heads",
+    "ssta": "labels, maps of two teachers",
+    "random": "output, random images",
+    "output": "output, images by V_n",
+    "probe": "output, relation rows, images by V",
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method's arm beside the arm that does the same without attention.
+
+    accuracy: the score they are compared by. distance: the score that the method's attention loss would be on test
+    images, in ``unit``.
+    """
+
+    method: str
+    without: str
+    arm: str
+    accuracy: str
+    distance: str
+    unit: str
+
+
+COMPARISONS = (
+    Comparison("AttnDistill", "pa", "pa_ag", "linear_probe", "kl", "nats"),
+    Comparison("Head-specific KD", "labels", "head_kd", "top1", "head_kd_distance", "nats"),
+    Comparison("SSTA", "labels", "ssta", "top1", "ssta_distance", "nats"),
+    Comparison("Attention Probe", "output", "probe", "top1", "probe_distance", "squared cosine difference"),
+)
+
+
+@dataclass(frozen=True)
+class ComparisonConfig(Config):
+    """Fewer training images than in the demo, and students that see the labels of a third of them.
+
+    Who has seen everything has little to learn from a teacher.
+
+    labelled: training images whose labels the students of the supervised arms see.
+    wild_digits, wild_photos: images of the folder that Attention Probe chooses ``wild_digits`` from.
+    """
+
+    epochs: int = 60
+    teacher_epochs: int = 40
+    train_size: int = 597
+    test_size: int = 900
+    labelled: int = 200
+    wild_digits: int = 300
+    wild_photos: int = 700
+
+    def epochs_on(self, images: int) -> int:
+        """As many steps on that many images as ``epochs`` are on all training images."""
+        batch = Recipe(1).batch_size
+        return max(1, round(self.epochs * (self.train_size // batch) / (images // batch)))
+
+
+QUICK: dict[str, Any] = {
+    "epochs": 2,
+    "teacher_epochs": 2,
+    "seeds": 2,
+    "train_size": 320,
+    "test_size": 200,
+    "labelled": 128,
+}
+QUICK |= {"wild_digits": 128, "wild_photos": 192}
+
+
+@dataclass
+class Outcome:
+    """Everything that table, figure and JSON are made of. ``students[arm][seed]``, ``before[seed]`` untrained scores."""
+
+    config: ComparisonConfig
+    teachers: dict[str, Trained]
+    heads: dict[str, Any]
+    students: dict[str, list[Trained]]
+    before: list[dict[str, float]]
+
+    def stages(self) -> list[Trained]:
+        return [*self.teachers.values(), *(run for runs in self.students.values() for run in runs)]
+
+
+def count_epochs(config: ComparisonConfig) -> int:
+    """Epochs of all stages together."""
+    students = 2 * config.epochs + 3 * config.epochs_on(config.labelled) + 3 * config.epochs_on(config.wild_digits)
+    return 3 * config.teacher_epochs + config.seeds * students
+
+
+class AllMethods:
+    """Trains teachers and all arms, and continues what ``directory`` already has of exactly this comparison."""
+
+    def __init__(self, config: ComparisonConfig, directory: Path, device: torch.device, listener: Listener) -> None:
+        self.config, self.directory, self.device = config, directory, device
+        self.lab = Experiment(config, directory, device, listener)
+        spare = self.lab.digits.spare_images, self.lab.digits.spare_labels
+        if len(spare[0]) < config.wild_digits:
+            raise ValueError(
+                f"train_size, test_size: expected to leave {config.wild_digits} digits over, leave {len(spare[0])}"
+            )
+        self.spare = tuple(part[: config.wild_digits] for part in spare)
+
+    def run(self) -> Outcome:
+        lab = self.lab
+        fine = lab.train_teacher("teacher", models.TEACHER)
+        self.coarse = lab.train_teacher("coarse-teacher", models.COARSE_TEACHER)
+        self.assistant = self.train_assistant()
+        self.heads = self.choose_heads()
+        target = lab.target(fine)
+        students: dict[str, list[Trained]] = {arm: [] for arm in ARMS}
+        before = []
+        for seed in range(1, self.config.seeds + 1):
+            for arm in ("pa", "pa_ag"):
+                students[arm].append(lab.train_student(arm, seed, fine, target))
+            for arm in ("labels", "head_kd", "ssta"):
+                students[arm].append(self.train_on_labels(arm, seed))
+            for arm, images in self.wild_images(seed).items():
+                students[arm].append(self.train_in_the_wild(arm, seed, *images))
+            untrained = models.create(CLASSIFIER, seed).to(self.device)
+            before.append({"kl": students["pa"][-1].history[0]["kl"], **self.distances(untrained)})
+        teachers = {"teacher": fine, "coarse_teacher": self.coarse, "assistant": self.assistant}
+        return Outcome(self.config, teachers, self.heads, students, before)
+
+    def train_assistant(self) -> Trained:
+        """SSTA's self-supervised model; stronger augmentation than the others', which is all that it learns from."""
+        lab = self.lab
+        model = models.create(ASSISTANT, seed=0).to(self.device)
+        augment = RandomAffine(lab.digits.background, degrees=15, scale=0.15, shear=0.2, shift=0.15)
+        settings = {
+            "task": "SimCLR",
+            "views": [round(limit, 6) for limit in augment.limits.tolist()],
+            "model": ASSISTANT,
+            "seed": 0,
+        }
+        # The task makes two views itself, so the loop must not augment.
+        return lab.stage("assistant", SimCLR(model, augment), model, settings, self.config.teacher_epochs, augment=None)
+
+    def choose_heads(self) -> dict[str, list]:
+        """The teachers' heads that matter on images nobody trained on, for each of their blocks."""
+        images, labels = self.spare
+        batches = list(zip(images.split(100), labels.split(100), strict=True))
+        probe = linear_probe(features(self.assistant.model, self.lab.digits.train_images), self.lab.digits.train_labels)
+
+        def search(teacher: Trained, combinations: bool, **options: Any) -> HeadImportance:
+            kind = "combinations" if combinations else "heads"
+            path = self.directory / f"importance-{kind}-{teacher.sha256[:10]}.json"
+            return head_importance(
+                teacher.model, batches, "all", combinations=combinations, path=path, progress=False, **options
+            )
+
+        alone = search(self.coarse, combinations=False).importance()
+        heads = models.describe(models.create(CLASSIFIER, 0))["heads"]
+        return {
+            "head_kd": [sorted(importance.topk(heads).indices.tolist()) for importance in alone],
+            "teacher": search(self.coarse, combinations=True).best(),
+            "assistant": search(
+                self.assistant, combinations=True, classifier=lambda output: probe(output.double())
+            ).best(),
+        }
+
+    def make_task(self, arm: str, student: nn.Module, **options: Any) -> Any:
+        """The training task of an arm; its teachers are the comparison's."""
+        if arm == "labels":
+            return ClassificationTask(student, device=self.device, verbose=False)
+        if arm == "head_kd":
+            return HeadKD(student, self.coarse.model, teacher_heads=self.heads["head_kd"], verbose=False, **options)
+        if arm == "ssta":
+            return SSTA(
+                student,
+                self.coarse.model,
+                self.assistant.model,
+                blocks="all",
+                teacher_heads=self.heads["teacher"],
+                assistant_heads=self.heads["assistant"],
+                verbose=False,
+                **options,
+            )
+        accuracy = self.coarse.scores["top1"] / 100
+        return AttentionProbe(student, self.coarse.model, min(accuracy, 0.99), verbose=False, **options)
+
+    def train_on_labels(self, arm: str, seed: int) -> Trained:
+        student = models.create(CLASSIFIER, seed).to(self.device)
+        labelled = self.config.labelled
+        epochs = self.config.epochs_on(labelled)
+        settings: dict[str, Any] = {"task": arm, "labelled": labelled, "model": CLASSIFIER, "seed": seed}
+        options: dict[str, Any] = {}
+        if arm == "ssta":
+            options = {"stop_epoch": epochs / 3}  # as the paper: 100 of 300
+            settings |= {"teachers": [self.coarse.sha256, self.assistant.sha256], "heads": self.heads, **options}
+        elif arm == "head_kd":
+            settings |= {"teachers": [self.coarse.sha256], "heads": self.heads["head_kd"]}
+        task = self.make_task(arm, student, **options)
+        digits = self.lab.digits
+        return self.lab.stage(
+            f"student-{arm}-seed{seed}",
+            task,
+            student,
+            settings,
+            epochs,
+            data=(digits.train_images[:labelled], digits.train_labels[:labelled]),
+            score=self.scorer(student),
+        )
+
+    def wild_images(self, seed: int) -> dict[str, tuple[list[str], Tensor]]:
+        """For every arm the images of the seed's own wild folder that it learns from: names and pixels."""
+        config, digits = self.config, self.lab.digits.to(torch.device("cpu"))
+        folder = self.directory / f"wild-{self.coarse.sha256[:10]}-seed{seed}"
+        wild.make_wild_folder(folder / "images", digits, self.spare[0].cpu(), config.wild_photos, seed)
+        arguments = wild.select_arguments(
+            folder / "images",
+            self.coarse.checkpoint,
+            models.COARSE_TEACHER,
+            digits,
+            config.wild_digits,
+            folder / "selected.txt",
+        )
+        everything = sorted(str(path.relative_to(folder / "images")) for path in folder.rglob("*.png"))
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+            try:
+                names = {
+                    "random": random.Random(seed).sample(everything, config.wild_digits),
+                    "output": wild.select([*arguments, "--restart", "--attn-weight", "0"]),
+                    "probe": wild.select(arguments),
+                }
+            except RuntimeError:
+                raise TrainingError(said.getvalue().strip().splitlines()[-1]) from None
+        return {arm: (listed, wild.load_images(folder / "images", listed, digits)) for arm, listed in names.items()}
+
+    def train_in_the_wild(self, arm: str, seed: int, names: Sequence[str], images: Tensor) -> Trained:
+        student = models.create(CLASSIFIER, seed).to(self.device)
+        options = {} if arm == "probe" else {"relation_weight": 0.0}
+        settings = {
+            "task": "AttentionProbe",
+            **options,
+            "images": hashlib.sha256("\n".join(names).encode()).hexdigest(),
+            "teachers": [self.coarse.sha256],
+            "model": CLASSIFIER,
+            "seed": seed,
+        }
+        task = self.make_task("probe", student, **options)
+        unlabelled = torch.zeros(len(names), dtype=torch.long, device=self.device)
+        kept = {"digits_kept": float(sum(name.startswith("digits/") for name in names))}
+        try:
+            return self.lab.stage(
+                f"student-{arm}-seed{seed}",
+                task,
+                student,
+                settings,
+                self.config.epochs_on(len(names)),
+                data=(images.to(self.device), unlabelled),
+                score=lambda history: {**self.scorer(student)(history), **kept},
+            )
+        finally:
+            task.close()
+
+    def scorer(self, student: nn.Module) -> Callable[[list[Record]], dict[str, float]]:
+        return lambda history: {
+            "top1": self.lab.top1(student),
+            "knn": self.lab.knn(student),
+            **self.distances(student),
+        }
+
+    @torch.no_grad()
+    def distances(self, student: nn.Module) -> dict[str, float]:
+        """Every method's attention loss between a student and its teachers, on the test images."""
+        copy = models.create(CLASSIFIER, seed=0).to(self.device)
+        copy.load_state_dict(student.state_dict())
+        images = self.lab.digits.test_images
+        rulers = {
+            "head_kd": self.make_task("head_kd", copy, criterion=None),
+            "ssta": self.make_task("ssta", copy, criterion=None, stop_epoch=None),
+            "probe": self.make_task("probe", copy),
+        }
+        found = {}
+        for name, task in rulers.items():
+            result = task.eval()(images)
+            parts = [value.item() for key, value in result.items() if key.endswith(("attn_loss", "relation_loss"))]
+            found[f"{name}_distance"] = sum(parts) / len(parts)
+        rulers["probe"].close()
+        return found
