@@ -228,6 +228,8 @@ def representative() -> list[Call]:
         Attention(1, 197, 6, 64, "bfloat16", merge="logsum", teacher_heads=12),
         Attention(1, 197, 6, 64, "float16", merge="mean"),
         Attention(0, 197, 6, 64, "bfloat16", batch=4),
+        Attention(0, 197, 6, 32, "bfloat16", batch=4, divergence="js", mask="additive"),  # the most values alive at once
+        Attention(0, 197, 6, 64, "bfloat16", batch=4, merge="mean", mask="bool"),
         Relation(197, 384, 768, "bfloat16"),
     ]
 
@@ -258,6 +260,7 @@ def everything() -> Iterator[Call]:
         yield dataclasses.replace(call, teacher_dim=128)
         yield dataclasses.replace(call, merge="logsum", teacher_heads=12)
     yield dataclasses.replace(whole, merge="mean", teacher_heads=12)
+    yield from _crowded_maps()
     yield dataclasses.replace(row, rows=4)
     yield dataclasses.replace(row, probs=True)
     yield dataclasses.replace(row, merge="logsum", probs=True)
@@ -267,6 +270,26 @@ def everything() -> Iterator[Call]:
     yield dataclasses.replace(row, one_model=True)
     yield dataclasses.replace(row, one_model=True, merge="logsum")
     yield Relation(197, 384, 768, "bfloat16", batch=1)  # few programs: the patches are split
+
+
+def _crowded_maps() -> Iterator[Call]:
+    """Whole maps with several options at once: the calls that need the most registers."""
+    whole = Attention(0, 197, 6, 64, "bfloat16", batch=4)
+    for dim in HEAD_DIMS:
+        yield dataclasses.replace(whole, dim=dim, divergence="js", mask="bool")
+        yield dataclasses.replace(whole, dim=dim, divergence="js", mask="additive")
+        yield dataclasses.replace(whole, dim=dim, divergence="mse", mask="additive")
+    yield dataclasses.replace(whole, merge="mean", divergence="js")
+    for dim in (32, 64):
+        yield dataclasses.replace(whole, dim=dim, merge="mean", divergence="js", mask="bool")
+    single = dataclasses.replace(whole, dtype="float32")
+    for divergence in ("reverse_kl", "mse"):
+        yield dataclasses.replace(single, divergence=divergence)
+    for divergence, mask in (("js", "bool"), ("js", "additive"), ("mse", "additive")):
+        yield dataclasses.replace(single, divergence=divergence, mask=mask)
+    yield dataclasses.replace(single, merge="mean", divergence="js", mask="bool")
+    for call in (whole, single):
+        yield dataclasses.replace(call, merge="logsum", divergence="js", mask="additive")
 
 
 def metered() -> list[Call]:
