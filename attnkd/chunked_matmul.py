@@ -95,7 +95,7 @@ def fill_logits_(
         return
     by_head.copy_(mask[:, :1] if operands.wide else mask)
     for head in range(1, operands.heads if operands.wide else 1):
-        by_head.add_(mask[:, [head if mask.shape[1] > 1 else 0]])
+        by_head.add_(mask[:, head : head + 1] if mask.shape[1] > 1 else mask)
     z.masked_fill_(z <= HIDDEN_BELOW, -math.inf)
     operands.product_(z, at, scale / temperature, keep=1.0 / temperature)
 

@@ -22,15 +22,17 @@ DEVICE_BLOCK = 16 * 1024 * 1024
 """Logits in a block on any other device: few launches, 64 MiB a buffer."""
 
 
+def logits_in_a_block(device: torch.device) -> int:
+    """How many logits a block may hold (more only where a single row has more)."""
+    return torch.get_num_threads() * CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK
+
+
 def groups(device: torch.device, shape: Sequence[int], cost: int, split_heads: bool) -> Iterator[Group]:
     """Cut a [B, H, M] grid of rows, each of ``cost`` logits, into blocks that fit the budget of the device."""
     batch, heads, num_rows = shape
     if num_rows == 0:
         return
-    threads, budget = 1, DEVICE_BLOCK
-    if device.type == "cpu":
-        threads = torch.get_num_threads()
-        budget = threads * CPU_BLOCK
+    threads, budget = torch.get_num_threads() if device.type == "cpu" else 1, logits_in_a_block(device)
     rows_step = _even(num_rows, budget // (threads * cost))
     pairs = budget // (rows_step * cost)
     pairs = max(pairs - pairs % threads, 1)  # a batched matmul gives whole matrices to its threads

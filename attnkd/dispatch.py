@@ -1,7 +1,7 @@
 """Which implementation computes an operation: the one documented rule behind ``impl="auto"``.
 
-* ``triton``: fused kernels. Needs tensors on a CUDA or ROCm device (or Triton's interpreter) and float16, bfloat16 or
-  float32.
+* ``triton``: fused kernels. Needs tensors on a CUDA (compute capability 8.0 or later) or ROCm device (or Triton's
+  interpreter) and float16, bfloat16 or float32.
 * ``chunked``: plain PyTorch with O(N) memory. Any device, any floating point dtype.
 * ``reference``: the specification; materialises everything in float64.
 
@@ -40,7 +40,17 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return "float64 is not supported by the kernels (use 'chunked' or 'reference')"
     if device.type == "meta" or (device.type != "cuda" and not interpreting()):
         return f"the tensors are on device '{device}', not on a CUDA or ROCm GPU"
+    if device.type == "cuda" and too_old(device.index):
+        return f"device '{device}' has a compute capability below 8.0 (Ampere), which Triton needs"
     return None
+
+
+@torch.compiler.assume_constant_result
+def too_old(index: int | None) -> bool:
+    """Whether the NVIDIA GPU of that index (None: the current one) is one that Triton does not compile for."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(index) < (8, 0)
 
 
 def why_not_fused(problem: Problem) -> str | None:

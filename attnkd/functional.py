@@ -175,7 +175,7 @@ def _weighted_sum(implementation: str, problem: Problem, weight: Tensor | float)
     if implementation == "chunked":
         if not isinstance(weight, Tensor):
             assert problem.student.query is not None
-            weight = problem.student.query.new_tensor(weight, dtype=_loss_dtype(problem)).expand(problem.rows_shape)
+            weight = problem.student.query.new_full((), weight, dtype=_loss_dtype(problem)).expand(problem.rows_shape)
         return chunked.weighted_sum(problem, weight)
     rows = _per_row(implementation, problem)
     return (rows * weight).sum() if isinstance(weight, Tensor) else rows.sum() * weight

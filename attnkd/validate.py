@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attnkd import dispatch
+from attnkd.chunked_sweep import logits_in_a_block
 from attnkd.functional import attention_kl, attention_rows
 from attnkd.info import devices, versions
 from attnkd.relation import relation_row_loss
@@ -110,7 +111,7 @@ def examine(case: Case, impl: str, device: torch.device) -> Outcome:
     except Exception as error:
         return Outcome(str(case), 0.0, 0.0, float("inf"), "", False, 0, 0, f"{type(error).__name__}: {error}")
     same = all(torch.equal(a, b) or _same_nan(a, b) for a, b in zip(first, second, strict=True))
-    promise = memory_promise(case, first)
+    promise = memory_promise(case, first, logits_in_a_block(device) if impl == "chunked" else 0)
     failure = "; ".join(str(r) for r in results if not r.ok)
     if not same:
         failure = "; ".join(filter(None, (failure, "two runs differ")))
@@ -119,14 +120,16 @@ def examine(case: Case, impl: str, device: torch.device) -> Outcome:
     return Outcome(str(case), worst.error, worst.allowed, worst.ratio, _short(worst), same, memory, promise, failure)
 
 
-def memory_promise(case: Case, results: list[Tensor]) -> int:
+def memory_promise(case: Case, results: list[Tensor], block: int) -> int:
     """Bytes that forward and backward may allocate: the results three times over (they are accumulated in fp32), a few numbers a
     query, key and head, and, where at most 16 rows are asked for, six fp32 copies of those rows. Nothing grows with M·N beyond
-    that.
+    that, but for an implementation that works on blocks of ``block`` logits: it has eight fp32 buffers of that size, or of the
+    logits that there are.
     """
     total = 3 * sum(x.numel() * max(x.element_size(), 4) for x in results)
     heads = max(case.H, case.Ht)
     total += 128 * case.B * heads * (case.M + case.N) + (1 << 20)
+    total += 8 * 4 * min(block, case.B * heads * case.M * case.N)
     if case.operation != "map":
         total += 6 * 4 * case.B * 2 * heads * case.M * case.N
         total += 8 * case.B * heads * case.M * (case.D + case.Dt) * (1 + case.N // 4)  # partial sums of split rows

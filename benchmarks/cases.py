@@ -50,6 +50,10 @@ SMOKE = Shape("smoke", "tiny, for correctness only", 2, 4, 21, head_dim=16, batc
 
 BATCH_SWEEP = tuple(2**power for power in range(10))  # 1 to 512
 TOKEN_SWEEP = (64, 128, 197, 256, 577, 785, 1024, 1370, 2048, 4096, 8192, 16384)
+SHORT_SHAPES = ("deit_small", "vit_base_384")
+SHORT_BATCH_SWEEP = (1, 16, 256)
+SHORT_TOKEN_SWEEP = (197, 785, 4096, 16384)
+"""What is measured unless everything is asked for: a compiled opponent takes seconds to compile for each of them."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODES = ("fwd", "bwd", "both")
@@ -67,12 +71,13 @@ def find_shape(name: str) -> Shape:
     return SHAPES[name]
 
 
-def batch_sweep(shape: Shape) -> list[Shape]:
-    return [replace(shape, batch=batch) for batch in BATCH_SWEEP]
+def batch_sweep(shape: Shape, full: bool) -> list[Shape]:
+    return [replace(shape, batch=batch) for batch in (BATCH_SWEEP if full else SHORT_BATCH_SWEEP)]
 
 
-def token_sweep(heads: int, batch: int) -> list[Shape]:
-    return [Shape(f"n{n}", f"{n} tokens", heads, 2 * heads, n, batch=batch) for n in TOKEN_SWEEP]
+def token_sweep(heads: int, batch: int, full: bool) -> list[Shape]:
+    tokens = TOKEN_SWEEP if full else SHORT_TOKEN_SWEEP
+    return [Shape(f"n{n}", f"{n} tokens", heads, 2 * heads, n, batch=batch) for n in tokens]
 
 
 @dataclass

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.machine import ROOT
+from benchmarks.machine import ROOT, use_gpu
 
 CASES = (
     ("cls_row", "ours"),
@@ -94,9 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     import_s = time.perf_counter() - start
     from benchmarks import cases, measure, registry
 
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = torch.device("cpu") if args.device == "cpu" else use_gpu(args.device)
     operation = registry.OPERATIONS[args.operation]
     shape = cases.SMOKE if args.shape == cases.SMOKE.name else cases.find_shape(args.shape)
     dtype = getattr(torch, args.dtype)

@@ -41,6 +41,23 @@ def describe(device: torch.device) -> dict[str, Any]:
     } | facts
 
 
+def use_gpu(name: str) -> torch.device:
+    """Make the GPU of that name the current one; 'cuda' alone is the one that is current already.
+
+    Returns:
+        The device with its index.
+
+    Raises:
+        ValueError: the name of something else.
+    """
+    device = torch.device(name)
+    if device.type != "cuda":
+        raise ValueError(f"device: expected a GPU such as cuda or cuda:1, got {name}")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
 def headline(machine: dict[str, Any]) -> str:
     """One line: device, driver, versions, commit."""
     v = machine["versions"]

@@ -23,6 +23,12 @@ SCALING = {
     "cls_row_logsum": ("deit_small", 6, 16),
     "whole_map": ("deit_small", 6, 2),
 }
+SHORT_SCALING = {
+    # operation: the opponents that are drawn beside ours unless everything is asked for
+    "cls_row": ("ours", "eager_map", "compile_row"),
+    "cls_row_logsum": ("ours", "eager_map", "compile_row"),
+    "whole_map": ("ours", "eager_map", "compile_map", "flex"),
+}
 NO_GPU = (
     "run: needs a CUDA or ROCm GPU and found none; without one there are `traffic` (bytes moved), `aot` (compiled code), `cpu` "
     "(plain PyTorch times) and `run --smoke` (correctness only)"
@@ -37,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--operations", **several, help="names, 'headline' (default) or 'all'; see benchmarks/registry.py"
     )
-    parser.add_argument("--shapes", **several, help="names of benchmarks/cases.py (default: all)")
+    parser.add_argument(
+        "--shapes", **several, help="names of benchmarks/cases.py (default: deit_small vit_base_384; --full: all)"
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="every shape, every point and opponent of the scaling curves: about an hour"
+    )
     parser.add_argument("--batch", type=int, help="batch size in place of the shapes' own")
     parser.add_argument("--dtypes", **several, help="bf16 (default), fp16, fp32")
     parser.add_argument("--modes", nargs="+", choices=("fwd", "bwd", "both"), default=["fwd", "bwd", "both"])
@@ -49,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile-mode", default="default", help="torch.compile's mode for the opponents (default: default)"
     )
-    parser.add_argument("--budget-ms", type=float, default=200.0, help="time spent on one number (default: 200)")
+    parser.add_argument("--budget-ms", type=float, default=100.0, help="time spent on one number (default: 100)")
     parser.add_argument("--device", default="cuda", help="cuda (default), cuda:1, ...")
     parser.add_argument("--output", type=Path, help="folder for SUITE.json (default: benchmarks/results/<device>)")
     parser.add_argument(
@@ -71,14 +82,11 @@ def run(args: argparse.Namespace) -> int:
     from benchmarks.compare import is_ours
     from benchmarks.measure import DeviceLost
 
-    device = torch.device(args.device if has_gpu else "cpu")
-    if has_gpu:
-        torch.cuda.set_device(device)
-        device = torch.device("cuda", torch.cuda.current_device())
-    else:
+    if not has_gpu:
         torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")
     try:
+        device = machine.use_gpu(args.device) if has_gpu else torch.device("cpu")
         settings, todo = plan(args, device)
     except ValueError as error:
         print(f"run: {error}", file=sys.stderr)
@@ -160,7 +168,7 @@ def plan(args: argparse.Namespace, device: torch.device) -> tuple[Settings, dict
     for name in chosen or ():
         if name not in known and name not in training.VARIANTS:
             raise ValueError(f"implementation: expected one of {', '.join(sorted(known))}, got {name!r}")
-    shapes = [cases.find_shape(name) for name in args.shapes] if args.shapes else list(cases.SHAPES.values())
+    shapes = [cases.find_shape(name) for name in args.shapes or (cases.SHAPES if args.full else cases.SHORT_SHAPES)]
     if args.smoke:
         shapes = [cases.SMOKE]
     if args.batch:
@@ -168,11 +176,10 @@ def plan(args: argparse.Namespace, device: torch.device) -> tuple[Settings, dict
     dtypes = _dtypes(args)
 
     def case(
-        operation: registry.Operation, shape: cases.Shape, dtype: torch.dtype, how: Settings, skip: tuple = ()
+        operation: registry.Operation, shape: cases.Shape, dtype: torch.dtype, how: Settings, usual: Any = None
     ) -> Case:
-        names = tuple(
-            i.name for i in operation.implementations if (chosen is None or i.name in chosen) and i.name not in skip
-        )
+        wanted = chosen or usual
+        names = tuple(i.name for i in operation.implementations if wanted is None or i.name in wanted)
         label = f"{operation.name} {shape.label} {str(dtype)[6:]}"
         return label, lambda: measure_case(operation, shape, dtype, how, names)
 
@@ -183,10 +190,15 @@ def plan(args: argparse.Namespace, device: torch.device) -> tuple[Settings, dict
             if operation.name not in SCALING:
                 continue
             name, heads, batch = SCALING[operation.name]
-            sweep = [*cases.batch_sweep(cases.find_shape(name)), *cases.token_sweep(heads, batch)]
+            sweep = [
+                *cases.batch_sweep(cases.find_shape(name), args.full), *cases.token_sweep(heads, batch, args.full)
+            ]  # fmt: skip
             if args.smoke:
                 sweep = [replace(cases.SMOKE, name="deit_small", batch=1), replace(cases.SMOKE, name="n37", tokens=37)]
-            found += [case(operation, shape, dtype, how, skip=("chunked",)) for dtype in dtypes for shape in sweep]
+            usual = SHORT_SCALING[operation.name]
+            if args.full:
+                usual = tuple(i.name for i in operation.implementations if i.name != "chunked")
+            found += [case(operation, shape, dtype, how, usual) for dtype in dtypes for shape in sweep]
         return found
 
     pairs = training.SMOKE if args.smoke else training.PAIRS
@@ -259,7 +271,7 @@ def _command(args: argparse.Namespace, suite: str) -> list[str]:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     if len(args.modes) != 3:
         words += ["--modes", *args.modes]
-    for name, default in (("compile_mode", "default"), ("budget_ms", 200.0), ("compile_steps", False)):
+    for name, default in (("compile_mode", "default"), ("budget_ms", 100.0), ("compile_steps", False), ("full", False)):
         value = getattr(args, name)
         if value != default:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]

@@ -153,12 +153,9 @@ def run(args: argparse.Namespace) -> int:
 
     from benchmarks import cases, machine, schema
 
-    device = torch.device(args.device if has_gpu else "cpu")
-    if has_gpu:
-        torch.cuda.set_device(device)
-        device = torch.device("cuda", torch.cuda.current_device())
     known = {tunable.kernel: tunable for tunable in tunables()}
     try:
+        device = machine.use_gpu(args.device) if has_gpu else torch.device("cpu")
         dtypes = [cases.parse_dtype(name) for name in args.dtypes]
         for name in args.kernels or ():
             if name not in known:

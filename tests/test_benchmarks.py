@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib
 import json
@@ -14,7 +15,22 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, compare, gate, measure, plot, registry, report, schema, table, timing, training, tune
+from benchmarks import (
+    cases,
+    compare,
+    gate,
+    machine,
+    measure,
+    plot,
+    registry,
+    report,
+    run,
+    schema,
+    table,
+    timing,
+    training,
+    tune,
+)
 from benchmarks.__main__ import COMMANDS, main
 
 HAS_GPU = torch.cuda.is_available()
@@ -475,6 +491,44 @@ def test_without_a_gpu_run_refuses_in_one_line(capsys):
     assert "\n" not in said and all(word in said for word in ("GPU", "traffic", "aot", "cpu", "--smoke"))
 
 
+def test_a_gpu_by_name_becomes_the_current_one(monkeypatch):
+    """PyTorch's set_device refuses 'cuda' without an index, which is what `--device` is by default."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(torch.device("cuda", device)))
+    assert (
+        [machine.use_gpu(name) for name in ("cuda", "cuda:1")] == current == [torch.device("cuda", i) for i in (3, 1)]
+    )
+    with pytest.raises(ValueError, match="device: expected a GPU such as cuda or cuda:1, got cpu"):
+        machine.use_gpu("cpu")
+
+
+def test_a_run_without_flags_has_few_opponents_to_compile(monkeypatch):
+    """Compiling takes seconds for each; everything is measured with --full."""
+
+    def compilations(*flags: str) -> dict[str, int]:
+        parser = argparse.ArgumentParser()
+        run.add_arguments(parser)
+        _, suites = run.plan(parser.parse_args(flags), torch.device("cpu"))
+        found = {}
+        for suite in ("operations", "scaling"):
+            seen.clear()
+            for _, measured in suites[suite]:
+                measured()
+            found[suite] = sum(seen)
+        return found
+
+    seen: list[int] = []
+
+    def measure_case(operation: Any, shape: Any, dtype: Any, how: Any, names: tuple[str, ...]) -> None:
+        assert names and names[0] == "ours"
+        seen.append(sum(i.compiled and i.name in names for i in operation.implementations))
+
+    monkeypatch.setattr(measure, "measure_case", measure_case)
+    short, full = compilations(), compilations("--full")
+    assert sum(short.values()) < 80 < 3 * sum(short.values()) < sum(full.values())
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -520,7 +574,7 @@ def test_a_smoke_run_of_every_suite(capsys):
 
 @pytest.mark.gpu
 def test_a_smoke_run_on_the_gpu_times_everything_and_tells_no_number(capsys):
-    assert main(["run", "--smoke"]) == 0
+    assert main(["run", "--smoke", "--operations", "headline"]) == 0
     assert " ms (" not in capsys.readouterr().out
 
 
@@ -553,4 +607,5 @@ def test_pytest_benchmark_runs_the_same_cases(tmp_path):
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider"], cwd=root, capture_output=True, text=True, env=environment
     )
-    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+    shapes = 2 if HAS_GPU else 1
+    assert done.returncode == 0 and f"{shapes} passed" in done.stdout, done.stdout + done.stderr

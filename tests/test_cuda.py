@@ -1,4 +1,4 @@
-"""What CUDA (and ROCm) users may do with the operations: graphs, streams, several GPUs, no hidden synchronisation."""
+"""What CUDA (and ROCm) users may do: graphs, streams, several GPUs, no hidden synchronisation, training under autocast."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from torch import Tensor
 
 import attnkd
 from attnkd.relation import relation_row_loss
+from attnkd.testing.proof import assert_proved
+from tests.test_distributed import batch, gradients, tasks
 
 pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
 
 Operation = Callable[[list[Tensor]], Tensor]
 OPERATIONS: dict[str, Operation] = {
@@ -123,3 +126,61 @@ def test_results_repeat_bit_for_bit():
         first, second = _loss_and_gradients(operation, leaves), _loss_and_gradients(operation, leaves)
         for a, b in zip(first, second, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in tasks() if "," not in name])
+def test_a_training_step_is_the_same_on_the_gpu_and_the_cpu(name, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # of the patch embedding's convolution
+    images, targets = batch()
+    steps = []
+    for device in ("cpu", DEVICE):
+        task = tasks()[name]().to(device).train()
+        torch.manual_seed(0)
+        loss = task(images.to(device), targets.to(device))["loss"]
+        loss.backward()
+        steps.append([loss.detach().cpu(), *(g.cpu() for g in gradients(task).values())])
+    for want, got in zip(*steps, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [name for name in tasks() if "," not in name])
+def test_autocast_training_steps_stay_close_to_float32(name, dtype):
+    images, targets = (x.to(DEVICE) for x in batch())
+    task = tasks()[name]().to(DEVICE).train()
+    want = task(images, targets)["loss"]
+    with torch.autocast(DEVICE, dtype):
+        loss = task(images, targets)["loss"]
+    torch.testing.assert_close(loss.float(), want, rtol=0.05, atol=0.05)
+    torch.amp.GradScaler(DEVICE, 2.0**10).scale(loss).backward()
+    assert all(gradient.isfinite().all() for gradient in gradients(task).values())
+
+
+def test_compiled_training_steps_are_the_eager_ones():
+    images, targets = (x.to(DEVICE) for x in batch())
+    losses = []
+    for compiled in (False, True):
+        task = tasks()["AttnDistill"]().to(DEVICE).train()
+        if compiled:
+            task.compile()
+        losses.append(task(images, targets)["loss"])
+        losses[-1].backward()
+        assert gradients(task)
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("merge", [None, "logsum", "mean", "max", "min"])
+def test_the_plain_implementation(merge):
+    """In blocks, whose sizes differ between a GPU and a CPU."""
+    for rows in (1, 40):
+        for mask in (None, torch.rand(2, 1, 1, 50, device=DEVICE) > 0.2):
+            given = {
+                name: torch.randn(2, 3, n, 16, device=DEVICE)
+                for name, n in (
+                    ("student_query", rows),
+                    ("student_key", 50),
+                    ("teacher_query", rows),
+                    ("teacher_key", 50),
+                )
+            }
+            assert_proved("chunked", **given, merge=merge, student_mask=mask, teacher_mask=mask)

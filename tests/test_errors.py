@@ -8,12 +8,12 @@ from attnkd import attention_kl, attention_rows, merge_attention
 B, H, M, N, D = 2, 3, 1, 9, 8
 
 
-def good():
+def good(device="cpu"):
     return {
-        "student_query": torch.randn(B, H, M, D),
-        "student_key": torch.randn(B, H, N, D),
-        "teacher_query": torch.randn(B, H, M, D),
-        "teacher_key": torch.randn(B, H, N, D),
+        "student_query": torch.randn(B, H, M, D, device=device),
+        "student_key": torch.randn(B, H, N, D, device=device),
+        "teacher_query": torch.randn(B, H, M, D, device=device),
+        "teacher_key": torch.randn(B, H, N, D, device=device),
     }
 
 
@@ -134,8 +134,8 @@ def test_target_rows_must_have_the_merged_shape():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "batchmean"])
-def test_no_mean_of_an_empty_batch(reduction):
-    empty = {name: tensor[:0] for name, tensor in good().items()}
+def test_no_mean_of_an_empty_batch(reduction, device):
+    empty = {name: tensor[:0] for name, tensor in good(device).items()}
     with pytest.raises(ValueError, match=f"reduction: '{reduction}' of an empty batch is undefined"):
         attention_kl(**empty, reduction=reduction)
     for impl in ("reference", "chunked", "triton"):
@@ -143,16 +143,17 @@ def test_no_mean_of_an_empty_batch(reduction):
         assert attention_kl(**empty, reduction="none", impl=impl).shape == (0, H, M)
 
 
-def test_an_explicit_impl_never_falls_back():
-    double = {name: tensor.double() for name, tensor in good().items()}
+def test_an_explicit_impl_never_falls_back(device):
+    double = {name: tensor.double() for name, tensor in good(device).items()}
     with pytest.raises(NotImplementedError, match="impl='triton': float64 is not supported"):
         attention_kl(**double, impl="triton")
     with pytest.raises(NotImplementedError, match="impl='triton': float64 is not supported"):
         attention_rows(double["student_query"], double["student_key"], impl="triton")
-    many = good() | {"student_query": torch.randn(B, H, 40, D), "teacher_query": torch.randn(B, H, 40, D)}
+    rows = torch.randn(B, H, 40, D, device=device)
+    many = good(device) | {"student_query": rows, "teacher_query": rows}
     with pytest.raises(NotImplementedError, match="impl='triton': merge='max' of whole maps has no fused kernel"):
         attention_kl(**many, merge="max", impl="triton")
-    wide = {name: torch.randn(1, 20, tensor.shape[2], 128) for name, tensor in good().items()}
+    wide = {name: torch.randn(1, 20, tensor.shape[2], 128, device=device) for name, tensor in good(device).items()}
     with pytest.raises(NotImplementedError, match="impl='triton': a head of 2560 dims"):
         attention_kl(**wide, merge="logsum", impl="triton")
 

@@ -113,6 +113,7 @@ def test_bias_gradient_has_the_size_of_the_bias(device, monkeypatch):
         sizes.append(out.numel())
         return out
 
+    monkeypatch.setattr(ops_map, "num_processors", lambda device: 1)  # more take a share each, 4096 entries at most
     arguments = call(device, B=5, H=3, M=40, N=40)
     bias = torch.randn(1, 3, 40, 40, device=device, requires_grad=True)
     loss = attention_kl(**arguments, student_mask=bias, impl="triton")

@@ -49,9 +49,9 @@ def prove(impl, student, teacher, prefix=1, prefix_t=1, normalize_dim=-1):
     assert_close(f"{name} gradient", grad, oracle[1], eager[1])
 
 
-def test_textbook():
+def test_textbook(device):
     """Mean over patches of the squared difference of F.cosine_similarity; of F.normalize along tokens for the code's variant."""
-    student, teacher = features("cpu", N=20, C_t=72)
+    student, teacher = features(device, N=20, C_t=72)
     rows = [F.cosine_similarity(x[:, :1], x[:, 1:], dim=-1) for x in (student, teacher)]
     want = F.mse_loss(rows[0], rows[1])
     for impl in ("reference", "chunked", "triton"):
@@ -270,8 +270,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_errors_name_the_argument(case):
+def test_errors_name_the_argument(case, device):
     error, message, change = WRONG[case]
-    arguments, options = change(*features("cpu"))
+    arguments, options = change(*features(device))
     with pytest.raises(error, match=message):
         relation_row_loss(*arguments, **options)

@@ -64,6 +64,19 @@ def test_given_target_rows(device, merge):
         assert_proved("triton", **arguments, teacher_probs=probs.bfloat16(), merge=merge, divergence="js")
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_subnormal_target_rows(device, divergence):
+    """Probabilities below 1.2e-38, which a softmax does return: they are no zeros, which would be hidden keys."""
+    for N in (33, 1100):
+        arguments = call(device, N=N, divergence=divergence)
+        del arguments["teacher_query"], arguments["teacher_key"]
+        probs = torch.rand(2, arguments["student_query"].shape[1], 1, N, device=device)
+        probs[..., 3:9] = torch.tensor([1.5e-45, 1e-44, 1e-42, 3e-40, 1.1e-38, 1.2e-38], device=device)
+        for merge in (None, "mean"):
+            rows = probs if merge is None else probs[:, :1]
+            assert_proved("triton", **arguments, teacher_probs=rows, merge=merge)
+
+
 def test_strides(device):
     """Views of a packed qkv projection, a transposed layout, expanded batches, a sliced head dim: no copy, same values."""
     B, H, N, D = 2, 3, 40, 16

@@ -77,10 +77,7 @@ def test_attention_rows_read_each_key_once():
 def test_every_layout_between_guard_bands(layout, device):
     """Unwritten outputs stay NaN, a stray write kills a canary, a stray read brings NaN."""
     for merge, N, D in ((None, 33, 24), (None, 400, 48), ("logsum", 70, 48), ("mean", 33, 16)):
-        given = {
-            n: lay_out(x, layout).to(device) if HAS_GPU else lay_out(x, layout)
-            for n, x in inputs(2, 3, 1, N, D).items()
-        }
+        given = {n: lay_out(x.to(device), layout) for n, x in inputs(2, 3, 1, N, D).items()}
         with canaries() as allocated:
             assert_proved("triton", **given, merge=merge)
         assert allocated

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from attnkd import cli
+from attnkd import chunked_sweep, cli, validate
 from attnkd.testing import cases
 
 HAS_GPU = torch.cuda.is_available()
@@ -76,7 +76,7 @@ def test_fails_on_a_broken_kernel_and_prints_how_to_run_it_again(monkeypatch, ca
         elif breakage == "unsteady":
             dk = dk * (1 + 1e-7 * len(calls)) if len(calls) > 1 else dk
         else:
-            torch.empty(1 << 24).fill_(0)
+            torch.empty(1 << 24, device=dk.device).fill_(0)
         return dq, dk, dmask
 
     library = torch.library.Library("attnkd", "IMPL")
@@ -94,6 +94,15 @@ def test_fails_on_a_broken_kernel_and_prints_how_to_run_it_again(monkeypatch, ca
     assert "attnkd validate --impl triton --case D=32,N=40" in captured.err or "--case N=40,D=32,Dt=32" in captured.err
     assert "1 FAILED" in captured.out
     assert cli.main(["validate", "--case", "N=40,D=32,Dt=32"]) == 0
+
+
+def test_blocks_of_logits_are_part_of_the_memory_promise(monkeypatch):
+    """As on a GPU, or a CPU with many cores: one block of the chunked implementation holds every logit there is."""
+    monkeypatch.setattr(chunked_sweep, "CPU_BLOCK", chunked_sweep.DEVICE_BLOCK)
+    case = cases.parse("operation=map,dtype=bf16,divergence=js,M=197,N=197,D=16,Dt=16,B=3")
+    outcome = validate.examine(case, "chunked", torch.device("cpu"))
+    assert outcome.ok, outcome.failure
+    assert outcome.memory > validate.memory_promise(case, [], 0)  # the blocks show
 
 
 @pytest.mark.skipif(HAS_GPU, reason="with a GPU there is nothing to start over")

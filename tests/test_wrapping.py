@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from attnkd import attention_kl, attention_rows
+from attnkd import attention_kl, attention_rows, dispatch
 from attnkd.ops_row import _row_kl_bwd, _row_kl_fwd, _row_logits_bwd, _row_logits_fwd, _row_merge
 
 MERGES = [None, "logsum", "mean"]
@@ -156,3 +156,15 @@ def test_runs_on_the_tensors_gpu_not_the_current_one():
     with torch.cuda.device(0):
         loss = attention_kl(*inputs, impl="triton")
     torch.testing.assert_close(loss, attention_kl(*inputs, impl="reference"))
+
+
+@pytest.mark.parametrize(("capability", "reason"), [((7, 5), "compute capability below 8.0"), ((8, 0), None)])
+def test_gpus_that_triton_does_not_compile_for_get_plain_pytorch(monkeypatch, capability, reason):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    why = dispatch.why_not_triton(torch.device("cuda", 0), torch.float16)
+    assert why is None if reason is None else reason in why
+    monkeypatch.undo()  # torch.compile itself asks for the GPU
+    compiled = torch.compile(lambda x: x + dispatch.too_old(None), backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(())) == dispatch.too_old(None)

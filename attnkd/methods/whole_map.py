@@ -40,13 +40,18 @@ def take_heads(call: AttentionCall, heads: Heads) -> AttentionCall:
     """The call of some heads: views where the heads follow each other, else copies of these heads."""
     if heads == tuple(range(call.query.shape[1])):
         return call
-    index: slice | list[int] = list(heads)
-    if heads == tuple(range(heads[0], heads[0] + len(heads))):
-        index = slice(heads[0], heads[0] + len(heads))
+    neighbours = heads == tuple(range(heads[0], heads[0] + len(heads)))
+
+    def take(tensor: Tensor, dim: int) -> Tensor:
+        if neighbours:
+            return tensor.narrow(dim, heads[0], len(heads))
+        # Not tensor[:, [1, 4]]: the list would be copied to the GPU, and the host would wait for it.
+        return torch.stack([tensor.select(dim, head) for head in heads], dim)
+
     mask = call.mask
     if mask is not None and mask.ndim >= 3 and mask.shape[-3] != 1:
-        mask = mask[..., index, :, :]
-    return AttentionCall(call.query[:, index], call.key[:, index], mask, call.scale)
+        mask = take(mask, -3)
+    return AttentionCall(take(call.query, 1), take(call.key, 1), mask, call.scale)
 
 
 def shared_map(call: AttentionCall, layout: TokenLayout, keep_cls: bool) -> AttentionCall:

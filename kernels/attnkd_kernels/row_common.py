@@ -47,8 +47,16 @@ def masked_logits(scores, mask_base, n, n_valid, stride_n, mask_mul, KIND: tl.co
         scores = tl.where(visible != 0, scores, HIDDEN)
     if KIND == 3:
         probs = tl.load(mask_base + n.to(tl.int64) * stride_n, mask=n_valid, other=0.0).to(tl.float32)
-        scores = tl.where(probs == 0.0, HIDDEN, tl.log2(probs))  # NaN and negative ones stay visible as NaN
+        scores = log2_of_probs(probs)
     return tl.where(n_valid, scores, HIDDEN)
+
+
+@triton.jit
+def log2_of_probs(p):
+    """log2 p, HIDDEN where p is 0; NaN and negative ones stay visible as NaN. A GPU's logarithm takes subnormal p for 0."""
+    subnormal = p < TINY
+    log_p = tl.log2(tl.where(subnormal, p * 18446744073709551616.0, p)) - tl.where(subnormal, 64.0, 0.0)  # 2^64
+    return tl.where(p == 0.0, HIDDEN, log_p)
 
 
 @triton.jit

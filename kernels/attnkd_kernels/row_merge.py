@@ -20,7 +20,7 @@ from torch import Tensor
 
 from attnkd_kernels import launch
 from attnkd_kernels.launch import LOG2E
-from attnkd_kernels.row_common import ALIVE, HIDDEN, row_divergence
+from attnkd_kernels.row_common import ALIVE, HIDDEN, log2_of_probs, row_divergence
 
 MERGES = {None: 0, "mean": 1, "max": 2, "min": 3}
 MAX_KEYS = 65536
@@ -95,7 +95,7 @@ def _row_merge_kernel(
         p = tl.load(
             ZT + (group // HO) * t_b + (group % HO) * t_h + m * t_m + n.to(tl.int64) * t_n, mask=n_valid, other=0.0
         )
-        a_t = tl.where(p == 0.0, HIDDEN, tl.log2(p.to(tl.float32)))
+        a_t = log2_of_probs(p.to(tl.float32))
     else:
         a_t = _merged(ZT, group * HEADS_T * M + m, M, N, n, n_valid, HEADS_T, MERGE)
     loss, u = row_divergence(a_s, a_t, KIND)
