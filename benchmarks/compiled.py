@@ -159,7 +159,7 @@ def read(target: str, key: str, kernel: Any) -> dict[str, Any]:
     """What the compiled kernel uses.
 
     Returns:
-        registers (per thread), spills (bytes of stack on NVIDIA; vector registers spilled plus bytes of scratch on AMD), shared
+        registers (per thread), spills (bytes of stack on NVIDIA; vector registers spilled plus instructions on scratch on AMD), shared
         (bytes), loads and stores (global instructions by width in bits), tiles (bytes of the two-dimensional tiles that the
         source loads and stores), matrix (matrix instructions by kind), dots (the source's dots as 'MxK dtype'), warps,
         threads, occupancy (resident warps / possible warps).
@@ -226,9 +226,9 @@ def _read_amd(kernel: Any) -> dict[str, Any]:
 
     return {
         "registers": field("vgpr_count"),
-        # Scalar registers are parked in lanes of vector registers first, which touches no memory; if those run out,
-        # scratch shows it.
-        "spills": field("vgpr_spill_count") + field("private_segment_fixed_size"),
+        # Scalar registers are parked in lanes of vector registers first, which touches no memory. The assembler reserves a few
+        # bytes of scratch for that, used or not; what counts is what touches them.
+        "spills": field("vgpr_spill_count") + len(re.findall(r"\bscratch_(?:load|store)", code)),
         "parked_scalars": field("sgpr_spill_count"),
         "loads": _widths(re.findall(r"\b(?:global|buffer)_load_(\w+)", code), _amd_width),
         "stores": _widths(re.findall(r"\b(?:global|buffer)_store_(\w+)", code), _amd_width),

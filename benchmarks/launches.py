@@ -228,7 +228,7 @@ def representative() -> list[Call]:
         Attention(1, 197, 6, 64, "bfloat16", merge="logsum", teacher_heads=12),
         Attention(1, 197, 6, 64, "float16", merge="mean"),
         Attention(0, 197, 6, 64, "bfloat16", batch=4),
-        Attention(0, 197, 6, 32, "bfloat16", batch=4, divergence="js", mask="additive"),  # the most values alive at once
+        Attention(0, 197, 6, 32, "bfloat16", batch=4, divergence="js", mask="additive"),  # the most registers
         Attention(0, 197, 6, 64, "bfloat16", batch=4, merge="mean", mask="bool"),
         Relation(197, 384, 768, "bfloat16"),
     ]
@@ -275,7 +275,7 @@ def everything() -> Iterator[Call]:
 def _crowded_maps() -> Iterator[Call]:
     """Whole maps with several options at once: the calls that need the most registers."""
     whole = Attention(0, 197, 6, 64, "bfloat16", batch=4)
-    for dim in HEAD_DIMS:
+    for dim in (32, 64, 128):
         yield dataclasses.replace(whole, dim=dim, divergence="js", mask="bool")
         yield dataclasses.replace(whole, dim=dim, divergence="js", mask="additive")
         yield dataclasses.replace(whole, dim=dim, divergence="mse", mask="additive")

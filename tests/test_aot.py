@@ -41,7 +41,7 @@ def test_kernels_pass(kernels, target):
 
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_map_kernels_pass(kernels, target):
-    _assert_pass([r for r in kernels if r["target"] == target and r["kernel"].startswith("_map")], at_least=2)
+    _assert_pass([r for r in kernels if r["target"] == target and r["kernel"].startswith("_map")], at_least=5)
 
 
 def _assert_pass(records, at_least):

@@ -111,9 +111,7 @@ def scores(
 
 
 @triton.jit
-def logits(
-    product,
-    factor,
+def load_mask(
     mask,
     bias_factor,
     q0,
@@ -125,13 +123,15 @@ def logits(
     KIND: tl.constexpr,
     MASK_HEADS: tl.constexpr,
     QUERIES_LEFT: tl.constexpr,
-    TAIL: tl.constexpr,
 ):
-    """Scores [BL, BR] → logits (scale · q·k + mask) / T in log2 units; HIDDEN where the mask hides or the key is past N.
+    """A mask's tile for :func:`logits`, [BL, BR] or one row of it: what is visible, or what is added in log2 units.
 
     MASK_HEADS: how many heads' additive masks add up (log-sum merging), starting at the mask's head.
+
+    To be called before the tile's product. Triton gives a tile of logits the register layout of whichever of the two
+    comes first; that of the mask spreads a row over a warp, and its reductions then cost more than everything else.
     """
-    z = product * factor
+    tile = 0.0
     if KIND != NO_MASK:
         pointer, s_head, s_query, s_key = mask
         if KIND == BOOL_ROW or KIND == FLOAT_ROW:
@@ -143,23 +143,40 @@ def logits(
         pointers = start + (q[:, None] * s_query + k[None, :] * s_key)  # [BQ or 1, BK]
         inside = (q0 + q < M)[:, None] & (k0 + k < N)[None, :]
         if KIND == BOOL_MASK or KIND == BOOL_ROW:
-            visible = tl.load(pointers, mask=inside, other=0)
-            if not QUERIES_LEFT:
-                visible = tl.trans(visible)
-            z = tl.where(visible != 0, z, HIDDEN)
+            tile = tl.load(pointers, mask=inside, other=0)
         else:
-            bias = tl.load(pointers, mask=inside, other=float("-inf")).to(tl.float32)
-            lowest = bias
-            for h in tl.static_range(1, MASK_HEADS):
-                more = tl.load(pointers + h * tl.cast(s_head, tl.int64), mask=inside, other=float("-inf")).to(
-                    tl.float32
-                )
-                lowest = tl.minimum(lowest, more)
-                bias += more
-            bias = tl.where(lowest <= MASK_HIDES, HIDDEN, bias * bias_factor)
-            if not QUERIES_LEFT:
-                bias = tl.trans(bias)
-            z = tl.where(shown(bias), z + bias, HIDDEN)
+            tile = tl.load(pointers, mask=inside, other=float("-inf")).to(tl.float32)
+            lowest = tile
+            if MASK_HEADS > 1:
+                for _ in range(1, MASK_HEADS):  # not unrolled: one tile of registers at a time
+                    pointers += s_head
+                    more = tl.load(pointers, mask=inside, other=float("-inf")).to(tl.float32)
+                    lowest = tl.minimum(lowest, more)
+                    tile += more
+            tile = tl.where(lowest <= MASK_HIDES, HIDDEN, tile * bias_factor)
+        if not QUERIES_LEFT:
+            tile = tl.trans(tile)
+    return tile
+
+
+@triton.jit
+def logits(
+    product,
+    factor,
+    mask,
+    k0,
+    N,
+    BK: tl.constexpr,
+    KIND: tl.constexpr,
+    QUERIES_LEFT: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """Scores [BL, BR] → logits (scale · q·k + mask) / T in log2 units; HIDDEN where the mask hides or the key is past N."""
+    z = product * factor
+    if KIND == BOOL_MASK or KIND == BOOL_ROW:
+        z = tl.where(mask != 0, z, HIDDEN)
+    elif KIND != NO_MASK:
+        z = tl.where(shown(mask), z + mask, HIDDEN)
     elif TAIL:
         k = k0 + tl.arange(0, BK)
         if QUERIES_LEFT:
@@ -230,8 +247,9 @@ def mean_log_probs(
         if D <= BD:
             x = load_rows(left_h, l0, l_rows, 0, D, D, BL, BD, True)
             y = load_rows(right_h, r0, r_rows, 0, D, D, BR, BD, TAIL)
+        bias = load_mask(at_head(mask, head), bias_factor, q0, M, k0, N, BQ, BK, KIND, 1, QUERIES_LEFT)
         product = scores(x, y, left_h, l0, l_rows, right_h, r0, r_rows, D, D, BL, BR, BD, TAIL)
-        z = logits(product, factor, at_head(mask, head), bias_factor, q0, M, k0, N, BQ, BK, KIND, 1, QUERIES_LEFT, TAIL)
+        z = logits(product, factor, bias, k0, N, BK, KIND, QUERIES_LEFT, TAIL)
         z -= row_values(lse + tl.cast(head, tl.int64) * M, q0, M, DEAD, BQ, QUERIES_LEFT, True)
         if PAIRS:
             z -= row_values(log_sum + tl.cast(head, tl.int64) * M, q0, M, 0.0, BQ, QUERIES_LEFT, True)
@@ -285,10 +303,9 @@ def log_probs(
             HEADS, D, BL, BR, BD, BQ, BK, KIND, PAIRS, QUERIES_LEFT, TAIL,
         )  # fmt: skip
     else:
+        bias = load_mask(mask, bias_factor, q0, M, k0, N, BQ, BK, KIND, MASK_HEADS, QUERIES_LEFT)
         z = scores(a, b, left, l0, l_rows, right, r0, r_rows, D, WIDTH, BL, BR, BD, TAIL)
-        z = logits(
-            z, factor, mask, bias_factor, q0, M, k0, N, BQ, BK, KIND, MASK_HEADS, QUERIES_LEFT, TAIL and QUERIES_LEFT
-        )
+        z = logits(z, factor, bias, k0, N, BK, KIND, QUERIES_LEFT, TAIL and QUERIES_LEFT)
         result = z - row_lse
         if PAIRS:
             result -= row_log_sum

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnkd_kernels.map_common import DEAD, HIDDEN, TINY, at_head, load_rows, logits, scores, shown
+from attnkd_kernels.map_common import DEAD, HIDDEN, TINY, at_head, load_mask, load_rows, logits, scores, shown
 from attnkd_kernels.map_forms import finish_kl, gap_of_logits, online_kl, online_mse
 
 
@@ -130,13 +130,15 @@ def _fwd_tile(
     k_s = a_s
     if WIDTH_S <= BD_S:
         k_s = load_rows(ks, n0, N, 0, D_S, WIDTH_S, BN, BD_S, TAIL)
+    m_s = load_mask(mask_s, bias_s, m0, M, n0, N, BM, BN, KIND_S, MASK_HEADS_S, True)
     s = scores(a_s, k_s, qs, m0, M, ks, n0, N, D_S, WIDTH_S, BM, BN, BD_S, TAIL)
-    s = logits(s, factor_s, mask_s, bias_s, m0, M, n0, N, BM, BN, KIND_S, MASK_HEADS_S, True, TAIL)
+    s = logits(s, factor_s, m_s, n0, N, BN, KIND_S, True, TAIL)
     k_t = a_t
     if WIDTH_T <= BD_T:
         k_t = load_rows(kt, n0, N, 0, D_T, WIDTH_T, BN, BD_T, TAIL)
+    m_t = load_mask(mask_t, bias_t, m0, M, n0, N, BM, BN, KIND_T, MASK_HEADS_T, True)
     t = scores(a_t, k_t, qt, m0, M, kt, n0, N, D_T, WIDTH_T, BM, BN, BD_T, TAIL)
-    t = logits(t, factor_t, mask_t, bias_t, m0, M, n0, N, BM, BN, KIND_T, MASK_HEADS_T, True, TAIL)
+    t = logits(t, factor_t, m_t, n0, N, BN, KIND_T, True, TAIL)
     if DIV == "logit_mse":
         gap = gap_of_logits(s, t, MASKED)
         x += tl.sum(gap * gap, 1)

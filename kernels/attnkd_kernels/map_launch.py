@@ -114,7 +114,7 @@ def forward_calls(
 
     log_sums = torch.empty_like(saved.lse_s), torch.empty_like(saved.lse_t)
     for side, top, log_sum, width in zip((student, teacher), (saved.lse_s, saved.lse_t), log_sums, widths, strict=True):
-        tile = pick_tile("lse", arch, side.query.dtype, width, side.mask is not None, False)
+        tile = pick_tile("lse", arch, side.query.dtype, width, _masks(side), False)
         heads = top.shape[1]
         arguments = {
             "TOP": top, "LOG_SUM": log_sum, **_side("", side, merge, temperature), "HO": heads, "M": M, "N": N,
@@ -213,12 +213,19 @@ def bias_call(
     return Call(_map_bias_kernel, (tiles * splits,), arguments, tile.options), out
 
 
-def _kind(student: Side, teacher: Side, merge: str | None, divergence: str) -> tuple[torch.dtype, int, bool, bool]:
-    """What the tile depends on: the wider dtype, the wider head, and what makes a problem heavy (map_tiles.py)."""
+def _kind(student: Side, teacher: Side, merge: str | None, divergence: str) -> tuple[torch.dtype, int, int, bool]:
+    """What the tile depends on: the wider dtype, the wider head, the extras (map_tiles.py), and whether heads are averaged."""
     dtype = torch.promote_types(student.query.dtype, teacher.query.dtype)
     width = max(wide_width(student, merge), wide_width(teacher, merge))
-    masked = student.mask is not None or teacher.mask is not None
-    return dtype, width, masked or divergence == "js", merge == "mean"
+    extras = max(_masks(student), _masks(teacher), 1 if divergence == "js" else 0)
+    return dtype, width, extras, merge == "mean"
+
+
+def _masks(side: Side) -> int:
+    """0 without a mask, 1 with a boolean one, 2 with an additive one."""
+    if side.mask is None:
+        return 0
+    return 1 if side.mask.dtype == torch.bool else 2
 
 
 def _can_fuse(student: Side, teacher: Side, divergence: str, temperature: float) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnkd_kernels.map_common import DEAD, HIDDEN, at_head, load_rows, logits, scores, shown
+from attnkd_kernels.map_common import DEAD, HIDDEN, at_head, load_mask, load_rows, logits, scores, shown
 
 
 @triton.jit
@@ -65,8 +65,9 @@ def _lse_tile(
     b = a
     if WIDTH <= BD:
         b = load_rows(k, n0, N, 0, D, WIDTH, BN, BD, TAIL)
+    added = load_mask(mask, bias, m0, M, n0, N, BM, BN, KIND, MASK_HEADS, True)
     z = scores(a, b, q, m0, M, k, n0, N, D, WIDTH, BM, BN, BD, TAIL)
-    z = logits(z, factor, mask, bias, m0, M, n0, N, BM, BN, KIND, MASK_HEADS, True, TAIL)
+    z = logits(z, factor, added, n0, N, BN, KIND, True, TAIL)
     new = tl.maximum(top, tl.max(z, 1))
     total = total * tl.exp2(top - new) + tl.sum(tl.exp2(z - new[:, None]), 1)
     return new, total

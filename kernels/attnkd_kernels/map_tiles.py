@@ -1,15 +1,16 @@
-"""The table of launch configurations of the whole-map kernels: by kernel, architecture, dtype and head width.
+"""The table of launch configurations of the whole-map kernels: by kernel, architecture, dtype, head width and problem.
 
-Chosen by compiling candidates ahead of time, largest first, and keeping the first without register spills and within the
-target's shared memory (docs/kernels/map.md has the counts). No autotuning.
+Chosen by compiling candidates ahead of time with Triton 3.6 and 3.9, largest first, and keeping the first without register
+spills in the calls that need most of them, within the target's shared memory (docs/kernels/map.md). No autotuning.
 
-A *heavy* problem (masks, a mean over heads, Jensen–Shannon's software logarithm) keeps far more values alive than a plain one,
-so it has its own entries.
+What decides: sm_80 and sm_120 give 16 rows of the left operand to a warp, so 64 rows make four; eight would compute every row
+twice. sm_90 and sm_100 have matrix instructions of 64 rows for four warps. gfx942 gives a program of four warps twice
+the registers that one of eight gets. A problem that keeps more values alive (``extras``) streams narrower tiles.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,7 +19,10 @@ from attnkd_kernels.launch import padded
 
 @dataclass(frozen=True)
 class Tile:
-    """queries × keys of the map per step. Heads of more than ``whole`` channels are streamed, ``chunk`` channels at a time."""
+    """queries × keys of the map per step. Heads of more than ``whole`` channels are streamed, ``chunk`` channels at a time.
+
+    maxnreg: registers a thread may use. NVIDIA's assembler sometimes spills a few below 255 to have one more program resident.
+    """
 
     queries: int
     keys: int
@@ -27,6 +31,7 @@ class Tile:
     whole: int = 128
     chunk: int = 64
     out_columns: int = 128
+    maxnreg: int | None = None
 
     def columns(self, width: int) -> int:
         return padded(width) if width <= self.whole else self.chunk
@@ -36,57 +41,93 @@ class Tile:
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
 
 
 _INTERPRETER = Tile(64, 32, 4, 1, whole=64, chunk=32, out_columns=64)
-# IEEE products have no matrix unit: operands live in registers.
-_FP32 = Tile(32, 16, 4, 2, whole=16, chunk=16, out_columns=64)
-_FP32_OF = {
-    ("dq", "sm100"): Tile(32, 16, 8, 2, whole=16, chunk=16, out_columns=64),
-    ("bias", "sm120"): Tile(32, 16, 4, 1, whole=16, chunk=16),
-}
-_STREAMED = Tile(64, 64, 8, 2, whole=64)
+# IEEE products have no matrix unit on NVIDIA: operands live in registers, and the assembler must be told to use them.
+_FP32 = Tile(32, 16, 4, 2, whole=16, chunk=16, out_columns=64, maxnreg=255)
+_FP32_OF = {("dq", "sm90"): replace(_FP32, maxnreg=None), ("dq", "sm120"): replace(_FP32, stages=3)}
+_FP32_GFX942 = Tile(32, 32, 4, 2, whole=32, chunk=32, out_columns=64)
 
-_MEAN = Tile(64, 32, 8, 2, whole=32, chunk=32, out_columns=64)  # one map of every head is alive beside the merged ones
-_MEAN_SMALL = Tile(32, 32, 8, 1, whole=32, chunk=32, out_columns=64)
-_MEAN_KEYS_LEFT = Tile(32, 64, 8, 2, whole=32, chunk=32, out_columns=64)
+Pair = tuple[Tile, Tile]  # up to 64 channels, beyond
 
-_PLAIN = {  # (kernel, architecture): tile up to 64 channels, tile up to 128
-    ("fwd", "sm80"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
-    ("dq", "sm80"): (Tile(64, 64, 4, 3), _STREAMED),
-    ("dk", "sm80"): (Tile(64, 64, 4, 2), _STREAMED),
-    ("fwd", "sm120"): (Tile(64, 64, 8, 2), _STREAMED),
+_PLAIN: dict[tuple[str, str], Pair] = {  # no extras, up to 128 channels
+    ("fwd", "sm80"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2, whole=64)),
+    ("dq", "sm80"): (Tile(64, 32, 4, 3), Tile(64, 32, 4, 2, whole=64)),
+    ("dq", "sm120"): (Tile(64, 64, 4, 3), Tile(64, 32, 4, 2, whole=64)),
+    ("dk", "sm80"): (Tile(32, 64, 4, 3), Tile(32, 64, 4, 2, whole=64)),
+    ("fwd", "sm120"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2, whole=64)),
     ("fwd", "sm90"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
     ("dq", "sm90"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
-    ("dk", "sm90"): (Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
+    ("dk", "sm90"): (Tile(64, 64, 4, 3), Tile(32, 64, 4, 2)),
     ("fwd", "sm100"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     ("dq", "sm100"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2, whole=64)),
-    ("dk", "sm100"): (Tile(32, 64, 4, 2), _STREAMED),
+    ("dk", "sm100"): (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2, whole=64)),
     ("fwd", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     ("dq", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
-    ("dk", "gfx942"): (Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
+    ("dk", "gfx942"): (Tile(32, 64, 2, 2), Tile(32, 64, 4, 2)),
 }  # fmt: skip
-_HEAVY = {  # (kernel, architecture): tile up to 64 channels, tile beyond
-    ("fwd", "sm80"): (Tile(64, 64, 8, 2), _STREAMED),
-    ("dq", "sm80"): (Tile(32, 32, 4, 2), _STREAMED),
-    ("dk", "sm80"): (Tile(32, 64, 8, 2), _STREAMED),
-    ("value", "sm80"): (Tile(64, 32, 8, 2, whole=32, chunk=32), _STREAMED),
-    ("bias", "sm80"): (Tile(64, 64, 8, 2), _STREAMED),
-    ("fwd", "sm90"): (Tile(64, 64, 4, 3), _STREAMED),
-    ("dq", "sm90"): (Tile(64, 64, 4, 3), _STREAMED),
-    ("dk", "sm90"): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2, whole=64)),
-    ("bias", "sm90"): (Tile(64, 64, 4, 3), _STREAMED),
-    ("dq", "sm100"): (_STREAMED, Tile(64, 32, 8, 2, whole=64)),
+_HEAVY: dict[tuple[str, str], Pair] = {  # js or boolean masks; and beyond 128 channels
+    ("fwd", "sm80"): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2, whole=64)),
+    ("value", "sm80"): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2, whole=64)),
+    ("dq", "sm80"): (Tile(64, 32, 4, 1), Tile(64, 32, 4, 2, whole=64)),
+    ("dk", "sm80"): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2, whole=64, out_columns=64)),
+    ("dq", "sm120"): (Tile(64, 32, 4, 1), Tile(64, 32, 4, 2, whole=64, chunk=32, out_columns=64)),
+    ("dk", "sm120"): (Tile(32, 64, 4, 1), Tile(16, 64, 4, 2, whole=64, out_columns=64)),
+    ("lse", "sm80"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2, whole=64)),
+    ("lse", "sm120"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2, whole=64, maxnreg=255)),
+    ("fwd", "sm90"): (Tile(64, 64, 4, 3), Tile(64, 64, 8, 2, whole=64)),
+    ("value", "sm90"): (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2, whole=64)),
+    ("dq", "sm90"): (Tile(64, 64, 4, 3), Tile(64, 64, 8, 2, whole=64)),
+    ("dk", "sm90"): (Tile(32, 64, 4, 2), Tile(32, 64, 8, 2, whole=64)),
+    ("lse", "sm90"): (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2, whole=64)),
+    ("fwd", "sm100"): (Tile(64, 64, 4, 3), Tile(64, 64, 8, 2, whole=64)),
+    ("value", "sm100"): (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2, whole=64)),
+    ("dq", "sm100"): (Tile(64, 64, 4, 2), Tile(64, 32, 8, 2, whole=64, maxnreg=255)),
     ("dk", "sm100"): (Tile(32, 64, 4, 2), Tile(32, 64, 8, 2, whole=64)),
-    ("dq", "sm120"): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2, whole=64)),
-    ("dk", "sm120"): (Tile(32, 32, 8, 2), _STREAMED),
-    ("bias", "sm120"): (Tile(32, 64, 8, 2), _STREAMED),
-    ("fwd", "gfx942"): (Tile(64, 64, 8, 2), _STREAMED),
-    ("dq", "gfx942"): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 1, whole=64, chunk=32, out_columns=64)),
-    ("dk", "gfx942"): (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1, whole=64, chunk=32, out_columns=64)),
-    ("value", "gfx942"): (Tile(64, 64, 8, 2), _STREAMED),
-    ("bias", "gfx942"): (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1, whole=64, chunk=32)),
+    ("lse", "sm100"): (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2, whole=64, maxnreg=255)),
+    ("fwd", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2, whole=64)),
+    ("value", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2, whole=64)),
+    ("dq", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2, whole=64)),
+    ("dk", "gfx942"): (Tile(64, 64, 4, 1), Tile(32, 64, 4, 2, whole=64)),
+    ("lse", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2, whole=64)),
+}  # fmt: skip
+# A wide head's additive mask, summed over its heads, beside an accumulator of 64 rows.
+_CROWDED = Tile(64, 16, 4, 1, whole=64, chunk=32, out_columns=64)
+_ADDED: dict[tuple[str, str], Pair] = {  # additive masks; what is not here is as heavy
+    ("fwd", "sm120"): (Tile(64, 32, 4, 1), Tile(64, 32, 4, 2, whole=64)),
+    ("value", "sm80"): (Tile(64, 32, 4, 2), _CROWDED),
+    ("dq", "sm80"): (Tile(64, 16, 4, 2), _CROWDED),
+    ("dk", "sm80"): (Tile(16, 64, 4, 2), Tile(16, 64, 4, 1, whole=64, chunk=32, out_columns=64)),
+    ("bias", "sm80"): (Tile(64, 32, 4, 1), _CROWDED),
+    ("bias", "sm120"): (Tile(64, 32, 4, 1), replace(_CROWDED, maxnreg=255)),
+    ("lse", "sm80"): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2, whole=64)),
+    ("fwd", "sm90"): (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2, whole=64)),
+    ("dq", "sm90"): (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2, whole=64)),
+    ("bias", "sm90"): (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2, whole=64)),
+    ("fwd", "sm100"): (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2, whole=64)),
+    ("dq", "sm100"): (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2, whole=64)),
+    ("dk", "sm100"): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2, whole=64)),
+    ("bias", "sm100"): (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2, whole=64)),
+    ("dk", "gfx942"): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2, whole=64)),
+    ("bias", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2, whole=64)),
+}  # fmt: skip
+_MEAN: dict[tuple[str, str], Tile] = {  # one map of every head is alive beside the merged ones; wide heads are streamed
+    ("value", "sm80"): Tile(32, 32, 4, 2, whole=64),
+    ("value", "sm120"): Tile(64, 16, 4, 1, whole=64, maxnreg=255),
+    ("dq", "sm80"): Tile(32, 32, 4, 1, whole=64),
+    ("dk", "sm80"): Tile(32, 32, 4, 1, whole=64),
+    ("value", "sm90"): Tile(64, 32, 4, 2, whole=64),
+    ("dq", "sm90"): Tile(64, 32, 4, 2, whole=64),
+    ("dk", "sm90"): Tile(32, 64, 4, 2, whole=64),
+    ("value", "sm100"): Tile(64, 32, 8, 1, whole=32, chunk=32, out_columns=64, maxnreg=255),
+    ("dq", "sm100"): Tile(64, 32, 8, 2, whole=32, chunk=32, out_columns=64, maxnreg=255),
+    ("dk", "sm100"): Tile(32, 64, 8, 2, whole=32, chunk=32, out_columns=64, maxnreg=255),
+    ("value", "gfx942"): Tile(64, 32, 4, 2, whole=64),
+    ("dq", "gfx942"): Tile(64, 32, 4, 2, whole=64),
+    ("dk", "gfx942"): Tile(32, 64, 4, 2, whole=64),
 }  # fmt: skip
 
 
@@ -102,23 +143,23 @@ def architecture(device: torch.device) -> str:
     return {8: "sm80", 9: "sm90", 10: "sm100"}.get(major, "sm80")
 
 
-def pick_tile(kernel: str, arch: str, dtype: torch.dtype, width: int, heavy: bool, mean: bool) -> Tile:
+def pick_tile(kernel: str, arch: str, dtype: torch.dtype, width: int, extras: int, mean: bool) -> Tile:
     """The entry for one kernel ('fwd', 'lse', 'value', 'dq', 'dk', 'bias') and a head of ``width`` channels.
 
-    heavy: masks or js; mean: heads are averaged.
+    extras: 0 for two plain maps, 1 with js or boolean masks, 2 with additive masks; mean: heads are averaged.
     """
     if arch == "cpu":
         return _INTERPRETER
-    # sm_120 has sm_80's matrix instructions; the tiles fit the shared memory of either.
-    family = "sm80" if arch == "sm120" else arch
     if dtype == torch.float32:
-        return _FP32_OF.get((kernel, arch), _FP32)
-    if kernel == "lse":
-        return Tile(64, 64, 4, 2) if width <= 64 else _STREAMED
-    if mean and (family == "gfx942" or (family == "sm80" and kernel in ("dk", "value"))):
-        return _MEAN_SMALL
+        return _FP32_GFX942 if arch == "gfx942" else _FP32_OF.get((kernel, arch), _FP32)
+    # sm_120 has sm_80's matrix instructions; the tiles fit the shared memory of either.
+    keys = (kernel, arch), (kernel, "sm80" if arch == "sm120" else arch)
     if mean:
-        return _MEAN_KEYS_LEFT if kernel == "dk" else _MEAN
-    table = _PLAIN if not heavy and width <= 128 else _HEAVY
-    narrow, wide = table.get((kernel, arch)) or table.get((kernel, family)) or (_STREAMED, _STREAMED)
+        return next(_MEAN[key] for key in keys if key in _MEAN)
+    tables = [_HEAVY]
+    if extras == 0 and width <= 128:
+        tables = [_PLAIN, _HEAVY]
+    elif extras == 2:
+        tables = [_ADDED, _HEAVY]
+    narrow, wide = next(table[key] for table in tables for key in keys if key in table)
     return narrow if width <= 64 else wide
