@@ -64,7 +64,7 @@ _PLAIN: dict[tuple[str, str], Pair] = {  # no extras, up to 128 channels
     ("dk", "sm90"): (Tile(64, 64, 4, 3), Tile(32, 64, 4, 2)),
     ("fwd", "sm100"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     ("dq", "sm100"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2, whole=64)),
-    ("dk", "sm100"): (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2, whole=64)),
+    ("dk", "sm100"): (Tile(64, 64, 8, 2, maxnreg=255), Tile(64, 64, 8, 2, whole=64)),
     ("fwd", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     ("dq", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
     ("dk", "gfx942"): (Tile(32, 64, 2, 2), Tile(32, 64, 4, 2)),
