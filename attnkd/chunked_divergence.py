@@ -208,8 +208,9 @@ class MergedHeads:
         else:
             merged = log_p.amax(1, keepdim=True) if merge == "max" else log_p.amin(1, keepdim=True)
         self._hidden = None
-        if softmax.masked:  # a key that some head does not see is hidden
-            self._hidden = torch.isneginf(log_p).any(1, keepdim=True)
+        if softmax.alive is not None:  # a row that some head cannot see at all is hidden
+            dead = ~softmax.alive.unflatten(0, (-1, num_heads)).all(1, keepdim=True)
+            self._hidden = torch.isneginf(merged).logical_or_(dead)
             merged.masked_fill_(self._hidden, -math.inf)
         self._log_p, self._merged, self._softmax, self._merge = log_p, merged, softmax, merge
         self.logits = merged.squeeze(1).clone()

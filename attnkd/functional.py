@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from attnkd import chunked, dispatch, reference
-from attnkd.merging import merge_logits
+from attnkd.merging import merge_logits, softmax_or_zero
 from attnkd.problem import (
     HIDDEN_BELOW,
     MERGES,
@@ -17,6 +17,7 @@ from attnkd.problem import (
     check_temperature,
     make_problem,
     make_side,
+    stored_mask,
 )
 
 if dispatch.TRITON_INSTALLED:
@@ -152,15 +153,9 @@ def attention_rows(
         rows = reference.attention_rows(side, merge, temperature)
         return rows if query.dtype == torch.float64 else rows.float()
     logits = _row_logits(implementation, side, merge == "logsum", temperature)
-    if mask is not None:  # a softmax over nothing would be NaN, and so would its gradient
-        alive = ~logits.isneginf().all(-1, keepdim=True)
-        logits = torch.where(alive, logits, 0.0)
     if merge not in (None, "logsum"):
         logits = merge_logits(logits, merge)
-    rows = logits.softmax(-1)
-    if mask is None:
-        return rows
-    return torch.where(alive if merge is None else alive.all(1, keepdim=True), rows, 0.0)
+    return logits.softmax(-1) if mask is None else softmax_or_zero(logits)
 
 
 def _per_row(implementation: str, problem: Problem) -> Tensor:
@@ -236,10 +231,14 @@ def _rows_alive(problem: Problem) -> Tensor | None:
     for side in (problem.student, problem.teacher):
         if side.mask is None:
             continue
-        visible = side.mask if side.mask.dtype == torch.bool else side.mask > HIDDEN_BELOW
-        rows = visible.any(-1) if problem.merge is None else visible.all(1, keepdim=True).any(-1)
+        mask = stored_mask(side.mask)  # what is broadcast is not written out for this either
+        visible = mask if mask.dtype == torch.bool else ~(mask <= HIDDEN_BELOW)
+        if problem.merge in ("logsum", "min"):  # a key that one head hides is hidden
+            visible = visible.all(1, keepdim=True)
+        rows = visible.any(-1)
+        rows = rows if problem.merge is None else rows.all(1, keepdim=True)
         alive = rows if alive is None else alive & rows
-    return alive
+    return None if alive is None else alive.expand(problem.rows_shape)
 
 
 def _autocast(query: Tensor | None, key: Tensor | None) -> tuple:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from attnkd.autograd import first_order_only
-from attnkd.problem import Problem
-from attnkd.problem import Side as ProblemSide
+from attnkd.problem import Problem, stored_mask
 from attnkd_kernels.launch import num_processors, on_device
 from attnkd_kernels.map_launch import Saved, Side, allocate, bias_call, forward_calls, gradient_call
 from attnkd_kernels.map_tiles import architecture
@@ -102,7 +101,7 @@ class MapDivergenceFunction(torch.autograd.Function):
         ctx: Any, qs: Tensor, ks: Tensor, ms: Tensor | None, qt: Tensor, kt: Tensor, mt: Tensor | None, *options: Any
     ):
         scale_s, scale_t, merge, divergence, temperature = options
-        stored_s, stored_t = _stored(ms), _stored(mt)
+        stored_s, stored_t = (None if mask is None else stored_mask(mask) for mask in (ms, mt))
         with torch.autocast(qs.device.type, enabled=False):
             loss, *saved = _fwd(qs, ks, stored_s, scale_s, qt, kt, stored_t, scale_t, merge, divergence, temperature)
         ctx.save_for_backward(qs, ks, stored_s, qt, kt, stored_t, *saved)
@@ -138,16 +137,6 @@ class MapDivergenceFunction(torch.autograd.Function):
         return dq if need[0] else None, dk if need[1] else None, dmask if need[2] else None, *[None] * 8
 
 
-def _stored(mask: Tensor | None) -> Tensor | None:
-    """The mask without its broadcast dimensions: size 1 where the expanded view repeats itself."""
-    if mask is None:
-        return None
-    for dim, (size, stride) in enumerate(zip(mask.shape, mask.stride(), strict=True)):
-        if size > 1 and stride == 0:
-            mask = mask.narrow(dim, 0, 1)
-    return mask.detach()
-
-
 def _spread(total: Tensor, shape: torch.Size, merge: str | None) -> Tensor:
     """The gradient of the expanded view: every repetition gets an equal share of its entry's total, which the view's own
     backward adds up again. (Merged wide heads each get the whole: they add up to one bias.)"""
@@ -172,14 +161,7 @@ def why_not(problem: Problem) -> str | None:
         width = side.query.shape[3] * (side.query.shape[1] if merge == "logsum" else 1)
         if width > MAX_WIDTH:
             return f"{name}_query: expected at most {MAX_WIDTH} channels for merge={merge!r}, got {width}; use impl='chunked'"
-        if merge == "mean" and _has_bias_per_head(side):
-            return f"{name}_mask: an additive mask that differs between heads cannot be fused with merge='mean'; use impl='chunked'"
     return None
-
-
-def _has_bias_per_head(side: ProblemSide) -> bool:
-    mask = side.mask
-    return mask is not None and mask.dtype != torch.bool and mask.shape[1] > 1 and mask.stride(1) != 0
 
 
 def per_row(problem: Problem) -> Tensor:

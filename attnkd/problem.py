@@ -160,6 +160,14 @@ def make_side(name: str, query: Tensor, key: Tensor, scale: float | None, mask: 
     return Side(query, key, mask, scale)
 
 
+def stored_mask(mask: Tensor) -> Tensor:
+    """A mask without its broadcast dimensions: size 1 where the expanded view [B, H, M, N] repeats itself."""
+    for dim, (size, stride) in enumerate(zip(mask.shape, mask.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            mask = mask.narrow(dim, 0, 1)
+    return mask.detach()
+
+
 def check_tensor(name: str, value: object, rank: int, layout: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {layout}, got {_kind(value)}")

@@ -67,16 +67,22 @@ def merge_heads(z: Tensor, visible: Tensor, merge: str) -> tuple[Tensor, Tensor]
 
     logsum: softmax_j Σ_h log p_j^h, in which every head's normaliser is constant in j and cancels.
     mean, max, min: the mean, max or min over heads of p^h, renormalised to sum 1.
+
+    p^h is 0 where head h hides a key: logsum and min hide it then, mean and max only if all heads do. A row that some head
+    cannot see at all is hidden.
     """
-    everywhere = visible.all(1, keepdim=True)
     if merge == "logsum":
-        return torch.where(everywhere, z.sum(1, keepdim=True), 0.0), everywhere
-    log_p = torch.where(everywhere, _log_softmax(z, visible), 0.0)
+        seen = visible.all(1, keepdim=True)
+        return torch.where(seen, z.sum(1, keepdim=True), 0.0), seen
+    seen = visible.all(1, keepdim=True) if merge == "min" else visible.any(1, keepdim=True)
+    seen = seen & visible.any(-1, keepdim=True).all(1, keepdim=True)
+    log_p = torch.where(visible, _log_softmax(z, visible), -math.inf)
+    log_p = torch.where(seen, log_p, 0.0)
     if merge == "mean":
         merged = log_p.logsumexp(1, keepdim=True) - math.log(z.shape[1])
     else:
         merged = log_p.amax(1, keepdim=True) if merge == "max" else log_p.amin(1, keepdim=True)
-    return torch.where(everywhere, merged, 0.0), everywhere
+    return torch.where(seen, merged, 0.0), seen
 
 
 def divergence(z_s: Tensor, visible_s: Tensor, z_t: Tensor, visible_t: Tensor, kind: str) -> Tensor:

@@ -6,7 +6,7 @@ A kernel fails the gate when, for some target and call,
 * it spills registers;
 * it wants more shared memory than a program may have;
 * its code has fewer 128-bit loads than the tiles that it loads need, so that some tile of an aligned tensor moves in
-  smaller pieces; the same for stores, unless a matrix unit laid out what is stored;
+  smaller pieces (tiles with less than 128 bits a thread aside); the same for stores, unless a matrix unit laid out what is stored;
 * a dot of a 16-bit type does not run on the architecture's matrix unit.
 
 The calls are those of :mod:`benchmarks.launches`. This process only schedules: compilation runs in spawned processes.

@@ -166,12 +166,13 @@ def read(target: str, key: str, kernel: Any) -> dict[str, Any]:
     """
     if (target, key) not in _cache:
         reader = _read_amd if TARGETS[target].gpu.backend == "hip" else _read_nvidia
+        threads = kernel.metadata.num_warps * TARGETS[target].gpu.warp_size
         facts = reader(kernel) | {
             "shared": kernel.metadata.shared,
             "warps": kernel.metadata.num_warps,
             "dots": sorted(set(_dots(kernel.asm["ttir"]))),
-            "tiles": {kind: _tile_bytes(kernel.asm["ttir"], kind) for kind in ("load", "store")},
-            "threads": kernel.metadata.num_warps * TARGETS[target].gpu.warp_size,
+            "tiles": {kind: _tile_bytes(kernel.asm["ttir"], kind, threads) for kind in ("load", "store")},
+            "threads": threads,
         }
         facts["occupancy"] = round(occupancy(target, facts["registers"], facts["shared"], facts["warps"]), 3)
         _cache[target, key] = facts
@@ -183,10 +184,14 @@ def _dots(ttir: str) -> list[str]:
     return [f"{m}x{k} {dtype}" for m, k, dtype in found]
 
 
-def _tile_bytes(ttir: str, kind: str) -> int:
-    """Bytes of the two-dimensional tiles that the source loads (stores), each counted once."""
+def _tile_bytes(ttir: str, kind: str, threads: int) -> int:
+    """Bytes of the two-dimensional tiles that the source loads (stores), each counted once.
+
+    Those with fewer than 16 bytes a thread cannot use 128 bits and do not count.
+    """
     shapes = re.findall(rf"tt\.{kind} .*?: tensor<(\d+)x(\d+)x!tt\.ptr<[a-z]+(\d+)>>", ttir)
-    return sum(int(m) * int(n) * int(bits) // 8 for m, n, bits in shapes if "1" not in (m, n))
+    tiles = [int(m) * int(n) * int(bits) // 8 for m, n, bits in shapes if "1" not in (m, n)]
+    return sum(size for size in tiles if size >= 16 * threads)
 
 
 def _read_nvidia(kernel: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ the kernels, with exactly the arguments, that a user's call would. It also knows
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-HEAD_DIMS = (32, 64, 80, 128)
+HEAD_DIMS = (16, 32, 64, 80, 128, 256)
 WIDE_HEADS = ((3, 64), (6, 64), (12, 64), (16, 64))  # merged widths 192, 384, 768, 1024
 CHANNELS = ((192, 384), (384, 768), (768, 768), (1024, 1280))
 DTYPES = ("bfloat16", "float16", "float32")
 SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
-DIVERGENCES = ("reverse_kl", "js", "cross_entropy", "mse", "logit_mse")
+DIVERGENCES = ("forward_kl", "reverse_kl", "js", "cross_entropy", "mse", "logit_mse")
 
 
 class Call:
@@ -70,7 +71,8 @@ class Attention(Call):
         keys: number of keys N.
         heads, dim: the student's heads H and head dim D.
         teacher_heads, teacher_dim: the teacher's, where they differ.
-        mask: None, 'bool' [B, 1, 1, N] or 'additive' [1, H, M, N] with a gradient (a relative position bias).
+        mask: None, 'bool' [B, 1, 1, N], 'full' (bool [B, H, M, N], every query its own keys) or 'additive' [1, H, M, N]
+            with a gradient (a relative position bias).
         probs: the teacher comes as given rows.
         one_model: ``attention_rows`` of the student instead of a divergence.
         batch: number of images B.
@@ -130,6 +132,9 @@ class Attention(Call):
         if self.mask == "bool":
             visible = torch.ones(self.batch, 1, 1, self.keys, dtype=torch.bool)
             given["student_mask"], given["teacher_mask"] = visible, visible.clone()
+        elif self.mask == "full":
+            visible = torch.ones(self.batch, 1 if self.merge else self.heads, rows, self.keys, dtype=torch.bool)
+            given["student_mask"], given["teacher_mask"] = visible, visible.clone()
         elif self.mask == "additive":
             bias = make(1, self.heads, rows, self.keys, dtype=dtype)
             given["student_mask"] = bias.requires_grad_(self.backward)
@@ -164,7 +169,7 @@ class Attention(Call):
         outer = 1 if self.merge else H
         student = B * H * (M + N) * D * size
         rows = B * (1 if self.merge == "logsum" else H) * M * N * 4
-        masks = {None: 0, "bool": 2 * B * N, "additive": H * M * N * size}[self.mask]
+        masks = {None: 0, "bool": 2 * B * N, "full": 2 * B * outer * M * N, "additive": H * M * N * size}[self.mask]
         bias = masks if self.mask == "additive" else 0  # its gradient
         if self.one_model:
             return {"forward": student + rows, "backward": student + rows + student}
@@ -235,15 +240,15 @@ def representative() -> list[Call]:
 
 
 def everything() -> Iterator[Call]:
-    """The full sweep: every kernel with every dtype, head dim and merged width, and each option once."""
+    """The full sweep: every divergence with every dtype and head dim, every merged width, and each other option once."""
     yield from representative()
+    for dtype, dim in itertools.product(DTYPES, HEAD_DIMS):
+        for divergence in DIVERGENCES:
+            yield Attention(1, 197, 6, dim, dtype, divergence=divergence)
+            yield Attention(0, 197, 6, dim, dtype, divergence=divergence, batch=4)
+        yield Attention(1, 1370, 6, dim, dtype)
+        yield Attention(1, 197, 6, dim, dtype, merge="mean")
     for dtype in DTYPES:
-        for dim in HEAD_DIMS:
-            yield Attention(1, 197, 6, dim, dtype)
-            yield Attention(1, 1370, 6, dim, dtype)
-            yield Attention(0, 197, 6, dim, dtype, batch=4)
-            yield Attention(0, 197, 6, dim, dtype, batch=4, divergence="js")
-            yield Attention(1, 197, 6, dim, dtype, merge="mean")
         for heads, dim in WIDE_HEADS:
             yield Attention(1, 197, heads, dim, dtype, merge="logsum")
             yield Attention(0, 197, heads, dim, dtype, merge="logsum", batch=4)
@@ -252,8 +257,6 @@ def everything() -> Iterator[Call]:
     row = Attention(1, 197, 6, 64, "bfloat16")
     whole = dataclasses.replace(row, rows=0, batch=4)
     for call in (row, whole):
-        for divergence in DIVERGENCES:
-            yield dataclasses.replace(call, divergence=divergence)
         for mask in ("bool", "additive"):
             yield dataclasses.replace(call, mask=mask)
         yield dataclasses.replace(call, backward=False)
@@ -277,19 +280,21 @@ def _crowded_maps() -> Iterator[Call]:
     whole = Attention(0, 197, 6, 64, "bfloat16", batch=4)
     for dim in (32, 64, 128):
         yield dataclasses.replace(whole, dim=dim, divergence="js", mask="bool")
+        yield dataclasses.replace(whole, dim=dim, divergence="js", mask="full")
+        yield dataclasses.replace(whole, dim=dim, divergence="mse", mask="full")
         yield dataclasses.replace(whole, dim=dim, divergence="js", mask="additive")
         yield dataclasses.replace(whole, dim=dim, divergence="mse", mask="additive")
     yield dataclasses.replace(whole, merge="mean", divergence="js")
     for dim in (32, 64):
-        yield dataclasses.replace(whole, dim=dim, merge="mean", divergence="js", mask="bool")
+        for mask in ("bool", "full"):
+            yield dataclasses.replace(whole, dim=dim, merge="mean", divergence="js", mask=mask)
     single = dataclasses.replace(whole, dtype="float32")
-    for divergence in ("reverse_kl", "mse"):
-        yield dataclasses.replace(single, divergence=divergence)
-    for divergence, mask in (("js", "bool"), ("js", "additive"), ("mse", "additive")):
+    for divergence, mask in (("js", "bool"), ("js", "full"), ("js", "additive"), ("mse", "additive")):
         yield dataclasses.replace(single, divergence=divergence, mask=mask)
     yield dataclasses.replace(single, merge="mean", divergence="js", mask="bool")
     for call in (whole, single):
-        yield dataclasses.replace(call, merge="logsum", divergence="js", mask="additive")
+        for mask in ("full", "additive"):
+            yield dataclasses.replace(call, merge="logsum", divergence="js", mask=mask)
 
 
 def metered() -> list[Call]:

@@ -35,12 +35,15 @@ class Toy:
     def run(self) -> None:
         getattr(self, self.name)()
 
-    def _copy(self, source: torch.Tensor, **options: int) -> None:
+    def _copy(self, source: torch.Tensor, BM: int = 256, BN: int = 64, **options: int) -> None:
         target = torch.empty(source.shape, dtype=source.dtype)
-        _copy_kernel[(1,)](source, target, *source.stride(), *target.stride(), 197, BM=256, BN=64, **options)
+        _copy_kernel[(1,)](source, target, *source.stride(), *target.stride(), 197, BM=BM, BN=BN, **options)
 
     def honest(self) -> None:
         self._copy(torch.empty(256, 64, dtype=torch.bfloat16), num_warps=4)
+
+    def small(self) -> None:
+        self._copy(torch.empty(32, 16, dtype=torch.bfloat16), BM=32, BN=16, num_warps=4)
 
     def strided(self) -> None:
         self._copy(torch.empty(256, 128, dtype=torch.bfloat16)[:, ::2], num_warps=4)

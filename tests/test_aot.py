@@ -12,7 +12,7 @@ from tests.aot_toys import Toy
 
 pytest.importorskip("triton")
 TOYS = (
-    "honest", "strided", "misaligned", "spilling", "dot", "dot_of_fp32", "not_compiling", "raising", "launching_nothing",
+    "honest", "small", "strided", "misaligned", "spilling", "dot", "dot_of_fp32", "not_compiling", "raising", "launching_nothing",
 )  # fmt: skip
 
 
@@ -85,6 +85,12 @@ def test_an_honest_kernel_passes(toys):
 def test_narrow_loads_fail(toys, toy, target):
     (record,) = toys[toy, target]
     assert any("128-bit loads cover 0% of the tiles" in fault for fault in record["faults"]), record
+
+
+def test_tiles_too_small_for_wide_loads_pass(toys):
+    for target in ("sm90", "gfx942"):
+        (record,) = toys["small", target]
+        assert record["faults"] == [] and "128" not in record["loads"] and record["tiles"] == {"load": 0, "store": 0}
 
 
 def test_spills_fail(toys):

@@ -69,6 +69,27 @@ def test_merges_are_the_papers(sides, merge):
     torch.testing.assert_close(merge_attention(maps(qs, ks), merge, temperature), s)
 
 
+@pytest.mark.parametrize("merge", ["logsum", "mean", "max", "min"])
+def test_merging_heads_that_see_different_keys(sides, device, merge):
+    """A key that one head's additive mask hides has probability 0 in that head, and the merge goes on from there."""
+    qs, ks, _, _ = sides
+    mask = torch.randn(H, M, N, dtype=qs.dtype)
+    mask[0, :, 1], mask[1:, :, 2], mask[:, :, 3] = -torch.inf, -torch.inf, -torch.inf
+    p = (qs @ ks.mT * D**-0.5 + mask).softmax(-1)
+    a = {"logsum": torch.Tensor.prod, "mean": torch.Tensor.mean, "max": torch.Tensor.amax, "min": torch.Tensor.amin}
+    want = a[merge](p, 1, keepdim=True)
+    want = want / want.sum(-1, keepdim=True)
+    want[:, :, 1], mask[0, 1] = 0.0, -torch.inf  # a row that one head cannot see at all
+    merged = {"merge": merge, "mask": mask}
+    for impl in ("reference", "chunked"):
+        torch.testing.assert_close(attention_rows(qs, ks, **merged, impl=impl), want)
+    on_device = attention_rows(
+        qs.float().to(device), ks.float().to(device), merge=merge, mask=mask.to(device), impl="triton"
+    )
+    torch.testing.assert_close(on_device.cpu().double(), want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(merge_attention(attention_rows(qs, ks, mask=mask), merge), want)
+
+
 def test_logsum_merging_is_one_wide_head(sides):
     """Every head's normaliser is constant in j, so the merged row is the softmax of the concatenated heads' scores."""
     qs, ks, _, _ = sides

@@ -40,7 +40,7 @@ def test_merged_heads(device, merge, dtype):
         assert_proved("triton", **arguments, merge=merge, divergence=divergence, temperature=1.7)
 
 
-@pytest.mark.parametrize("merge", [None, "logsum", "mean", "min"])
+@pytest.mark.parametrize("merge", [None, "logsum", "mean", "max", "min"])
 def test_masks_biases_and_dead_rows(device, merge):
     for N in (21, 1100):
         arguments = call(device, N=N, M=2, H=2)
@@ -50,6 +50,9 @@ def test_masks_biases_and_dead_rows(device, merge):
         learned = torch.randn(2, 1, N, device=device)  # [H, 1, N], a relative position bias
         hiding = torch.where(visible, 0.0, -torch.inf)
         assert_proved("triton", **arguments, merge=merge, student_mask=learned, temperature=3.0)
+        assert_proved("triton", **arguments, merge=merge, student_mask=learned + hiding, teacher_mask=hiding)
+        hiding = hiding.repeat(1, 2, 1, 1)  # heads that see different keys; one of them nothing at all
+        hiding[:, 0, :, 2], hiding[1, 1, :, 4], hiding[1, 0, 1] = -torch.inf, -torch.inf, -torch.inf
         assert_proved("triton", **arguments, merge=merge, student_mask=learned + hiding, teacher_mask=hiding)
 
 

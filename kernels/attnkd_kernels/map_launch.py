@@ -222,10 +222,10 @@ def _kind(student: Side, teacher: Side, merge: str | None, divergence: str) -> t
 
 
 def _masks(side: Side) -> int:
-    """0 without a mask, 1 with a boolean one, 2 with an additive one."""
+    """0 without a mask, 1 with one boolean row for all queries, 2 with any other."""
     if side.mask is None:
         return 0
-    return 1 if side.mask.dtype == torch.bool else 2
+    return 1 if side.mask.dtype == torch.bool and side.mask.shape[2] == 1 else 2
 
 
 def _can_fuse(student: Side, teacher: Side, divergence: str, temperature: float) -> bool:

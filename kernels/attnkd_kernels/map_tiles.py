@@ -69,7 +69,7 @@ _PLAIN: dict[tuple[str, str], Pair] = {  # no extras, up to 128 channels
     ("dq", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
     ("dk", "gfx942"): (Tile(32, 64, 2, 2), Tile(32, 64, 4, 2)),
 }  # fmt: skip
-_HEAVY: dict[tuple[str, str], Pair] = {  # js or boolean masks; and beyond 128 channels
+_HEAVY: dict[tuple[str, str], Pair] = {  # js or boolean masks of keys; and beyond 128 channels
     ("fwd", "sm80"): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2, whole=64)),
     ("value", "sm80"): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2, whole=64)),
     ("dq", "sm80"): (Tile(64, 32, 4, 1), Tile(64, 32, 4, 2, whole=64)),
@@ -96,7 +96,7 @@ _HEAVY: dict[tuple[str, str], Pair] = {  # js or boolean masks; and beyond 128 c
 }  # fmt: skip
 # A wide head's additive mask, summed over its heads, beside an accumulator of 64 rows.
 _CROWDED = Tile(64, 16, 4, 1, whole=64, chunk=32, out_columns=64)
-_ADDED: dict[tuple[str, str], Pair] = {  # additive masks; what is not here is as heavy
+_ADDED: dict[tuple[str, str], Pair] = {  # masks of query and key, and additive ones; what is not here is as heavy
     ("fwd", "sm120"): (Tile(64, 32, 4, 1), Tile(64, 32, 4, 2, whole=64)),
     ("value", "sm80"): (Tile(64, 32, 4, 2), _CROWDED),
     ("dq", "sm80"): (Tile(64, 16, 4, 2), _CROWDED),
@@ -146,7 +146,7 @@ def architecture(device: torch.device) -> str:
 def pick_tile(kernel: str, arch: str, dtype: torch.dtype, width: int, extras: int, mean: bool) -> Tile:
     """The entry for one kernel ('fwd', 'lse', 'value', 'dq', 'dk', 'bias') and a head of ``width`` channels.
 
-    extras: 0 for two plain maps, 1 with js or boolean masks, 2 with additive masks; mean: heads are averaged.
+    extras: 0 for two plain maps, 1 with js or a boolean mask of keys, 2 with any other mask; mean: heads are averaged.
     """
     if arch == "cpu":
         return _INTERPRETER

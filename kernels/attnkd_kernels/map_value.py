@@ -73,6 +73,10 @@ def _map_value_kernel(
     a_t = load_rows(qt, m0, M, 0, D_T, WIDTH_T, BM, BD_T, True)
     top_s = row_values(lse_s, m0, M, DEAD, BM, True, True)
     top_t = row_values(lse_t, m0, M, DEAD, BM, True, True)
+    for head in range(1, HEADS_S):  # a row that some head cannot see at all is dead
+        top_s = tl.maximum(top_s, row_values(lse_s + head * M, m0, M, DEAD, BM, True, True))
+    for head in range(1, HEADS_T):
+        top_t = tl.maximum(top_t, row_values(lse_t + head * M, m0, M, DEAD, BM, True, True))
     log_s = row_values(log_sum_s, m0, M, 0.0, BM, True, True)
     log_t = row_values(log_sum_t, m0, M, 0.0, BM, True, True)
     value = tl.zeros([BM], tl.float32)

@@ -45,24 +45,33 @@ def _head_log_probs(Z, row, N, n, n_valid):
 
 
 @triton.jit
+def _visible_keys(log_p):
+    """How many keys the row sees; NaN counts, so that it reaches the loss."""
+    return tl.sum(((log_p <= ALIVE) == 0).to(tl.int32), 0)
+
+
+@triton.jit
 def _merged(Z, first_row, M, N, n, n_valid, HEADS: tl.constexpr, MERGE: tl.constexpr):
-    """a [BN]: the merged row's logits in units of log 2; hidden where any head hides the key."""
+    """a [BN]: the merged row's logits in units of log 2; all hidden where some head sees no key.
+
+    A key that a head hides has p^h = 0 there: hidden from the min, and from the mean and the max if all heads hide it.
+    """
     if HEADS == 1:  # the softmax that follows normalises, and logit MSE wants the logits as they are
         a = _head_logits(Z, first_row, N, n, n_valid)
     else:
         a = _head_log_probs(Z, first_row, N, n, n_valid)
-        hidden = a <= ALIVE
+        seen = _visible_keys(a)
         for h in range(1, HEADS):
             log_p = _head_log_probs(Z, first_row + h * M, N, n, n_valid)
-            hidden = hidden | (log_p <= ALIVE)
+            seen = tl.minimum(seen, _visible_keys(log_p))
             if MERGE == 1:
                 top = tl.maximum(a, log_p)
                 a = top + tl.log2(tl.exp2(a - top) + tl.exp2(log_p - top))
             elif MERGE == 2:
-                a = tl.maximum(a, log_p)
+                a = tl.maximum(a, log_p, propagate_nan=tl.PropagateNan.ALL)
             else:
-                a = tl.minimum(a, log_p)
-        a = tl.where(hidden, HIDDEN, a)
+                a = tl.minimum(a, log_p, propagate_nan=tl.PropagateNan.ALL)
+        a = tl.where((a <= ALIVE) | (seen == 0), HIDDEN, a)
     return a
 
 
