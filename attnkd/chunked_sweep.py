@@ -55,11 +55,11 @@ class _Rows:
 
     def __init__(self, side: Side, problem: Problem, group: Group, work: Workspace) -> None:
         self.side, self.merge, self.temperature, self.work = side, problem.merge, problem.temperature, work
+        if self.merge is not None:  # the sides may have different numbers of heads
+            group = group._replace(heads=slice(0, side.num_heads))
         self.probs = None if side.probs is None else group.of(side.probs)
         self.mask = None if side.mask is None else group.of(side.mask)
         if side.query is not None and side.key is not None:
-            if self.merge is not None:
-                group = group._replace(heads=slice(0, side.num_heads))
             query, key = side.query[group.images, group.heads], side.key[group.images, group.heads]
             self.operands = Operands(query, key, self.merge == "logsum", work.dtype)
 

@@ -113,6 +113,14 @@ def test_masks_and_dead_rows(divergence, M):
 
 
 @pytest.mark.parametrize("M", ROWS)
+@pytest.mark.parametrize("merge", MERGES[1:])
+def test_biases_of_models_with_different_heads(merge, M):
+    for H, H_t in ((1, 4), (3, 2)):
+        biases = {"student_mask": torch.randn(H, M, 33), "teacher_mask": torch.randn(2, H_t, 1, 33)}
+        assert_proved("chunked", **call(M=M, H=H, H_t=H_t), **biases, merge=merge, temperature=1.7)
+
+
+@pytest.mark.parametrize("M", ROWS)
 @pytest.mark.parametrize("divergence", DIVERGENCES[:-1])
 def test_given_target_rows(divergence, M):
     for merge in MERGES:

@@ -107,6 +107,14 @@ def test_learnable_bias(device, divergence):
         assert_proved("triton", **averaged, student_mask=bias[:, 1:, :1].nan_to_num(neginf=0.0))
 
 
+@pytest.mark.parametrize("merge", ["logsum", "mean"])
+def test_biases_of_models_with_different_heads(device, merge):
+    for H, H_t in ((1, 4), (3, 2)):
+        biases = {"student_mask": torch.randn(H, 66, 35), "teacher_mask": torch.randn(2, H_t, 1, 35)}
+        biases = {name: bias.to(device) for name, bias in biases.items()}
+        assert_proved("triton", **call(device, H=H, H_t=H_t), **biases, merge=merge, temperature=1.7)
+
+
 def test_bias_gradient_has_the_size_of_the_bias(device, monkeypatch):
     """No [B, H, M, N] buffer: nothing as large is allocated inside the backward op."""
     sizes = []

@@ -56,6 +56,14 @@ def test_masks_biases_and_dead_rows(device, merge):
         assert_proved("triton", **arguments, merge=merge, student_mask=learned + hiding, teacher_mask=hiding)
 
 
+@pytest.mark.parametrize("merge", ["logsum", "mean", "max", "min"])
+def test_biases_of_models_with_different_heads(device, merge):
+    for H, H_t, N in ((1, 4, 33), (3, 2, 170)):
+        biases = {"student_mask": torch.randn(H, 1, N), "teacher_mask": torch.randn(2, H_t, 1, N)}
+        biases = {name: bias.to(device) for name, bias in biases.items()}
+        assert_proved("triton", **call(device, N=N, H=H, H_t=H_t), **biases, merge=merge, temperature=1.7)
+
+
 @pytest.mark.parametrize("merge", [None, "logsum", "max"])
 def test_given_target_rows(device, merge):
     for N in (33, 1100):
