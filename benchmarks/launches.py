@@ -71,8 +71,8 @@ class Attention(Call):
         keys: number of keys N.
         heads, dim: the student's heads H and head dim D.
         teacher_heads, teacher_dim: the teacher's, where they differ.
-        mask: None, 'bool' [B, 1, 1, N], 'full' (bool [B, H, M, N], every query its own keys) or 'additive' [1, H, M, N]
-            with a gradient (a relative position bias).
+        mask: None, 'bool' [B, 1, 1, N] on both sides, 'full' [B, H, M, N] on both sides (boolean, every query its own keys),
+            'additive' [1, H, M, N] with a gradient (the student's relative position bias) or 'biases' (both models').
         probs: the teacher comes as given rows.
         one_model: ``attention_rows`` of the student instead of a divergence.
         batch: number of images B.
@@ -135,9 +135,11 @@ class Attention(Call):
         elif self.mask == "full":
             visible = torch.ones(self.batch, 1 if self.merge else self.heads, rows, self.keys, dtype=torch.bool)
             given["student_mask"], given["teacher_mask"] = visible, visible.clone()
-        elif self.mask == "additive":
+        elif self.mask in ("additive", "biases"):
             bias = make(1, self.heads, rows, self.keys, dtype=dtype)
             given["student_mask"] = bias.requires_grad_(self.backward)
+        if self.mask == "biases":
+            given["teacher_mask"] = make(1, self.teacher_heads or self.heads, rows, self.keys, dtype=dtype)
         if self.probs:
             outer = self.heads if self.merge is None else 1
             logits = make(self.batch, outer, rows, self.keys)
@@ -169,8 +171,11 @@ class Attention(Call):
         outer = 1 if self.merge else H
         student = B * H * (M + N) * D * size
         rows = B * (1 if self.merge == "logsum" else H) * M * N * 4
-        masks = {None: 0, "bool": 2 * B * N, "full": 2 * B * outer * M * N, "additive": H * M * N * size}[self.mask]
-        bias = masks if self.mask == "additive" else 0  # its gradient
+        bias = H * M * N * size if self.mask in ("additive", "biases") else 0  # and so much for its gradient
+        theirs = (self.teacher_heads or H) * M * N * size
+        masks = {None: 0, "bool": 2 * B * N, "full": 2 * B * outer * M * N, "additive": bias, "biases": bias + theirs}[
+            self.mask
+        ]
         if self.one_model:
             return {"forward": student + rows, "backward": student + rows + student}
         teacher = B * (self.teacher_heads or H) * (M + N) * (self.teacher_dim or D) * size
@@ -280,21 +285,20 @@ def _crowded_maps() -> Iterator[Call]:
     whole = Attention(0, 197, 6, 64, "bfloat16", batch=4)
     for dim in (32, 64, 128):
         yield dataclasses.replace(whole, dim=dim, divergence="js", mask="bool")
-        yield dataclasses.replace(whole, dim=dim, divergence="js", mask="full")
-        yield dataclasses.replace(whole, dim=dim, divergence="mse", mask="full")
-        yield dataclasses.replace(whole, dim=dim, divergence="js", mask="additive")
-        yield dataclasses.replace(whole, dim=dim, divergence="mse", mask="additive")
+        for divergence, mask in itertools.product(("js", "mse"), ("full", "additive", "biases")):
+            yield dataclasses.replace(whole, dim=dim, divergence=divergence, mask=mask)
+    yield dataclasses.replace(whole, mask="biases")
     yield dataclasses.replace(whole, merge="mean", divergence="js")
-    for dim in (32, 64):
-        for mask in ("bool", "full"):
-            yield dataclasses.replace(whole, dim=dim, merge="mean", divergence="js", mask=mask)
+    for dim, mask in itertools.product((32, 64), ("bool", "full", "biases")):
+        yield dataclasses.replace(whole, dim=dim, merge="mean", divergence="js", mask=mask)
     single = dataclasses.replace(whole, dtype="float32")
-    for divergence, mask in (("js", "bool"), ("js", "full"), ("js", "additive"), ("mse", "additive")):
-        yield dataclasses.replace(single, divergence=divergence, mask=mask)
-    yield dataclasses.replace(single, merge="mean", divergence="js", mask="bool")
-    for call in (whole, single):
-        for mask in ("full", "additive"):
-            yield dataclasses.replace(call, merge="logsum", divergence="js", mask=mask)
+    for mask in ("bool", "full", "additive", "biases"):
+        yield dataclasses.replace(single, divergence="js", mask=mask)
+    yield dataclasses.replace(single, divergence="mse", mask="additive")
+    for mask in ("bool", "biases"):
+        yield dataclasses.replace(single, merge="mean", divergence="js", mask=mask)
+    for call, mask in itertools.product((whole, single), ("full", "additive", "biases")):
+        yield dataclasses.replace(call, merge="logsum", divergence="js", mask=mask)
 
 
 def metered() -> list[Call]:

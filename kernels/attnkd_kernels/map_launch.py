@@ -217,7 +217,8 @@ def _kind(student: Side, teacher: Side, merge: str | None, divergence: str) -> t
     """What the tile depends on: the wider dtype, the wider head, the extras (map_tiles.py), and whether heads are averaged."""
     dtype = torch.promote_types(student.query.dtype, teacher.query.dtype)
     width = max(wide_width(student, merge), wide_width(teacher, merge))
-    extras = max(_masks(student), _masks(teacher), 1 if divergence == "js" else 0)
+    masks = _masks(student), _masks(teacher)
+    extras = 3 if masks == (2, 2) else max(*masks, 1 if divergence == "js" else 0)
     return dtype, width, extras, merge == "mean"
 
 

@@ -48,7 +48,13 @@ class Tile:
 _INTERPRETER = Tile(64, 32, 4, 1, whole=64, chunk=32, out_columns=64)
 # IEEE products have no matrix unit on NVIDIA: operands live in registers, and the assembler must be told to use them.
 _FP32 = Tile(32, 16, 4, 2, whole=16, chunk=16, out_columns=64, maxnreg=255)
-_FP32_OF = {("dq", "sm90"): replace(_FP32, maxnreg=None), ("dq", "sm120"): replace(_FP32, stages=3)}
+_FP32_OF = {
+    ("dq", "sm90"): replace(_FP32, maxnreg=None),
+    ("dk", "sm80"): replace(_FP32, stages=3),
+    ("dq", "sm100"): replace(_FP32, stages=3),
+    ("dk", "sm100"): replace(_FP32, stages=3),
+    ("dq", "sm120"): replace(_FP32, stages=3),
+}
 _FP32_GFX942 = Tile(32, 32, 4, 2, whole=32, chunk=32, out_columns=64)
 
 Pair = tuple[Tile, Tile]  # up to 64 channels, beyond
@@ -64,7 +70,7 @@ _PLAIN: dict[tuple[str, str], Pair] = {  # no extras, up to 128 channels
     ("dk", "sm90"): (Tile(64, 64, 4, 3), Tile(32, 64, 4, 2)),
     ("fwd", "sm100"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     ("dq", "sm100"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2, whole=64)),
-    ("dk", "sm100"): (Tile(64, 64, 8, 2, maxnreg=255), Tile(64, 64, 8, 2, whole=64)),
+    ("dk", "sm100"): (Tile(64, 64, 8, 2, maxnreg=255), Tile(64, 64, 8, 2)),
     ("fwd", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     ("dq", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
     ("dk", "gfx942"): (Tile(32, 64, 2, 2), Tile(32, 64, 4, 2)),
@@ -91,7 +97,7 @@ _HEAVY: dict[tuple[str, str], Pair] = {  # js or boolean masks of keys; and beyo
     ("fwd", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2, whole=64)),
     ("value", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2, whole=64)),
     ("dq", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2, whole=64)),
-    ("dk", "gfx942"): (Tile(64, 64, 4, 1), Tile(32, 64, 4, 2, whole=64)),
+    ("dk", "gfx942"): (Tile(64, 64, 4, 1), Tile(32, 64, 4, 1, whole=64)),
     ("lse", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2, whole=64)),
 }  # fmt: skip
 # A wide head's additive mask, summed over its heads, beside an accumulator of 64 rows.
@@ -107,27 +113,54 @@ _ADDED: dict[tuple[str, str], Pair] = {  # masks of query and key, and additive 
     ("fwd", "sm90"): (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2, whole=64)),
     ("dq", "sm90"): (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2, whole=64)),
     ("bias", "sm90"): (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2, whole=64)),
-    ("fwd", "sm100"): (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2, whole=64)),
+    ("fwd", "sm100"): (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2, whole=64)),
+    ("value", "sm100"): (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2, whole=64)),
     ("dq", "sm100"): (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2, whole=64)),
     ("dk", "sm100"): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2, whole=64)),
     ("bias", "sm100"): (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2, whole=64)),
     ("dk", "gfx942"): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2, whole=64)),
     ("bias", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2, whole=64)),
 }  # fmt: skip
+_BOTH: dict[tuple[str, str], Pair] = {  # such masks on both sides; what is not here is as _ADDED
+    ("fwd", "sm80"): (Tile(64, 16, 4, 2), Tile(64, 16, 4, 1, whole=64)),
+    ("value", "sm80"): (Tile(64, 16, 4, 2), _CROWDED),
+    ("dq", "sm80"): (Tile(32, 16, 2, 1, whole=32, chunk=32, out_columns=64), _CROWDED),
+    ("dk", "sm80"): (Tile(16, 64, 4, 1), Tile(16, 32, 4, 1, whole=64)),
+    ("bias", "sm80"): (Tile(64, 16, 4, 2), _CROWDED),
+    ("dq", "sm120"): (Tile(64, 16, 4, 1), replace(_CROWDED, queries=32)),
+    ("bias", "sm120"): (Tile(64, 16, 4, 2), replace(_CROWDED, maxnreg=255)),
+    ("value", "sm90"): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2, whole=64)),
+    ("dq", "sm90"): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2, whole=64)),
+    ("dk", "sm90"): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 1, whole=32, chunk=32, out_columns=64, maxnreg=255)),
+    ("bias", "sm90"): (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2, whole=64)),
+    ("fwd", "sm100"): (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2, whole=64)),
+}  # fmt: skip
 _MEAN: dict[tuple[str, str], Tile] = {  # one map of every head is alive beside the merged ones; wide heads are streamed
     ("value", "sm80"): Tile(32, 32, 4, 2, whole=64),
     ("value", "sm120"): Tile(64, 16, 4, 1, whole=64, maxnreg=255),
     ("dq", "sm80"): Tile(32, 32, 4, 1, whole=64),
     ("dk", "sm80"): Tile(32, 32, 4, 1, whole=64),
+    ("bias", "sm80"): Tile(64, 16, 4, 1, whole=64),
     ("value", "sm90"): Tile(64, 32, 4, 2, whole=64),
     ("dq", "sm90"): Tile(64, 32, 4, 2, whole=64),
     ("dk", "sm90"): Tile(32, 64, 4, 2, whole=64),
+    ("bias", "sm90"): Tile(64, 32, 4, 2, whole=64),
     ("value", "sm100"): Tile(64, 32, 8, 1, whole=32, chunk=32, out_columns=64, maxnreg=255),
     ("dq", "sm100"): Tile(64, 32, 8, 2, whole=32, chunk=32, out_columns=64, maxnreg=255),
     ("dk", "sm100"): Tile(32, 64, 8, 2, whole=32, chunk=32, out_columns=64, maxnreg=255),
+    ("bias", "sm100"): Tile(64, 32, 8, 2, whole=64),
     ("value", "gfx942"): Tile(64, 32, 4, 2, whole=64),
     ("dq", "gfx942"): Tile(64, 32, 4, 2, whole=64),
     ("dk", "gfx942"): Tile(32, 64, 4, 2, whole=64),
+    ("bias", "gfx942"): Tile(64, 32, 4, 2, whole=64),
+}  # fmt: skip
+_MEAN_BOTH: dict[tuple[str, str], Tile] = {  # a mean with such masks on both sides; what is not here is as _MEAN
+    ("dq", "sm80"): Tile(32, 16, 4, 1, whole=64),
+    ("dk", "sm80"): Tile(16, 32, 4, 1, whole=64),
+    ("value", "sm90"): Tile(64, 32, 8, 2, whole=64),
+    ("dq", "sm90"): Tile(64, 32, 8, 2, whole=64),
+    ("dk", "sm90"): Tile(16, 64, 8, 2, whole=64),
+    ("bias", "sm90"): Tile(64, 32, 8, 2, whole=64),
 }  # fmt: skip
 
 
@@ -146,7 +179,8 @@ def architecture(device: torch.device) -> str:
 def pick_tile(kernel: str, arch: str, dtype: torch.dtype, width: int, extras: int, mean: bool) -> Tile:
     """The entry for one kernel ('fwd', 'lse', 'value', 'dq', 'dk', 'bias') and a head of ``width`` channels.
 
-    extras: 0 for two plain maps, 1 with js or a boolean mask of keys, 2 with any other mask; mean: heads are averaged.
+    extras: 0 for two plain maps, 1 with js or a boolean mask of keys, 2 with any other mask, 3 with such masks on both sides;
+        mean: heads are averaged.
     """
     if arch == "cpu":
         return _INTERPRETER
@@ -155,11 +189,8 @@ def pick_tile(kernel: str, arch: str, dtype: torch.dtype, width: int, extras: in
     # sm_120 has sm_80's matrix instructions; the tiles fit the shared memory of either.
     keys = (kernel, arch), (kernel, "sm80" if arch == "sm120" else arch)
     if mean:
-        return next(_MEAN[key] for key in keys if key in _MEAN)
-    tables = [_HEAVY]
-    if extras == 0 and width <= 128:
-        tables = [_PLAIN, _HEAVY]
-    elif extras == 2:
-        tables = [_ADDED, _HEAVY]
-    narrow, wide = next(table[key] for table in tables for key in keys if key in table)
+        tiles = {**_MEAN, **_MEAN_BOTH} if extras == 3 else _MEAN
+        return next(tiles[key] for key in keys if key in tiles)
+    tables = [_PLAIN, _HEAVY] if width <= 128 else [_HEAVY], [_HEAVY], [_ADDED, _HEAVY], [_BOTH, _ADDED, _HEAVY]
+    narrow, wide = next(table[key] for table in tables[extras] for key in keys if key in table)
     return narrow if width <= 64 else wide
