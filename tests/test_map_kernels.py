@@ -4,6 +4,8 @@ In the interpreter a tile is 64 queries × 32 keys and a head wider than 64 chan
 cross every boundary; see kernels/attnkd_kernels/map_tiles.py.
 """
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,6 +16,7 @@ from attnkd import attention_kl, dispatch, ops_map, reference
 from attnkd.problem import make_problem
 from attnkd.testing.guard import canaries, guarded, lay_out, poisoned_empty
 from attnkd.testing.proof import assert_proved, prove
+from attnkd_kernels.map_tiles import pick_tile
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "js", "cross_entropy", "mse", "logit_mse")
 
@@ -264,6 +267,19 @@ def test_deterministic(device, merge):
         loss = attention_kl(**given, merge=merge, impl="triton")
         runs.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_every_problem_has_a_tile():
+    kernels, arches = ("fwd", "lse", "value", "dq", "dk", "bias"), ("cpu", "sm80", "sm90", "sm100", "sm120", "gfx942")
+    dtypes, widths = (torch.float16, torch.bfloat16, torch.float32), (16, 64, 72, 128, 144, 1024)
+    for mean in (False, True):
+        unused = ("fwd", "lse") if mean else ()  # a mean has two sweeps, of which the first knows of one head only
+        every = itertools.product([k for k in kernels if k not in unused], arches, dtypes, widths, range(4))
+        for kernel, arch, dtype, width, extras in every:
+            if kernel == "bias" and extras < 2:
+                continue  # its mask is an additive one
+            tile = pick_tile(kernel, arch, dtype, width, extras, mean)
+            assert tile.queries * tile.keys and tile.columns(width) >= 16, (kernel, arch, dtype, width, extras, mean)
 
 
 def test_refusals_name_the_alternative(device):

@@ -50,7 +50,7 @@ _INTERPRETER = Tile(64, 32, 4, 1, whole=64, chunk=32, out_columns=64)
 _FP32 = Tile(32, 16, 4, 2, whole=16, chunk=16, out_columns=64, maxnreg=255)
 _FP32_OF = {
     ("dq", "sm90"): replace(_FP32, maxnreg=None),
-    ("dk", "sm80"): replace(_FP32, stages=3),
+    ("dk", "sm80"): replace(_FP32, stages=1),
     ("dq", "sm100"): replace(_FP32, stages=3),
     ("dk", "sm100"): replace(_FP32, stages=3),
     ("dq", "sm120"): replace(_FP32, stages=3),
@@ -62,7 +62,7 @@ Pair = tuple[Tile, Tile]  # up to 64 channels, beyond
 _PLAIN: dict[tuple[str, str], Pair] = {  # no extras, up to 128 channels
     ("fwd", "sm80"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2, whole=64)),
     ("dq", "sm80"): (Tile(64, 32, 4, 3), Tile(64, 32, 4, 2, whole=64)),
-    ("dq", "sm120"): (Tile(64, 64, 4, 3), Tile(64, 32, 4, 2, whole=64)),
+    ("dq", "sm120"): (Tile(64, 64, 4, 3, maxnreg=255), Tile(64, 32, 4, 1, whole=64)),
     ("dk", "sm80"): (Tile(32, 64, 4, 3), Tile(32, 64, 4, 2, whole=64)),
     ("fwd", "sm120"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2, whole=64)),
     ("fwd", "sm90"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
@@ -103,20 +103,21 @@ _HEAVY: dict[tuple[str, str], Pair] = {  # js or boolean masks of keys; and beyo
 # A wide head's additive mask, summed over its heads, beside an accumulator of 64 rows.
 _CROWDED = Tile(64, 16, 4, 1, whole=64, chunk=32, out_columns=64)
 _ADDED: dict[tuple[str, str], Pair] = {  # masks of query and key, and additive ones; what is not here is as heavy
-    ("fwd", "sm120"): (Tile(64, 32, 4, 1), Tile(64, 32, 4, 2, whole=64)),
+    ("fwd", "sm120"): (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1, whole=64)),
     ("value", "sm80"): (Tile(64, 32, 4, 2), _CROWDED),
+    ("value", "sm120"): (Tile(64, 32, 4, 2, maxnreg=255), _CROWDED),
     ("dq", "sm80"): (Tile(64, 16, 4, 2), _CROWDED),
     ("dk", "sm80"): (Tile(16, 64, 4, 2), Tile(16, 64, 4, 1, whole=64, chunk=32, out_columns=64)),
-    ("bias", "sm80"): (Tile(64, 32, 4, 1), _CROWDED),
-    ("bias", "sm120"): (Tile(64, 32, 4, 1), replace(_CROWDED, maxnreg=255)),
+    ("bias", "sm80"): (Tile(64, 16, 4, 2), _CROWDED),
+    ("bias", "sm120"): (Tile(64, 16, 4, 2), replace(_CROWDED, maxnreg=255)),
     ("lse", "sm80"): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2, whole=64)),
     ("fwd", "sm90"): (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2, whole=64)),
     ("dq", "sm90"): (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2, whole=64)),
-    ("bias", "sm90"): (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2, whole=64)),
+    ("bias", "sm90"): (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2, whole=64)),
     ("fwd", "sm100"): (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2, whole=64)),
     ("value", "sm100"): (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2, whole=64)),
     ("dq", "sm100"): (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2, whole=64)),
-    ("dk", "sm100"): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2, whole=64)),
+    ("dk", "sm100"): (Tile(32, 64, 8, 2, maxnreg=255), Tile(32, 64, 8, 2, whole=64)),
     ("bias", "sm100"): (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2, whole=64)),
     ("dk", "gfx942"): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2, whole=64)),
     ("bias", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2, whole=64)),
@@ -127,12 +128,13 @@ _BOTH: dict[tuple[str, str], Pair] = {  # such masks on both sides; what is not 
     ("dq", "sm80"): (Tile(32, 16, 2, 1, whole=32, chunk=32, out_columns=64), _CROWDED),
     ("dk", "sm80"): (Tile(16, 64, 4, 1), Tile(16, 32, 4, 1, whole=64)),
     ("bias", "sm80"): (Tile(64, 16, 4, 2), _CROWDED),
-    ("dq", "sm120"): (Tile(64, 16, 4, 1), replace(_CROWDED, queries=32)),
-    ("bias", "sm120"): (Tile(64, 16, 4, 2), replace(_CROWDED, maxnreg=255)),
+    ("dq", "sm120"): (Tile(64, 16, 8, 1), replace(_CROWDED, queries=32)),
+    ("dk", "sm120"): (Tile(16, 64, 4, 1), Tile(16, 32, 4, 1, whole=64, chunk=32, out_columns=64)),
+    ("bias", "sm120"): (Tile(64, 16, 4, 2), replace(_CROWDED, whole=32)),
+    ("fwd", "sm90"): (Tile(64, 32, 8, 2), Tile(64, 64, 8, 2, whole=64)),
     ("value", "sm90"): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2, whole=64)),
     ("dq", "sm90"): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2, whole=64)),
     ("dk", "sm90"): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 1, whole=32, chunk=32, out_columns=64, maxnreg=255)),
-    ("bias", "sm90"): (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2, whole=64)),
     ("fwd", "sm100"): (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2, whole=64)),
 }  # fmt: skip
 _MEAN: dict[tuple[str, str], Tile] = {  # one map of every head is alive beside the merged ones; wide heads are streamed
@@ -185,7 +187,9 @@ def pick_tile(kernel: str, arch: str, dtype: torch.dtype, width: int, extras: in
     if arch == "cpu":
         return _INTERPRETER
     if dtype == torch.float32:
-        return _FP32_GFX942 if arch == "gfx942" else _FP32_OF.get((kernel, arch), _FP32)
+        if arch == "gfx942":
+            return _FP32_GFX942
+        return replace(_FP32, stages=1) if mean or extras == 3 else _FP32_OF.get((kernel, arch), _FP32)
     # sm_120 has sm_80's matrix instructions; the tiles fit the shared memory of either.
     keys = (kernel, arch), (kernel, "sm80" if arch == "sm120" else arch)
     if mean:
