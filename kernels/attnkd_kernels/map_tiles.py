@@ -79,7 +79,7 @@ _HEAVY: dict[tuple[str, str], Pair] = {  # js or boolean masks of keys; and beyo
     ("fwd", "sm80"): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2, whole=64)),
     ("value", "sm80"): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2, whole=64)),
     ("dq", "sm80"): (Tile(64, 32, 4, 1), Tile(64, 32, 4, 2, whole=64)),
-    ("dk", "sm80"): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2, whole=64, out_columns=64)),
+    ("dk", "sm80"): (Tile(32, 64, 4, 2, maxnreg=255), Tile(32, 64, 4, 2, whole=64, out_columns=64)),
     ("dq", "sm120"): (Tile(64, 32, 4, 1), Tile(64, 32, 4, 2, whole=64, chunk=32, out_columns=64)),
     ("dk", "sm120"): (Tile(32, 64, 4, 1), Tile(16, 64, 4, 2, whole=64, out_columns=64)),
     ("lse", "sm80"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2, whole=64)),
@@ -115,8 +115,8 @@ _ADDED: dict[tuple[str, str], Pair] = {  # masks of query and key, and additive 
     ("dq", "sm90"): (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2, whole=64)),
     ("bias", "sm90"): (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2, whole=64)),
     ("fwd", "sm100"): (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2, whole=64)),
-    ("value", "sm100"): (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2, whole=64)),
-    ("dq", "sm100"): (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2, whole=64)),
+    ("value", "sm100"): (Tile(64, 32, 4, 2, maxnreg=255), Tile(64, 32, 8, 2, whole=64)),
+    ("dq", "sm100"): (Tile(64, 32, 4, 2, maxnreg=255), Tile(64, 32, 8, 2, whole=64)),
     ("dk", "sm100"): (Tile(32, 64, 8, 2, maxnreg=255), Tile(32, 64, 8, 2, whole=64)),
     ("bias", "sm100"): (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2, whole=64)),
     ("dk", "gfx942"): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2, whole=64)),
@@ -126,16 +126,17 @@ _BOTH: dict[tuple[str, str], Pair] = {  # such masks on both sides; what is not 
     ("fwd", "sm80"): (Tile(64, 16, 4, 2), Tile(64, 16, 4, 1, whole=64)),
     ("value", "sm80"): (Tile(64, 16, 4, 2), _CROWDED),
     ("dq", "sm80"): (Tile(32, 16, 2, 1, whole=32, chunk=32, out_columns=64), _CROWDED),
-    ("dk", "sm80"): (Tile(16, 64, 4, 1), Tile(16, 32, 4, 1, whole=64)),
-    ("bias", "sm80"): (Tile(64, 16, 4, 2), _CROWDED),
+    ("dk", "sm80"): (Tile(16, 64, 4, 1), Tile(16, 32, 4, 1, whole=64, chunk=32, out_columns=64)),
+    ("bias", "sm80"): (Tile(64, 16, 4, 2), replace(_CROWDED, queries=32)),
     ("dq", "sm120"): (Tile(64, 16, 8, 1), replace(_CROWDED, queries=32)),
-    ("dk", "sm120"): (Tile(16, 64, 4, 1), Tile(16, 32, 4, 1, whole=64, chunk=32, out_columns=64)),
     ("bias", "sm120"): (Tile(64, 16, 4, 2), replace(_CROWDED, whole=32)),
     ("fwd", "sm90"): (Tile(64, 32, 8, 2), Tile(64, 64, 8, 2, whole=64)),
     ("value", "sm90"): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2, whole=64)),
     ("dq", "sm90"): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2, whole=64)),
     ("dk", "sm90"): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 1, whole=32, chunk=32, out_columns=64, maxnreg=255)),
     ("fwd", "sm100"): (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2, whole=64)),
+    ("value", "sm100"): (Tile(64, 32, 4, 2, maxnreg=255), Tile(64, 32, 8, 2, whole=32, chunk=32, out_columns=64)),
+    ("dq", "sm100"): (Tile(64, 32, 4, 2, maxnreg=255), Tile(64, 32, 8, 2, whole=32, chunk=32, out_columns=64)),
 }  # fmt: skip
 _MEAN: dict[tuple[str, str], Tile] = {  # one map of every head is alive beside the merged ones; wide heads are streamed
     ("value", "sm80"): Tile(32, 32, 4, 2, whole=64),
@@ -158,11 +159,12 @@ _MEAN: dict[tuple[str, str], Tile] = {  # one map of every head is alive beside 
 }  # fmt: skip
 _MEAN_BOTH: dict[tuple[str, str], Tile] = {  # a mean with such masks on both sides; what is not here is as _MEAN
     ("dq", "sm80"): Tile(32, 16, 4, 1, whole=64),
-    ("dk", "sm80"): Tile(16, 32, 4, 1, whole=64),
+    ("dk", "sm80"): Tile(16, 32, 4, 1, whole=32, chunk=32, out_columns=64),
     ("value", "sm90"): Tile(64, 32, 8, 2, whole=64),
     ("dq", "sm90"): Tile(64, 32, 8, 2, whole=64),
     ("dk", "sm90"): Tile(16, 64, 8, 2, whole=64),
     ("bias", "sm90"): Tile(64, 32, 8, 2, whole=64),
+    ("dk", "sm100"): Tile(16, 64, 8, 2, whole=64),
 }  # fmt: skip
 
 
@@ -189,7 +191,7 @@ def pick_tile(kernel: str, arch: str, dtype: torch.dtype, width: int, extras: in
     if dtype == torch.float32:
         if arch == "gfx942":
             return _FP32_GFX942
-        return replace(_FP32, stages=1) if mean or extras == 3 else _FP32_OF.get((kernel, arch), _FP32)
+        return replace(_FP32, stages=1) if mean or extras >= 2 else _FP32_OF.get((kernel, arch), _FP32)
     # sm_120 has sm_80's matrix instructions; the tiles fit the shared memory of either.
     keys = (kernel, arch), (kernel, "sm80" if arch == "sm120" else arch)
     if mean:
