@@ -12,7 +12,7 @@ help:
 	@echo "               ARGS=--all compares all four methods (under 30 minutes), ARGS=--help says more"
 	@echo "make test      run the tests"
 	@echo "make check     lint and types"
-	@echo "make gate      compile every kernel for every GPU target, full sweep (no GPU needed)"
+	@echo "make gate      compile every kernel for every GPU target, full sweep (no GPU needed; an hour or more on two cores)"
 	@echo "make bench     benchmarks on this machine's GPU"
 	@echo "make validate  kernels against the reference on this machine"
 
