@@ -334,9 +334,15 @@ def test_inside_pytorch(device):
     B=st.integers(1, 2), H=st.integers(1, 3), M=st.integers(1, 70), N=st.sampled_from([1, 2, 31, 32, 33, 61]),
     D=st.sampled_from([1, 7, 16, 40, 48, 72, 80, 88, 96, 104, 112]), H_t=st.integers(1, 3), D_t=st.sampled_from([5, 16, 64]),
     merge=st.sampled_from([None, "logsum", "mean"]), divergence=st.sampled_from(DIVERGENCES[:-1]),
-    temperature=st.floats(0.3, 10), seed=st.integers(0, 99),
+    temperature=st.floats(0.3, 10), biases=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_any_shape(device, B, H, M, N, D, H_t, D_t, merge, divergence, temperature, seed):
+def test_any_shape(device, B, H, M, N, D, H_t, D_t, merge, divergence, temperature, biases, seed):
     torch.manual_seed(seed)
-    arguments = call(device, B, H, M, N, D, H_t=H if merge is None else H_t, D_t=D_t)
+    H_t = H if merge is None else H_t
+    arguments = call(device, B, H, M, N, D, H_t=H_t, D_t=D_t)
+    if biases:
+        arguments |= {
+            "student_mask": torch.randn(H, M, N).to(device),
+            "teacher_mask": torch.randn(H_t, 1, N).to(device),
+        }
     assert_proved("triton", **arguments, seed=seed, merge=merge, divergence=divergence, temperature=temperature)
