@@ -69,7 +69,8 @@ def attention_kl(
             An additive mask may require grad (a learned relative position bias).
         teacher_mask: broadcasts to [B, Ht, M, N].
         merge: None compares head h with head h. 'logsum' compares softmax((1/T)·Σ_h log p^h), 'mean', 'max', 'min' the
-            renormalised mean, max or min of the heads' probabilities.
+            renormalised mean, max or min of the heads' probabilities. A key that one head's mask hides has probability 0 in
+            that head; a row that some head cannot see at all is worth 0.
         divergence: see above.
         temperature: T > 0, divides scores and masks of both sides.
         row_weight: broadcasts to [B, H, M] ([B, 1, M] with a merge); multiplies the rows. Gets no gradient.

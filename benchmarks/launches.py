@@ -173,9 +173,8 @@ class Attention(Call):
         rows = B * (1 if self.merge == "logsum" else H) * M * N * 4
         bias = H * M * N * size if self.mask in ("additive", "biases") else 0  # and so much for its gradient
         theirs = (self.teacher_heads or H) * M * N * size
-        masks = {None: 0, "bool": 2 * B * N, "full": 2 * B * outer * M * N, "additive": bias, "biases": bias + theirs}[
-            self.mask
-        ]
+        boolean = {None: 0, "bool": 2 * B * N, "full": 2 * B * outer * M * N}
+        masks = (boolean | {"additive": bias, "biases": bias + theirs})[self.mask]
         if self.one_model:
             return {"forward": student + rows, "backward": student + rows + student}
         teacher = B * (self.teacher_heads or H) * (M + N) * (self.teacher_dim or D) * size

@@ -176,7 +176,7 @@ def logits(
     if KIND == BOOL_MASK or KIND == BOOL_ROW:
         z = tl.where(mask != 0, z, HIDDEN)
     elif KIND != NO_MASK:
-        z += mask  # HIDDEN swallows every finite logit; asking again what it hides would move the mask's tile twice
+        z += mask  # HIDDEN swallows any logit below 1e22; asking again what it hides would move the mask's tile twice
     elif TAIL:
         k = k0 + tl.arange(0, BK)
         if QUERIES_LEFT:
