@@ -228,6 +228,11 @@ def test_offsets_beyond_32_bits(device):
         assert torch.equal(*losses)
 
 
+def test_sixteen_thousand_keys(device):
+    for divergence in ("forward_kl", "mse"):
+        assert_proved("triton", **call(device, B=1, H=1, M=17, N=16384, divergence=divergence))
+
+
 def test_pairing_heads_by_views(device):
     """Student head 0 against teacher head 3, head 1 against head 1: slices, no copies."""
     arguments = call(device, H=4)
