@@ -8,18 +8,19 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from attnkd.functional import attention_kl, attention_rows
-from attnkd.merging import merge_attention
-from attnkd.relation import relation_row_loss
-from attnkd.resample import resample_attention
+from attnkd.attention.api import attention_kl, attention_rows
+from attnkd.attention.merging import merge_attention
+from attnkd.attention.resample import resample_attention
+from attnkd.relation.api import relation_row_loss
 
 if TYPE_CHECKING:
-    from attnkd.capture.tap import AttentionCall, AttentionTap
+    from attnkd.attention.call import AttentionCall
+    from attnkd.capture.tap import AttentionTap
     from attnkd.methods.attention_probe import AttentionProbe
     from attnkd.methods.attn_distill import AttnDistill
     from attnkd.methods.head_kd import HeadKD
     from attnkd.methods.pos_embed import sincos_pos_embed_
-    from attnkd.methods.recipe import AttnDistillRecipe
+    from attnkd.methods.recipes import AttnDistillRecipe
     from attnkd.methods.ssta import SSTA
 
 __version__ = "0.1.0"
@@ -41,11 +42,11 @@ __all__ = [
 ]
 
 _LAZY = {
-    "AttentionCall": "attnkd.capture.tap",
+    "AttentionCall": "attnkd.attention.call",
     "AttentionTap": "attnkd.capture.tap",
     "AttentionProbe": "attnkd.methods.attention_probe",
     "AttnDistill": "attnkd.methods.attn_distill",
-    "AttnDistillRecipe": "attnkd.methods.recipe",
+    "AttnDistillRecipe": "attnkd.methods.recipes",
     "HeadKD": "attnkd.methods.head_kd",
     "SSTA": "attnkd.methods.ssta",
     "sincos_pos_embed_": "attnkd.methods.pos_embed",

@@ -1,5 +1,5 @@
 import sys
 
-from attnkd.cli import main
+from attnkd.commands.cli import main
 
 sys.exit(main())

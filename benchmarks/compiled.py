@@ -125,9 +125,9 @@ def _captured(target: str, records: list[dict[str, Any]], note: Path | None) -> 
 @contextlib.contextmanager
 def _no_gpu(target: str) -> Iterator[None]:
     """Answers, for CPU tensors, the questions about the device that launchers ask PyTorch."""
-    import attnkd.dispatch
-    import attnkd.ops_map
-    import attnkd.ops_row  # noqa: F401
+    import attnkd.attention.dispatch
+    import attnkd.attention.fused_maps
+    import attnkd.attention.fused_rows  # noqa: F401
 
     answers = {
         "interpreting": lambda: True,  # tensors on the CPU are welcome

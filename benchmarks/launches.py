@@ -215,7 +215,7 @@ class Relation(Call):
         return {"student_features": student, "teacher_features": teacher}
 
     def loss(self, given: dict[str, Tensor]) -> Tensor:
-        from attnkd.relation import relation_row_loss
+        from attnkd.relation.api import relation_row_loss
 
         return relation_row_loss(given["student_features"], given["teacher_features"], impl="triton")
 

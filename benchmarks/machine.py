@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from attnkd.info import versions
+from attnkd.commands.info import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import attnkd
-from attnkd.relation import relation_row_loss
+from attnkd.relation.api import relation_row_loss
 from benchmarks import baselines
 from benchmarks.cases import Inputs, Shape
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnkd import merge_attention, resample_attention
-from attnkd.capture.tokens import cls_features
+from attnkd.capture.models import cls_features
 from attnkd.methods.attn_distill import AttnDistill, make_projector
 from benchmarks import measure, timing
 from benchmarks.measure import Settings

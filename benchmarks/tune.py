@@ -69,18 +69,18 @@ def _map_tile(op: str) -> tuple[Callable[[Config], list[tuple[str, str, Any]]], 
     """One kernel's entry of the whole-map kernels' tile table."""
 
     def apply(config: Config) -> list[tuple[str, str, Any]]:
-        launcher = importlib.import_module("attnkd_kernels.map_launch")
+        launcher = importlib.import_module("attnkd_kernels.map.launch")
         usual = launcher.pick_tile
 
         def pick(wanted: str, *args: Any) -> Any:
             tile = usual(wanted, *args)
             return replace(tile, **config) if wanted == op else tile
 
-        return [("attnkd_kernels.map_launch", "pick_tile", pick)]
+        return [("attnkd_kernels.map.launch", "pick_tile", pick)]
 
     return (
         apply,
-        lambda config: f"attnkd_kernels.map_tiles: {op}: Tile({', '.join(f'{k}={v}' for k, v in config.items())})",
+        lambda config: f"attnkd_kernels.map.tiles: {op}: Tile({', '.join(f'{k}={v}' for k, v in config.items())})",
     )
 
 

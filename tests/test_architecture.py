@@ -61,9 +61,9 @@ def imports(path: Path) -> set[str]:
     [
         ("kernels/attnkd_kernels", ("attnkd.", "timm", "benchmarks")),
         ("attnkd", ("benchmarks", "tests")),
-        ("attnkd/reference.py", ("triton", "timm", "numpy", "attnkd_kernels")),
-        ("attnkd/chunked.py", ("triton", "timm", "attnkd_kernels", "attnkd.reference")),
-        ("attnkd/ops_row.py", ("timm", "attnkd.reference")),
+        ("attnkd/attention/reference.py", ("triton", "timm", "numpy", "attnkd_kernels")),
+        ("attnkd/attention/chunked", ("triton", "timm", "attnkd_kernels", "attnkd.attention.reference")),
+        ("attnkd/attention/fused_rows.py", ("timm", "attnkd.attention.reference")),
     ],
 )
 def test_arrows_point_one_way(folder, forbidden):

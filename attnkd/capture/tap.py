@@ -19,19 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from attnkd.capture.attention_paths import Blocks, attention_paths, plain_class
-
-
-class AttentionCall(NamedTuple):
-    """What one call of ``scaled_dot_product_attention`` put into its softmax: scale · query · keyᵀ + mask."""
-
-    query: Tensor
-    """[B, H, M, D], with the autograd graph of the model."""
-    key: Tensor
-    """[B, H, N, D]."""
-    mask: Tensor | None
-    """Broadcasts to [B, H, M, N]; boolean (True = visible) or additive, such as a relative position bias."""
-    scale: float
+from attnkd.attention.call import AttentionCall
+from attnkd.capture.blocks import Blocks, attention_paths, plain_class
 
 
 class AttentionTap(nn.Module):

@@ -20,12 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 from torch import Tensor
 
+from attnkd.commands.info import versions
 from attnkd.demo import QUICK, comparison, comparison_report, figures, models, report
 from attnkd.demo.comparison import AllMethods, ComparisonConfig
 from attnkd.demo.experiment import ARMS, Config, Experiment
 from attnkd.demo.stages import Trained
 from attnkd.demo.training import Record, TrainingError
-from attnkd.info import versions
 
 
 def run(args: argparse.Namespace) -> int:

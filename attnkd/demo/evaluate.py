@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attnkd.attention.api import attention_rows
+from attnkd.attention.call import cls_row
+from attnkd.attention.merging import merge_attention
+from attnkd.attention.resample import resample_attention
+from attnkd.capture.models import cls_features, patch_grid, token_layout
 from attnkd.capture.tap import AttentionTap
-from attnkd.capture.tokens import cls_features, cls_row, patch_grid, token_layout
-from attnkd.functional import attention_rows
-from attnkd.merging import merge_attention
-from attnkd.resample import resample_attention
 
 
 @torch.no_grad()

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnkd.capture.block_outputs import BlockOutputs, Blocks, pair_block_indices
-from attnkd.capture.tokens import token_layout, unwrap_model
-from attnkd.methods.distill_task import DistillTask, check_pair
+from attnkd.capture.models import token_layout, unwrap_model
+from attnkd.capture.outputs import BlockOutputs, Blocks, pair_block_indices
 from attnkd.methods.noise_adaptation import NoiseAdaptation, noisy_cross_entropy
 from attnkd.methods.schedule import Schedule, Schedules
 from attnkd.methods.student_teacher import FrozenTeacher, TrainedStudent
-from attnkd.relation import relation_row_loss
+from attnkd.methods.task import DistillTask, check_pair
+from attnkd.relation.api import relation_row_loss
 
 _logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class AttentionProbe(DistillTask):
     KD is T²·KL(teacher ‖ student) of the class probabilities at temperature T. NCE is the cross-entropy with the teacher's
     predicted classes after the student's probabilities went through a matrix Q of class confusions, whose diagonal is the
     teacher's accuracy and whose rest is learned. R compares, block by block, the similarity of class token and patch tokens,
-    see :func:`attnkd.relation.relation_row_loss`.
+    see :func:`attnkd.relation.api.relation_row_loss`.
 
     A ``timm.task.TrainingTask``: EMA, DDP, compilation and checkpoints work as in timm's distillation tasks. Q and the
     schedules' time are task state. The teacher is frozen, stays in evaluation mode, and is not a submodule: it is in no
@@ -51,7 +51,7 @@ class AttentionProbe(DistillTask):
         normalize_dim: of the features in R: -1 per token, -2 per channel as the published code does.
         input_norm: ((mean, ...), (std, ...)) the images arrive normalised with; the teacher then gets them in the
             normalisation of its ``pretrained_cfg``. None: the teacher gets them as they are.
-        impl: implementation of R, see :mod:`attnkd.dispatch`.
+        impl: implementation of R, see :mod:`attnkd.attention.dispatch`.
         device, dtype: of Q; the student's when None.
         verbose: log the settings.
 

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnkd.capture.attention_paths import Blocks, pair_blocks
-from attnkd.capture.tap import AttentionCall, AttentionTap
-from attnkd.capture.tokens import cls_row, patch_grid, resolve_model, token_layout
-from attnkd.functional import attention_kl, attention_rows
-from attnkd.merging import merge_attention
+from attnkd.attention.api import attention_kl, attention_rows
+from attnkd.attention.call import AttentionCall, cls_row
+from attnkd.attention.merging import merge_attention
+from attnkd.attention.problem import MERGES, check_choice
+from attnkd.attention.resample import MODES, resample_attention
+from attnkd.capture.blocks import Blocks, pair_blocks
+from attnkd.capture.models import patch_grid, resolve_model, token_layout
+from attnkd.capture.tap import AttentionTap
 from attnkd.methods.alignment import make_projector, resize_tokens
-from attnkd.methods.distill_task import DistillTask, check_pair
 from attnkd.methods.schedule import Schedule, Schedules
 from attnkd.methods.student_teacher import FeatureTeacher, TappedStudent
-from attnkd.problem import MERGES, check_choice
-from attnkd.resample import MODES, resample_attention
+from attnkd.methods.task import DistillTask, check_pair
 
 _logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from attnkd.capture.attention_paths import Blocks, attention_paths, plain_class
+from attnkd.capture.blocks import Blocks, attention_paths, plain_class
 from attnkd.methods.silence import block_path, silenced
 from attnkd.methods.whole_map import num_heads
 

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attnkd.capture.block_outputs import Blocks, block_count, block_indices, default_blocks
+from attnkd.attention.api import attention_rows
+from attnkd.attention.call import cls_row
+from attnkd.attention.problem import check_choice
+from attnkd.capture.models import token_layout
+from attnkd.capture.outputs import Blocks, block_count, block_indices, default_blocks
 from attnkd.capture.tap import AttentionTap
-from attnkd.capture.tokens import cls_row, token_layout
-from attnkd.functional import attention_rows
-from attnkd.problem import check_choice
 
 
 class ProbeScores(NamedTuple):
@@ -42,7 +43,7 @@ class ProbeScorer(nn.Module):
         blocks: whose probes count: index, sequence of indices or 'all'. None: those at a third and two thirds of the depth, 4
             and 8 (counted from 1) of 12.
         head: index of the head whose row is the probe (the authors' is 0), or 'mean' for the mean over heads.
-        impl: of the attention row, see :mod:`attnkd.dispatch`.
+        impl: of the attention row, see :mod:`attnkd.attention.dispatch`.
 
     Raises:
         TypeError, ValueError: no class token, no classifier, blocks or head out of range.

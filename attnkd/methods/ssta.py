@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnkd.capture.attention_paths import Blocks, pair_blocks
+from attnkd.attention.problem import DIVERGENCES, check_choice
+from attnkd.capture.blocks import Blocks, pair_blocks
+from attnkd.capture.models import resolve_model, token_layout
 from attnkd.capture.tap import AttentionTap
-from attnkd.capture.tokens import resolve_model, token_layout
-from attnkd.methods.distill_task import DistillTask, build_student, check_pair
 from attnkd.methods.head_kd import CROSS_ENTROPY
 from attnkd.methods.schedule import Schedule, Schedules
 from attnkd.methods.student_teacher import FrozenTeacher, TappedStudent
+from attnkd.methods.task import DistillTask, build_student, check_pair
 from attnkd.methods.whole_map import Heads, check_heads, num_heads, whole_map_divergence
-from attnkd.problem import DIVERGENCES, check_choice
 
 _logger = logging.getLogger(__name__)
 

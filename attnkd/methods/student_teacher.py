@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnkd.capture.tap import AttentionCall, AttentionTap
-from attnkd.capture.tokens import final_tokens, input_stats
+from attnkd.attention.call import AttentionCall
+from attnkd.capture.models import final_tokens, input_stats
+from attnkd.capture.tap import AttentionTap
 
 
 class TrainedStudent(nn.Module):

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from attnkd.capture.attention_paths import plain_class
-from attnkd.capture.tap import AttentionCall
-from attnkd.capture.tokens import TokenLayout
-from attnkd.functional import attention_kl
-
-Heads = tuple[int, ...]
+from attnkd.attention.api import attention_kl
+from attnkd.attention.call import AttentionCall, Heads, shared_map, take_heads
+from attnkd.capture.blocks import plain_class
+from attnkd.capture.models import TokenLayout
 
 
 def num_heads(model: nn.Module, path: str) -> int:
@@ -34,45 +31,6 @@ def check_heads(name: str, heads: Sequence[int], count: int, path: str) -> Heads
     if len(set(heads)) != len(heads):
         raise ValueError(f"{name}: expected every head once, got {list(heads)} for {path}")
     return tuple(heads)
-
-
-def take_heads(call: AttentionCall, heads: Heads) -> AttentionCall:
-    """The call of some heads: views where the heads follow each other, else copies of these heads."""
-    if heads == tuple(range(call.query.shape[1])):
-        return call
-    neighbours = heads == tuple(range(heads[0], heads[0] + len(heads)))
-
-    def take(tensor: Tensor, dim: int) -> Tensor:
-        if neighbours:
-            return tensor.narrow(dim, heads[0], len(heads))
-        # Not tensor[:, [1, 4]]: the list would be copied to the GPU, and the host would wait for it.
-        return torch.stack([tensor.select(dim, head) for head in heads], dim)
-
-    mask = call.mask
-    if mask is not None and mask.ndim >= 3 and mask.shape[-3] != 1:
-        mask = take(mask, -3)
-    return AttentionCall(take(call.query, 1), take(call.key, 1), mask, call.scale)
-
-
-def shared_map(call: AttentionCall, layout: TokenLayout, keep_cls: bool) -> AttentionCall:
-    """Rows and keys that two models share: patches, and the class token where both have one.
-
-    Registers, distillation tokens and a class token of one model alone are left out before the softmax: what remains is
-    the distribution conditional on the shared keys.
-    """
-    prefix, kept = layout.num_prefix_tokens, int(keep_cls)
-    if prefix == kept:
-        return call
-
-    def cut(tensor: Tensor, dim: int) -> Tensor:
-        patches = tensor.narrow(dim, prefix, tensor.shape[dim] - prefix)
-        return torch.cat([tensor.narrow(dim, 0, 1), patches], dim) if kept else patches
-
-    mask = call.mask
-    for dim in (-1, -2):
-        if mask is not None and mask.ndim >= -dim and mask.shape[dim] != 1:
-            mask = cut(mask, dim)
-    return AttentionCall(cut(call.query, 2), cut(call.key, 2), mask, call.scale)
 
 
 def whole_map_divergence(
@@ -102,8 +60,8 @@ def whole_map_divergence(
         ValueError: maps of different sizes.
     """
     keep_cls = student_layout.has_cls and teacher_layout.has_cls
-    s = take_heads(shared_map(student, student_layout, keep_cls), student_heads)
-    t = take_heads(shared_map(teacher, teacher_layout, keep_cls), teacher_heads)
+    s = take_heads(shared_map(student, student_layout.num_prefix_tokens, keep_cls), student_heads)
+    t = take_heads(shared_map(teacher, teacher_layout.num_prefix_tokens, keep_cls), teacher_heads)
     if s.query.shape[2] != t.query.shape[2]:
         raise ValueError(
             f"whole maps need the same tokens: the student's map is {s.query.shape[2]} x {s.key.shape[2]}, the "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnkd.problem import DIVERGENCES, MERGES
+from attnkd.attention.problem import DIVERGENCES, MERGES
 from attnkd.testing.guard import LAYOUTS, lay_out
 
 OPERATIONS = ("row", "map", "rows", "relation")

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnkd import reference
-from attnkd.functional import attention_kl, attention_rows
-from attnkd.problem import make_problem, make_side
-from attnkd.relation import reference_per_image, relation_row_loss
+from attnkd.attention import reference
+from attnkd.attention.api import attention_kl, attention_rows
+from attnkd.attention.problem import make_problem, make_side
+from attnkd.relation.api import reference_per_image, relation_row_loss
 from attnkd.testing.tolerance import Result, compare
 
 STUDENT = ("student_query", "student_key", "student_mask")

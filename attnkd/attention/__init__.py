@@ -1,0 +1,1 @@
+"""The divergence between two attentions: the operation and its implementations."""

@@ -1,0 +1,189 @@
+"""Whole maps as PyTorch operations: the map kernels registered as opaque ops inside an autograd function.
+
+Opaque forward and backward ops (torch.library) keep torch.compile from looking inside; the plain autograd.Function around
+them composes with compile, checkpointing and saved-tensor hooks, and raises on a second derivative. The ops see masks in
+their stored shape, with size 1 where they are broadcast, so no compiler has a reason to materialise an expanded view.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnkd.attention.problem import Problem, stored_mask
+from attnkd.operators import first_order_only
+from attnkd_kernels.launch import num_processors, on_device
+from attnkd_kernels.map.launch import Saved, Side, allocate, bias_call, forward_calls, gradient_call
+from attnkd_kernels.map.tiles import architecture
+
+MAX_WIDTH = 1024
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_LIBRARY = torch.library.Library("attnkd", "FRAGMENT")
+_INPUTS = (
+    "Tensor student_query, Tensor student_key, Tensor? student_mask, float student_scale, "
+    "Tensor teacher_query, Tensor teacher_key, Tensor? teacher_mask, float teacher_scale, "
+    "str? merge, str divergence, float temperature"
+)
+_SAVED = "Tensor lse_s, Tensor lse_t, Tensor centre, Tensor weight"
+
+
+def _map_fwd(qs, ks, ms, scale_s, qt, kt, mt, scale_t, merge, divergence, temperature):
+    """loss [B, Ho, M] and what the backward needs; see :class:`attnkd_kernels.map.launch.Saved`."""
+    student, teacher, arch = Side(qs, ks, ms, scale_s), Side(qt, kt, mt, scale_t), architecture(qs.device)
+    saved = allocate(student, teacher, merge, divergence)
+    with on_device(qs):
+        for call in forward_calls(student, teacher, merge, divergence, temperature, saved, arch):
+            call.launch()
+    return tuple(saved)
+
+
+def _map_fwd_fake(qs, ks, ms, scale_s, qt, kt, mt, scale_t, merge, divergence, temperature):
+    student, teacher = Side(qs, ks, ms, scale_s), Side(qt, kt, mt, scale_t)
+    return tuple(allocate(student, teacher, merge, divergence))
+
+
+def _map_bwd(
+    grad, qs, ks, ms, scale_s, qt, kt, mt, scale_t, merge, divergence, temperature,
+    lse_s, lse_t, centre, weight, need_dq, need_dk, need_dmask,
+):  # fmt: skip
+    """dq like query, dk like key, dmask fp32 [Bb, Hb, Mb, Nb]; what is not needed is empty."""
+    student, teacher, arch = Side(qs, ks, ms, scale_s), Side(qt, kt, mt, scale_t), architecture(qs.device)
+    problem = (student, teacher, merge, divergence, temperature, Saved(grad, lse_s, lse_t, centre, weight), grad)
+    dq, dk, dmask = (grad.new_empty(0) for _ in range(3))
+    with on_device(qs):
+        if need_dq:
+            dq = torch.empty_like(qs)
+            gradient_call(*problem, dq, True, arch).launch()
+        if need_dk:
+            dk = torch.empty_like(ks)
+            gradient_call(*problem, dk, False, arch).launch()
+        if need_dmask:
+            call, parts = bias_call(*problem, arch, num_processors(qs.device))
+            call.launch()
+            dmask = parts.sum(0) if call.grid[0] else parts.new_zeros(parts.shape[1:])
+    return dq, dk, dmask
+
+
+def _map_bwd_fake(
+    grad, qs, ks, ms, scale_s, qt, kt, mt, scale_t, merge, divergence, temperature,
+    lse_s, lse_t, centre, weight, need_dq, need_dk, need_dmask,
+):  # fmt: skip
+    dq, dk, dmask = (grad.new_empty(0) for _ in range(3))
+    if need_dmask:
+        b, h, m, n = ms.shape
+        dmask = grad.new_empty((b, 1 if merge == "logsum" else h, m, n))
+    return torch.empty_like(qs) if need_dq else dq, torch.empty_like(ks) if need_dk else dk, dmask
+
+
+def _register(schema: str, function: Any, fake: Any) -> Any:
+    name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for backend in ("CPU", "CUDA"):  # on CPU tensors the kernels run in Triton's interpreter
+        _LIBRARY.impl(name, function, backend)
+    torch.library.register_fake(f"attnkd::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.attnkd, name).default
+
+
+_fwd = _register(f"map_fwd({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _map_fwd, _map_fwd_fake)
+_bwd = _register(
+    f"map_bwd(Tensor grad, {_INPUTS}, {_SAVED}, bool need_dq, bool need_dk, bool need_dmask) -> (Tensor, Tensor, Tensor)",
+    _map_bwd,
+    _map_bwd_fake,
+)
+
+
+class MapDivergenceFunction(torch.autograd.Function):
+    """The divergence of every query row, [B, Ho, M] fp32, differentiable in the student's query, key and additive mask."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qs: Tensor, ks: Tensor, ms: Tensor | None, qt: Tensor, kt: Tensor, mt: Tensor | None, *options: Any
+    ):
+        scale_s, scale_t, merge, divergence, temperature = options
+        stored_s, stored_t = (None if mask is None else stored_mask(mask) for mask in (ms, mt))
+        with torch.autocast(qs.device.type, enabled=False):
+            loss, *saved = _fwd(qs, ks, stored_s, scale_s, qt, kt, stored_t, scale_t, merge, divergence, temperature)
+        ctx.save_for_backward(qs, ks, stored_s, qt, kt, stored_t, *saved)
+        ctx.options = options
+        ctx.mask_shape = None if ms is None else ms.shape
+        return loss
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, grad: Tensor):
+        qs, ks, stored_s, qt, kt, stored_t, *saved = ctx.saved_tensors
+        scale_s, scale_t, merge, divergence, temperature = ctx.options
+        need = ctx.needs_input_grad[:3]
+        with torch.autocast(qs.device.type, enabled=False):
+            dq, dk, dmask = _bwd(
+                grad,
+                qs,
+                ks,
+                stored_s,
+                scale_s,
+                qt,
+                kt,
+                stored_t,
+                scale_t,
+                merge,
+                divergence,
+                temperature,
+                *saved,
+                *need,
+            )
+        if need[2]:
+            dmask = _spread(dmask, ctx.mask_shape, merge).to(stored_s.dtype)
+        return dq if need[0] else None, dk if need[1] else None, dmask if need[2] else None, *[None] * 8
+
+
+def _spread(total: Tensor, shape: torch.Size, merge: str | None) -> Tensor:
+    """The gradient of the expanded view: every repetition gets an equal share of its entry's total, which the view's own
+    backward adds up again. (Merged wide heads each get the whole: they add up to one bias.)"""
+    share = 1
+    for dim, size in enumerate(shape):
+        if total.shape[dim] != size and not (dim == 1 and merge == "logsum"):
+            share *= size
+    return (total / share if share > 1 else total).expand(shape)
+
+
+def why_not(problem: Problem) -> str | None:
+    """The reason for which the map kernels cannot compute ``problem``, or None."""
+    student, teacher, merge = problem.student, problem.teacher, problem.merge
+    if merge in ("max", "min"):
+        return f"merge={merge!r} of whole maps has no fused kernel; use impl='chunked'"
+    if teacher.query is None or student.query is None:
+        return "teacher_probs of whole maps have no fused kernel; use impl='chunked'"
+    for name, side in (("student", student), ("teacher", teacher)):
+        assert side.query is not None
+        if side.query.dtype not in _DTYPES:
+            return f"{name}_query: expected float16, bfloat16 or float32, got {side.query.dtype}; use impl='chunked'"
+        width = side.query.shape[3] * (side.query.shape[1] if merge == "logsum" else 1)
+        if width > MAX_WIDTH:
+            return f"{name}_query: expected at most {MAX_WIDTH} channels for merge={merge!r}, got {width}; use impl='chunked'"
+    return None
+
+
+def per_row(problem: Problem) -> Tensor:
+    """The divergence of every query row, [B, Ho, M] float32 (see :mod:`attnkd.attention.reference` for its definition).
+
+    Raises:
+        NotImplementedError: a merge, dtype or size that no kernel covers; the message names the alternative.
+    """
+    reason = why_not(problem)
+    if reason is not None:
+        raise NotImplementedError(reason)
+    s, t = problem.student, problem.teacher
+    return MapDivergenceFunction.apply(
+        s.query,
+        s.key,
+        s.mask,
+        t.query,
+        t.key,
+        t.mask,
+        s.scale,
+        t.scale,
+        problem.merge,
+        problem.divergence,
+        problem.temperature,
+    )

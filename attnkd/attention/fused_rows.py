@@ -1,0 +1,235 @@
+"""A few query rows as PyTorch operations: the row kernels registered as opaque ops inside autograd functions.
+
+Opaque forward and backward ops (torch.library) keep torch.compile from looking inside; a plain autograd.Function around them
+costs less per call than register_autograd and composes with compile, checkpointing and saved-tensor hooks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnkd.attention.problem import Problem, Side
+from attnkd.operators import first_order_only
+from attnkd_kernels.row.kl import MAX_WIDTH, ONE_SWEEP, fits_whole, row_kl_fwd
+from attnkd_kernels.row.kl_bwd import row_kl_bwd
+from attnkd_kernels.row.logits import row_logits_bwd, row_logits_fwd
+from attnkd_kernels.row.merge import MAX_KEYS, row_merge
+
+_LIBRARY = torch.library.Library("attnkd", "FRAGMENT")
+
+
+def _register(schema: str, function: Any, fake: Any) -> Any:
+    name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for backend in ("CPU", "CUDA"):  # on CPU tensors the kernels run in Triton's interpreter
+        _LIBRARY.impl(name, function, backend)
+    torch.library.register_fake(f"attnkd::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.attnkd, name).default
+
+
+def _row_kl_fwd_fake(qs, ks, ms, qt, kt, mt, probs, scale_s, scale_t, temperature, wide, divergence, need_grad):
+    B, H, M, D = qs.shape
+    rows = (B, 1 if wide else H, M)
+    empty = qs.new_empty(0, dtype=torch.float32)
+    loss = qs.new_empty(rows, dtype=torch.float32)
+    if not need_grad:
+        return loss, empty, empty.clone()
+    return (
+        loss,
+        qs.new_empty((*rows, ks.shape[2]), dtype=torch.float32),
+        qs.new_empty((B, H, M, D), dtype=torch.float32),
+    )
+
+
+def _row_kl_bwd_fake(grad, coef, unit_dq, q, k, scale, temperature, wide, need_dq, need_dk, need_dmask):
+    empty = grad.new_empty(0)
+    return (
+        q.new_empty(q.shape) if need_dq else empty,
+        torch.empty_like(k) if need_dk else empty.clone(),
+        torch.empty_like(coef) if need_dmask else empty.clone(),
+    )
+
+
+def _row_logits_fwd_fake(q, k, mask, scale, temperature, wide):
+    B, H, M, _ = q.shape
+    return q.new_empty((B, 1 if wide else H, M, k.shape[2]), dtype=torch.float32)
+
+
+def _row_logits_bwd_fake(grad, q, k, scale, temperature, wide, need_dq, need_dk, need_dmask):
+    return (
+        q.new_empty(q.shape if need_dq else (0,)),
+        torch.empty_like(k) if need_dk else grad.new_empty(0),
+        grad.new_empty(grad.shape if need_dmask else (0,)),
+    )
+
+
+def _row_merge_fake(logits_s, logits_t, probs, merge, divergence, need_grad):
+    B, H, M, _ = logits_s.shape
+    loss = logits_s.new_empty((B, H if merge is None else 1, M))
+    return loss, torch.empty_like(logits_s) if need_grad else logits_s.new_empty(0)
+
+
+_row_kl_fwd = _register(
+    "row_kl_fwd(Tensor student_query, Tensor student_key, Tensor? student_mask, Tensor? teacher_query, Tensor? teacher_key, "
+    "Tensor? teacher_mask, Tensor? teacher_probs, float student_scale, float teacher_scale, float temperature, bool wide, "
+    "str divergence, bool need_grad) -> (Tensor, Tensor, Tensor)",
+    row_kl_fwd,
+    _row_kl_fwd_fake,
+)
+_row_kl_bwd = _register(
+    "row_kl_bwd(Tensor grad, Tensor coef, Tensor unit_dq, Tensor query, Tensor key, float scale, float temperature, bool wide, "
+    "bool need_dq, bool need_dk, bool need_dmask) -> (Tensor, Tensor, Tensor)",
+    row_kl_bwd,
+    _row_kl_bwd_fake,
+)
+_row_logits_fwd = _register(
+    "row_logits_fwd(Tensor query, Tensor key, Tensor? mask, float scale, float temperature, bool wide) -> Tensor",
+    row_logits_fwd,
+    _row_logits_fwd_fake,
+)
+_row_logits_bwd = _register(
+    "row_logits_bwd(Tensor grad, Tensor query, Tensor key, float scale, float temperature, bool wide, bool need_dq, "
+    "bool need_dk, bool need_dmask) -> (Tensor, Tensor, Tensor)",
+    row_logits_bwd,
+    _row_logits_bwd_fake,
+)
+_row_merge = _register(
+    "row_merge(Tensor student_logits, Tensor? teacher_logits, Tensor? teacher_probs, str? merge, str divergence, "
+    "bool need_grad) -> (Tensor, Tensor)",
+    row_merge,
+    _row_merge_fake,
+)
+
+
+class RowKLFunction(torch.autograd.Function):
+    """Per-row divergence [B, Ho, M]; K read once, no K read in the backward."""
+
+    @staticmethod
+    def forward(ctx, qs, ks, ms, qt, kt, mt, probs, scale_s, scale_t, temperature, wide, divergence, need_grad):
+        loss, coef, unit_dq = _row_kl_fwd(
+            qs, ks, ms, qt, kt, mt, probs, scale_s, scale_t, temperature, wide, divergence, need_grad
+        )
+        if need_grad:
+            ctx.save_for_backward(coef, unit_dq, qs, ks)
+            ctx.options = (scale_s, temperature, wide)
+            ctx.mask_dtype = None if ms is None else ms.dtype
+        return loss
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx, grad):
+        coef, unit_dq, qs, ks = ctx.saved_tensors
+        need_dq, need_dk, need_dmask = ctx.needs_input_grad[:3]
+        dq, dk, dmask = _row_kl_bwd(grad, coef, unit_dq, qs, ks, *ctx.options, need_dq, need_dk, need_dmask)
+        return (
+            dq if need_dq else None,
+            dk if need_dk else None,
+            dmask.to(ctx.mask_dtype) if need_dmask else None,
+            *[None] * 10,
+        )
+
+
+class RowLogitsFunction(torch.autograd.Function):
+    """Logits [B, Ho, M, N] of a few rows."""
+
+    @staticmethod
+    def forward(ctx, query, key, mask, scale, temperature, wide):
+        ctx.save_for_backward(query, key)
+        ctx.options = (scale, temperature, wide)
+        ctx.mask_dtype = None if mask is None else mask.dtype
+        return _row_logits_fwd(query, key, mask, scale, temperature, wide)
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx, grad):
+        query, key = ctx.saved_tensors
+        need_dq, need_dk, need_dmask = ctx.needs_input_grad[:3]
+        dq, dk, dmask = _row_logits_bwd(grad, query, key, *ctx.options, need_dq, need_dk, need_dmask)
+        return (
+            dq if need_dq else None,
+            dk if need_dk else None,
+            dmask.to(ctx.mask_dtype) if need_dmask else None,
+            None,
+            None,
+            None,
+        )
+
+
+class RowMergeFunction(torch.autograd.Function):
+    """Per-row divergence [B, Ho, M] of logits [B, Hs, M, N], heads merged by mean, max or min."""
+
+    @staticmethod
+    def forward(ctx, logits_s, logits_t, probs, merge, divergence, need_grad):
+        loss, unit = _row_merge(logits_s, logits_t, probs, merge, divergence, need_grad)
+        if need_grad:
+            ctx.save_for_backward(unit)
+        return loss
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx, grad):
+        (unit,) = ctx.saved_tensors
+        return unit * grad.unsqueeze(-1), None, None, None, None, None
+
+
+def why_not(problem: Problem) -> str | None:
+    """The reason for which the row kernels do not cover the problem, or None."""
+    for side in (problem.student, problem.teacher):
+        if side.query is not None:
+            width = side.query.shape[3] * (side.query.shape[1] if problem.merge == "logsum" else 1)
+            if width > MAX_WIDTH:
+                return f"a head of {width} dims; the row kernels take up to {MAX_WIDTH}"
+    if not _one_sweep(problem) and problem.num_keys > MAX_KEYS:
+        return (
+            f"{problem.num_keys} keys with merge={problem.merge!r}, divergence={problem.divergence!r}; up to {MAX_KEYS}"
+        )
+    return None
+
+
+def per_row(problem: Problem) -> Tensor:
+    """Per-row divergence [B, Ho, M] in float32."""
+    student, teacher = problem.student, problem.teacher
+    wide = problem.merge == "logsum"
+    need_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (student.query, student.key, student.mask)
+    )
+    if _one_sweep(problem):
+        return RowKLFunction.apply(
+            student.query, student.key, _merged_mask(student, wide), teacher.query, teacher.key, _merged_mask(teacher, wide),
+            teacher.probs, student.scale, teacher.scale, problem.temperature, wide, problem.divergence, need_grad,
+        )  # fmt: skip
+    logits_s = row_logits(student, wide, problem.temperature)
+    logits_t = None if teacher.query is None else row_logits(teacher, wide, problem.temperature)
+    merge = None if wide else problem.merge
+    return RowMergeFunction.apply(logits_s, logits_t, teacher.probs, merge, problem.divergence, need_grad)
+
+
+def row_logits(side: Side, wide: bool, temperature: float) -> Tensor:
+    """Logits [B, H, M, N] in float32 ([B, 1, M, N], summed over heads, when ``wide``); −inf where a key is hidden."""
+    return RowLogitsFunction.apply(side.query, side.key, _merged_mask(side, wide), side.scale, temperature, wide)
+
+
+def _one_sweep(problem: Problem) -> bool:
+    if problem.merge not in (None, "logsum"):
+        return False
+    if problem.divergence in ONE_SWEEP:
+        return True
+    widths = []
+    for side in (problem.student, problem.teacher):
+        heads = side.num_heads if problem.merge == "logsum" else 1
+        widths.append(0 if side.query is None else heads * side.query.shape[3])
+    return fits_whole(problem.num_keys, *widths)
+
+
+def _merged_mask(side: Side, wide: bool) -> Tensor | None:
+    """The mask [B, Ho, M, N] of a wide head: logits add up over heads, and with them the additive masks."""
+    mask = side.mask
+    if mask is None or not wide:
+        return mask
+    if mask.dtype == torch.bool:
+        return mask[:, :1]
+    if mask.stride(1) == 0 or mask.shape[1] == 1:
+        return mask[:, :1].float() * side.num_heads
+    return mask.float().sum(1, keepdim=True)

@@ -1,0 +1,152 @@
+"""Where a class token looks: its attention over the patches per head, merged and rolled out, and two models' KL of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attnkd.attention.api import attention_kl, attention_rows
+from attnkd.attention.call import AttentionCall, cls_row
+from attnkd.attention.merging import merge_attention
+from attnkd.attention.problem import MERGES, check_choice
+from attnkd.attention.resample import resample_attention
+from attnkd.capture.blocks import attention_paths
+from attnkd.capture.models import TokenLayout, patch_grid, token_layout
+from attnkd.capture.tap import AttentionTap
+
+
+@dataclass(frozen=True)
+class ClassMaps:
+    """One model's class-token attention on a batch of B images, over a grid of h x w patches."""
+
+    call: AttentionCall
+    """The class token's query [B, H, 1, D] and the shared keys [B, H, 1 + h·w, D]."""
+    rows: Tensor
+    """[B, H, 1, 1 + h·w] probabilities: class token, then patches."""
+    merged: Tensor
+    """[B, 1, 1, 1 + h·w]."""
+    rollout: Tensor | None
+    """[B, h·w]: shares of the patches, sum 1; None when not asked for."""
+    grid: tuple[int, int]
+
+    @property
+    def heads_map(self) -> Tensor:
+        """[B, H, h, w]: the patches' part of ``rows``."""
+        return self.rows[:, :, 0, 1:].unflatten(-1, self.grid)
+
+    @property
+    def merged_map(self) -> Tensor:
+        """[B, h, w]."""
+        return self.merged[:, 0, 0, 1:].unflatten(-1, self.grid)
+
+    @property
+    def rollout_map(self) -> Tensor | None:
+        """[B, h, w]."""
+        return None if self.rollout is None else self.rollout.unflatten(-1, self.grid)
+
+
+@torch.no_grad()
+def class_maps(
+    model: nn.Module, images: Tensor, block: int = -1, merge: str = "mean", rollout: bool = True, impl: str = "auto"
+) -> ClassMaps:
+    """The class token's attention in one block, per head and merged, and the rollout of all blocks.
+
+    Args:
+        model: timm Vision Transformer with a class token; run in evaluation mode and left as it was.
+        images: [B, C, H, W], normalised for the model.
+        block: index of the block; negative counts from the end.
+        merge: 'mean', 'logsum', 'max' or 'min' of the heads.
+        rollout: compute it too; then every block must be one that can be tapped, and [B, 1, N, N] maps fit in memory.
+
+    Raises:
+        ValueError: no class token, or a block that does not exist.
+    """
+    check_choice("merge", merge, MERGES[1:])
+    layout = token_layout(model)
+    if not layout.has_cls:
+        raise ValueError(f"model: {type(model).__name__} has no class token whose attention could be shown")
+    wanted = attention_paths(model, block)[0]
+    tap = AttentionTap(model, "all" if rollout else block, stop=True)
+    training = model.training
+    try:
+        _, calls = tap.eval()(images)
+    finally:
+        model.train(training)
+    call = cls_row(calls[tap.paths.index(wanted)], layout.num_prefix_tokens)
+    rows = attention_rows(call.query, call.key, scale=call.scale, mask=call.mask, impl=impl)
+    grid = patch_grid(model, images.shape[-2:], rows.shape[-1] - 1)
+    rolled = attention_rollout(calls, layout, impl) if rollout else None
+    return ClassMaps(call, rows, merge_attention(rows, merge), rolled, grid)
+
+
+@torch.no_grad()
+def attention_rollout(calls: Sequence[AttentionCall], layout: TokenLayout, impl: str = "auto") -> Tensor:
+    """How much of every patch reaches the class token through all blocks (Abnar and Zuidema, ACL 2020).
+
+    R = Â_L · … · Â_1 with Â = (A + 1) / 2, A the mean of a block's heads: half of every token is what its residual
+    connection carries. The class token's row of R over the patches, scaled to sum 1.
+
+    Args:
+        calls: all blocks' calls in running order, query and key [B, H, N, D] over all tokens.
+        layout: of the model; the other prefix tokens take part on the way and are left out at the end.
+
+    Returns:
+        [B, patches].
+    """
+    row = None  # from the last block down, only the class token's row is needed
+    for call in reversed(calls):
+        queries = call.query[:, :, :1] if row is None else call.query
+        mask = call.mask if row is not None or call.mask is None or call.mask.ndim < 2 else call.mask[..., :1, :]
+        attention = attention_rows(queries, call.key, scale=call.scale, mask=mask, merge="mean", impl=impl)[:, 0]
+        if row is None:
+            identity = torch.zeros_like(attention)
+            identity[..., 0] = 1
+            row = (attention + identity) / 2
+        else:
+            row = (row @ attention + row) / 2
+    assert row is not None
+    patches = row[:, 0, layout.num_prefix_tokens :]
+    return patches / patches.sum(-1, keepdim=True)
+
+
+@torch.no_grad()
+def class_kl(student: ClassMaps, teacher: ClassMaps, merge: str = "mean") -> tuple[Tensor | None, Tensor]:
+    """KL(teacher ‖ student) of the class token's attention, in nats.
+
+    A teacher on another grid is resized to the student's first, head by head.
+
+    Returns:
+        [B, H] head by head (None when the numbers of heads differ) and [B] after merging.
+    """
+    rows = resample_attention(teacher.rows, teacher.grid, student.grid)
+    call = student.call
+    per_head = None
+    if rows.shape[1] == call.query.shape[1]:
+        per_head = attention_kl(
+            call.query,
+            call.key,
+            teacher_probs=rows,
+            student_scale=call.scale,
+            student_mask=call.mask,
+            reduction="none",
+        )[..., 0]
+    merged = attention_kl(
+        call.query,
+        call.key,
+        teacher_probs=merge_attention(rows, merge),
+        student_scale=call.scale,
+        student_mask=call.mask,
+        merge=merge,
+        reduction="none",
+    )
+    return per_head, merged[:, 0, 0]
+
+
+def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """[..., h, w] → [..., H, W], bilinear: from patches to pixels."""
+    flat = maps.reshape(-1, 1, *maps.shape[-2:]).float()
+    return F.interpolate(flat, size=size, mode="bilinear", align_corners=False).reshape(*maps.shape[:-2], *size)

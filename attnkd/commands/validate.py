@@ -1,0 +1,258 @@
+"""`attnkd validate`: the kernels against the float64 reference, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnkd.attention import dispatch
+from attnkd.attention.api import attention_kl, attention_rows
+from attnkd.attention.chunked.sweep import logits_in_a_block
+from attnkd.commands.info import devices, versions
+from attnkd.relation.api import relation_row_loss
+from attnkd.testing import cases
+from attnkd.testing.cases import Case
+from attnkd.testing.proof import prove, prove_relation, prove_rows
+from attnkd.testing.tolerance import Result
+
+PROOFS = {"rows": prove_rows, "relation": prove_relation}
+EPILOG = """Every case compares the outputs and all gradients with the float64 reference on the same inputs; the allowed error is a
+small multiple of what plain PyTorch's rounding causes. Each case also runs twice (results must be bitwise equal) and must
+keep the memory promise: no more than its results and, for a few rows, those rows. Exit status 1 if anything fails, with the
+command that runs the failing case alone."""
+
+
+@dataclass
+class Outcome:
+    """What one case showed. Errors are relative to the oracle's size; ratio = error / allowed."""
+
+    case: str
+    error: float
+    allowed: float
+    ratio: float
+    worst: str
+    deterministic: bool
+    memory: int
+    promise: int
+    failure: str
+
+    @property
+    def ok(self) -> bool:
+        return not self.failure
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "--impl", choices=("triton", "chunked"), default="triton", help="what to validate (default: triton)"
+    )
+    parser.add_argument(
+        "--cases", type=int, metavar="N", help="random cases after the fixed ones (default: 100, --quick: 10)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random cases (default: 0)")
+    parser.add_argument("--quick", action="store_true", help="every seventh fixed case only")
+    parser.add_argument("--minutes", type=float, metavar="M", help="fuzz: keep drawing random cases for M minutes")
+    parser.add_argument("--case", metavar="SPEC", help="run one case, as a failure prints it")
+    parser.add_argument("--device", help="where to run (default: cuda when there is one)")
+    parser.add_argument("--json", metavar="FILE", help="write every outcome to FILE")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.minutes is not None and args.minutes <= 0:
+        raise SystemExit(f"attnkd validate: --minutes: expected a number above 0, got {args.minutes:g}")
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    interpreted = args.impl == "triton" and device.type != "cuda"
+    if interpreted and not dispatch.interpreting():
+        return _again_in_the_interpreter()
+    print("  ".join(f"{name} {version}" for name, version in versions().items()))
+    for row in devices():
+        if device.type in row["device"]:
+            print(f"{row['device']}: {row['name']} ({row['details']})")
+    if interpreted:
+        from attnkd.testing import interpreter
+
+        interpreter.install()
+        print(
+            "No GPU: the kernels run in Triton's interpreter on small shapes. This proves their arithmetic, not their compilation."
+        )
+    outcomes = []
+    todo = _selection(args, small=interpreted)
+    for case in _with_progress(todo, args):
+        outcome = examine(case, args.impl, device)
+        outcomes.append(outcome)
+        if not outcome.ok:
+            print(f"FAIL {outcome.failure}\n     {_command(args, case)}", file=sys.stderr)
+    print(table(outcomes))
+    if args.json:
+        _write_json(args.json, outcomes, device)
+    failed = sum(not outcome.ok for outcome in outcomes)
+    print(f"{len(outcomes) - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+def examine(case: Case, impl: str, device: torch.device) -> Outcome:
+    """Run one case: errors, determinism, memory. A case that raises is a failure, not a crash."""
+    try:
+        arguments = case.arguments(device)
+        results = PROOFS.get(case.operation, prove)(impl, seed=case.seed, **arguments)
+        worst = max(results, key=lambda r: r.ratio)
+        first, memory = _measured(case, impl, arguments, device)
+        second, _ = _measured(case, impl, arguments, device)
+    except Exception as error:
+        return Outcome(str(case), 0.0, 0.0, float("inf"), "", False, 0, 0, f"{type(error).__name__}: {error}")
+    same = all(torch.equal(a, b) or _same_nan(a, b) for a, b in zip(first, second, strict=True))
+    promise = memory_promise(case, first, logits_in_a_block(device) if impl == "chunked" else 0)
+    failure = "; ".join(str(r) for r in results if not r.ok)
+    if not same:
+        failure = "; ".join(filter(None, (failure, "two runs differ")))
+    if memory > promise:
+        failure = "; ".join(filter(None, (failure, f"{memory:,} bytes allocated, promised {promise:,}")))
+    return Outcome(str(case), worst.error, worst.allowed, worst.ratio, _short(worst), same, memory, promise, failure)
+
+
+def memory_promise(case: Case, results: list[Tensor], block: int) -> int:
+    """Bytes that forward and backward may allocate: the results three times over (they are accumulated in fp32), a few numbers a
+    query, key and head, and, where at most 16 rows are asked for, six fp32 copies of those rows. Nothing grows with M·N beyond
+    that, but for an implementation that works on blocks of ``block`` logits: it has eight fp32 buffers of that size, or of the
+    logits that there are.
+    """
+    total = 3 * sum(x.numel() * max(x.element_size(), 4) for x in results)
+    heads = max(case.H, case.Ht)
+    total += 128 * case.B * heads * (case.M + case.N) + (1 << 20)
+    total += 8 * 4 * min(block, case.B * heads * case.M * case.N)
+    if case.operation != "map":
+        total += 6 * 4 * case.B * 2 * heads * case.M * case.N
+        total += 8 * case.B * heads * case.M * (case.D + case.Dt) * (1 + case.N // 4)  # partial sums of split rows
+    return total
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """A line for each operation, dtype and merge: cases, worst error, allowed error, their ratio."""
+    groups: dict[tuple[str, str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        case = cases.parse(outcome.case)
+        groups.setdefault((case.operation, case.dtype, str(case.merge)), []).append(outcome)
+    lines = [
+        f"{'operation':<10}{'dtype':<7}{'merge':<8}{'cases':>6}{'worst error':>14}{'allowed':>11}{'ratio':>8}  result"
+    ]
+    for (operation, dtype, merge), members in groups.items():
+        worst = max(members, key=lambda o: o.ratio)
+        failed = sum(not o.ok for o in members)
+        verdict = f"{failed} FAILED" if failed else "ok"
+        numbers = f"{worst.error:>14.2e}{worst.allowed:>11.2e}{worst.ratio:>8.2f}"
+        lines.append(f"{operation:<10}{dtype:<7}{merge:<8}{len(members):>6}{numbers}  {verdict:<9} {worst.worst}")
+    return "\n".join(lines)
+
+
+def _selection(args: argparse.Namespace, small: bool) -> Iterable[Case]:
+    if args.case is not None:
+        try:
+            return [cases.parse(args.case)]
+        except ValueError as error:
+            raise SystemExit(f"attnkd validate: --{error}") from None
+    rng = random.Random(args.seed)
+    if args.minutes is not None:
+        return _until(time.monotonic() + 60 * args.minutes, rng, args.impl, small)
+    chosen = list(cases.fixed(args.impl, small))[:: 7 if args.quick else 1]
+    count = args.cases if args.cases is not None else (10 if args.quick else 100)
+    return chosen + [cases.draw(rng, args.impl, small) for _ in range(count)]
+
+
+def _until(end: float, rng: random.Random, impl: str, small: bool) -> Iterator[Case]:
+    while time.monotonic() < end:
+        yield cases.draw(rng, impl, small)
+
+
+def _with_progress(todo: Iterable[Case], args: argparse.Namespace) -> Iterable[Case]:
+    from tqdm.auto import tqdm
+
+    return tqdm(todo, desc="validate", unit="case", leave=False, disable=None)
+
+
+def _measured(case: Case, impl: str, arguments: dict[str, Any], device: torch.device) -> tuple[list[Tensor], int]:
+    """Loss and gradients of a plain call, and the bytes it allocated at its peak (interpreter: in all)."""
+    names = [n for n in ("student_query", "student_key", "student_features") if n in arguments]
+    leaves = {n: arguments[n].detach().requires_grad_() for n in names}
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        results = _call(case, impl, arguments | leaves, list(leaves.values()))
+        torch.cuda.synchronize(device)
+        return results, torch.cuda.max_memory_allocated(device) - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        results = _call(case, impl, arguments | leaves, list(leaves.values()))
+    return results, _peak(profiler)
+
+
+def _call(case: Case, impl: str, arguments: dict[str, Any], leaves: list[Tensor]) -> list[Tensor]:
+    if case.operation == "relation":
+        out = loss = relation_row_loss(**arguments, impl=impl)
+    elif case.operation == "rows":
+        renamed = {n.removeprefix("student_"): a for n, a in arguments.items()}
+        out = attention_rows(**renamed, impl=impl)
+        loss = out.square().sum()
+    else:
+        out = loss = attention_kl(**arguments, impl=impl)
+    return [out.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def _peak(profiler: Any) -> int:
+    """The highest sum of allocations minus frees that the profiler saw."""
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    now = peak = 0
+    for event in events:
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def _same_nan(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def _short(result: Result) -> str:
+    return f"{result.name.split()[-1]} ({result.why})"
+
+
+def _command(args: argparse.Namespace, case: Case) -> str:
+    device = f" --device {args.device}" if args.device else ""
+    return f"attnkd validate --impl {args.impl}{device} --case {case}"
+
+
+def _again_in_the_interpreter() -> int:
+    """Triton's interpreter must be chosen before the kernels are imported, so start over with it."""
+    if not dispatch.TRITON_INSTALLED:
+        raise SystemExit(
+            "attnkd validate: triton is not installed; `--impl chunked` validates the plain PyTorch implementation"
+        )
+    # The other two silence the profiler that measures memory.
+    os.environ |= {"TRITON_INTERPRET": "1", "KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "attnkd", *sys.argv[1:]])
+
+
+def _write_json(path: str, outcomes: list[Outcome], device: torch.device) -> None:
+    report = {
+        "versions": versions(),
+        "device": str(device),
+        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter",
+        "outcomes": [asdict(o) | {"ok": o.ok} for o in outcomes],
+    }
+    partial = f"{path}.partial"
+    with open(partial, "w") as file:
+        json.dump(report, file, indent=1)
+    os.replace(partial, path)

@@ -1,0 +1,202 @@
+"""What the training tasks share: a student that trains, frozen teachers beside it, scheduled weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnkd.capture.models import TrainingTask, image_size, input_stats, resolve_model, token_layout, unwrap_model
+from attnkd.capture.tap import AttentionTap
+from attnkd.methods.schedule import Schedules
+from attnkd.methods.student_teacher import FrozenTeacher, TrainedStudent
+
+_logger = logging.getLogger(__name__)
+
+
+class DistillTask(TrainingTask):
+    """Base of the training tasks.
+
+    A ``timm.task.TrainingTask``: EMA, DDP, compilation and checkpoints work as in timm's distillation tasks. Teachers
+    are frozen, stay in evaluation mode, and are not submodules: they are in no optimizer, state_dict or checkpoint.
+    What trains beside the student and the time of the schedules are the checkpoint's task state.
+
+    Args:
+        trainable: the student and what trains beside it.
+        teachers: frozen teachers by name.
+        criterion: loss of (student output, targets), or None to train without labels.
+        schedules: weights and temperatures by name.
+        impl: implementation of the attention losses, see :func:`attnkd.attention_kl`.
+        device: moves all models there; None is where the student is. dtype: of what trains beside the student; None is
+            the student's.
+    """
+
+    teachers: dict[str, FrozenTeacher]
+
+    def __init__(
+        self,
+        trainable: TrainedStudent,
+        teachers: Mapping[str, FrozenTeacher],
+        *,
+        criterion: nn.Module | None,
+        schedules: Schedules,
+        impl: str,
+        device: torch.device | None,
+        dtype: torch.dtype | None,
+        verbose: bool,
+    ) -> None:
+        student = trainable.model
+        parameter = next(student.parameters())
+        super().__init__(device=device or parameter.device, dtype=dtype or parameter.dtype, verbose=verbose)
+        self.criterion, self.schedules, self.impl = criterion, schedules, impl
+        for module in trainable.task_modules().values():
+            module.to(self.dtype)
+        self.trainable_module: Any = trainable.to(self.device)
+        for name, teacher in teachers.items():
+            teacher.to(self.device)
+            stats, theirs = input_stats(student), input_stats(teacher.tap.model)
+            if teacher.input_norm is None and stats != theirs:
+                _logger.warning(
+                    f"image mean and std differ between student {stats} and {name} {theirs}: images must come normalised "
+                    f"for the {name}, or say with input_norm how they come"
+                )
+        # In __dict__, not in _modules: parameters(), state_dict(), train() and requires_grad_() must not reach them.
+        self.__dict__["teachers"] = dict(teachers)
+
+    @property
+    def student(self) -> nn.Module:
+        """The student model itself, without wrappers."""
+        return unwrap_model(self.trainable_module).model
+
+    @property
+    def student_tap(self) -> AttentionTap:
+        return unwrap_model(self.trainable_module).tap
+
+    def set_epoch(self, epoch: float) -> None:
+        """Tell the epoch (0 at the start) to the scheduled numbers; call it as you would a sampler's ``set_epoch``."""
+        self.schedules.set_epoch(epoch)
+
+    def set_step(self, step: int) -> None:
+        """Tell the number of optimizer steps done to numbers scheduled by step."""
+        self.schedules.set_step(step)
+
+    def run_student(self, images: Tensor, targets: Tensor | None, **options: Any) -> Any:
+        """What the trainable module returns for the images, after a look at the arguments."""
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"images: expected [B, C, H, W], got {got}; NaFlex batches of patches are not supported")
+        if self.criterion is not None and targets is None:
+            raise ValueError("targets: needed by criterion, got None (criterion=None trains without labels)")
+        return self.trainable_module(images, **options)
+
+    def leaves_parameters_unused(self) -> bool:
+        """Whether a step may give some parameter no gradient; DistributedDataParallel must know."""
+        return self.criterion is None  # the head, and all that follows the last attention if nothing else is compared
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> DistillTask:
+        """Wrap what trains in DistributedDataParallel; the teachers stay as they are on every rank."""
+        if self.leaves_parameters_unused():
+            ddp_kwargs.setdefault("find_unused_parameters", True)
+        self.trainable_module = nn.parallel.DistributedDataParallel(
+            self.trainable_module, device_ids=device_ids, **ddp_kwargs
+        )
+        return self
+
+    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> Any:
+        """Compile what trains and the teachers, before :meth:`prepare_distributed`. Returns the model to evaluate."""
+        options: dict[str, Any] = {"backend": backend, "mode": mode, **compile_kwargs}
+        self.eval_model = torch.compile(self.student, **options)
+        self.trainable_module = torch.compile(self.trainable_module, **options)
+        for teacher in self.teachers.values():
+            teacher.compile(**options)
+        return self.eval_model
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        resolved = super().get_eval_model(module=module, ema=ema)
+        plain = None if resolved is None else unwrap_model(resolved)
+        return plain.model if isinstance(plain, TrainedStudent) else resolved
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        trainable = module if module is not None else self.get_trainable_module(ema=ema)
+        if trainable is None:
+            return {}
+        beside = unwrap_model(trainable).task_modules()
+        return {name: m.state_dict() for name, m in beside.items()} | {"schedules": self.schedules.state_dict()}
+
+    def load_task_state(
+        self,
+        state: dict[str, Any] | None,
+        strict: bool = True,
+        module: nn.Module | None = None,
+        ema: bool = False,
+    ) -> None:
+        """Restore :meth:`get_task_state`. The schedules' time may be missing where no number changes."""
+        state, task = state or {}, type(self).__name__
+        trainable = module if module is not None else self.get_trainable_module(ema=ema)
+        if trainable is None:
+            raise RuntimeError(f"{task}: setup_ema() comes before loading an EMA checkpoint")
+        beside = unwrap_model(trainable).task_modules()
+        needed = [*beside, *(["schedules"] if not self.schedules.constant else [])]
+        missing = [name for name in needed if name not in state]
+        if strict and missing:
+            listed = ", ".join(map(repr, missing))
+            raise RuntimeError(f"{task}: the checkpoint has no task state {listed} (strict=False ignores that)")
+        for name in beside.keys() & state.keys():
+            beside[name].load_state_dict(state[name], strict=strict)
+        if "schedules" in state:
+            self.schedules.load_state_dict(state["schedules"])
+
+    def untap(self) -> tuple[nn.Module, Any]:
+        """Give student and teachers back as plain models; the task cannot run after that."""
+        return self.student_tap.untap(), [teacher.tap.untap() for teacher in self.teachers.values()]
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> DistillTask:
+        for teacher in self.teachers.values():
+            teacher._apply(fn, *args, **kwargs)
+        return super()._apply(fn, *args, **kwargs)
+
+
+def build_student(student: str | nn.Module, criterion: nn.Module | None, num_classes: int | None) -> nn.Module:
+    """The student; by name it is new, with a classifier for ``num_classes`` if there is a class loss."""
+    if not isinstance(student, str):
+        if num_classes is not None:
+            raise ValueError("num_classes: only for a student given by name, got it together with a model")
+        return student
+    model = resolve_model(student, pretrained=False)
+    if criterion is not None:
+        if num_classes is None:
+            raise ValueError(f"num_classes: needed to build student {student!r} with a classifier, got None")
+        model.reset_classifier(num_classes)  # type: ignore[operator]
+    return model
+
+
+def check_pair(student: nn.Module, name: str, teacher: nn.Module, class_token: bool = False) -> None:
+    """Refuse models that cannot be compared on the same images.
+
+    Args:
+        name: of the teacher, for messages.
+        class_token: both must have one.
+
+    Raises:
+        TypeError: not a timm model.
+        ValueError: no class token, shared parameters, or fixed image sizes that differ.
+    """
+    for label, model in (("student", student), (name, teacher)):
+        if not isinstance(model, nn.Module) or not hasattr(model, "forward_features"):
+            raise TypeError(f"{label}: expected a timm model or its name, got {type(model).__name__}")
+        if class_token and not token_layout(model).has_cls:
+            raise ValueError(
+                f"{label}: class tokens are compared, but {type(model).__name__} has none "
+                f"(num_prefix_tokens = {token_layout(model).num_prefix_tokens}, cls_token is None)"
+            )
+    if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
+        raise ValueError(f"{name}: shares parameters with student; freezing the teacher would freeze the student")
+    sizes = image_size(student), image_size(teacher)
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"student and {name} see the same images, but student takes {sizes[0]} and {name} {sizes[1]} pixels only; "
+            "build one of them with another img_size, or with dynamic_img_size=True"
+        )

@@ -1,0 +1,1 @@
+"""The squared error between two relation rows: the operation and its implementations."""

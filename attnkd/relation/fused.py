@@ -1,0 +1,71 @@
+"""The relation row as a PyTorch operation: its kernels registered as opaque ops inside an autograd function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnkd.operators import first_order_only
+from attnkd_kernels.relation_row import num_blocks, relation_row_bwd, relation_row_fwd
+
+_LIBRARY = torch.library.Library("attnkd", "FRAGMENT")
+
+
+def _register(schema: str, function: Any, fake: Any) -> Any:
+    name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for backend in ("CPU", "CUDA"):  # on CPU tensors the kernels run in Triton's interpreter
+        _LIBRARY.impl(name, function, backend)
+    torch.library.register_fake(f"attnkd::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.attnkd, name).default
+
+
+def _fwd_fake(student, teacher, student_prefix, teacher_prefix, eps, need_grad):
+    B, patches = student.shape[0], student.shape[1] - student_prefix
+    loss = student.new_empty(B, dtype=torch.float32)
+    if not need_grad:
+        return loss, loss.new_empty(0), loss.new_empty(0)
+    blocks = num_blocks(patches, student.shape[2], teacher.shape[2])
+    return loss, loss.new_empty((B, 2, patches)), loss.new_empty((B, blocks))
+
+
+def _bwd_fake(grad, coef, b_0, student, student_prefix):
+    return torch.empty_like(student)
+
+
+_relation_row_fwd = _register(
+    "relation_row_fwd(Tensor student, Tensor teacher, int student_prefix, int teacher_prefix, float eps, bool need_grad) "
+    "-> (Tensor, Tensor, Tensor)",
+    relation_row_fwd,
+    _fwd_fake,
+)
+_relation_row_bwd = _register(
+    "relation_row_bwd(Tensor grad, Tensor coef, Tensor b_0, Tensor student, int student_prefix) -> Tensor",
+    relation_row_bwd,
+    _bwd_fake,
+)
+
+
+class RelationRowFunction(torch.autograd.Function):
+    """Loss per image [B]; the teacher gets no gradient."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, student_prefix, teacher_prefix, eps, need_grad):
+        loss, coef, b_0 = _relation_row_fwd(student, teacher, student_prefix, teacher_prefix, eps, need_grad)
+        if need_grad:
+            ctx.save_for_backward(coef, b_0, student)
+            ctx.student_prefix = student_prefix
+        return loss
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx, grad):
+        coef, b_0, student = ctx.saved_tensors
+        return _relation_row_bwd(grad, coef, b_0, student, ctx.student_prefix), None, None, None, None, None
+
+
+def per_image(student: Tensor, teacher: Tensor, student_prefix: int, teacher_prefix: int, eps: float) -> Tensor:
+    """Mean over patches of (r_s − r_t)² for every image, [B] fp32."""
+    need_grad = torch.is_grad_enabled() and student.requires_grad
+    return RelationRowFunction.apply(student, teacher, student_prefix, teacher_prefix, eps, need_grad)

@@ -1,0 +1,1 @@
+"""Kernels of a few query rows: the class token's row."""

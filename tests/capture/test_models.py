@@ -1,0 +1,159 @@
+"""Token facts: prefix tokens, class token, patch grid, and the keys that two models share."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from attnkd.attention.call import AttentionCall, cls_row, shared_keys
+from attnkd.capture.models import cls_features, image_size, input_stats, patch_grid, resolve_model, token_layout
+from attnkd.capture.tap import AttentionTap
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3, "num_classes": 0}
+
+
+def make(name: str = "vit_tiny_patch16_224", **changes: object) -> nn.Module:
+    options = {key: value for key, value in {**TINY, **changes}.items() if value is not None}
+    return timm.create_model(name, **options).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "prefix", "has_cls"),
+    [
+        ("vit_tiny_patch16_224", {}, 1, True),
+        ("deit_tiny_distilled_patch16_224", {}, 2, True),
+        ("vit_small_patch14_reg4_dinov2", {}, 5, True),
+        ("vit_small_patch16_dinov3", {}, 5, True),
+        ("beit_base_patch16_224", {}, 1, True),
+        ("cait_xxs24_224", {}, 1, True),
+        ("vit_medium_patch16_reg4_gap_256", {}, 4, False),  # registers, but no class token
+        ("vit_relpos_base_patch16_224", {}, 0, False),
+        ("naflexvit_base_patch16_gap", {"img_size": None}, 4, False),
+        ("naflexvit_base_patch16_gap", {"img_size": None, "class_token": True}, 5, True),
+    ],
+)
+def test_token_layout(name: str, changes: dict, prefix: int, has_cls: bool) -> None:
+    model = make(name, **changes)
+    layout = token_layout(model)
+    assert (layout.num_prefix_tokens, layout.has_cls, layout.feature_dim) == (prefix, has_cls, 48)
+    tokens = model.forward_features(torch.randn(1, 3, 32, 32))
+    assert tokens.shape == (1, prefix + 16, 48)
+
+
+def test_token_layout_needs_a_vision_transformer() -> None:
+    with pytest.raises(TypeError, match="num_prefix_tokens and num_features, got Linear"):
+        token_layout(nn.Linear(2, 2))
+
+
+class TestPatchGrid:
+    def test_follows_the_input_not_the_stale_grid_size(self) -> None:
+        model = make(dynamic_img_size=True)
+        tap = AttentionTap(model)
+        for height, width in [(32, 32), (48, 16), (16, 24)]:
+            _, (call,) = tap(torch.randn(1, 3, height, width))
+            grid = patch_grid(model, (height, width), call.key.shape[2] - 1)
+            assert grid == (height // 8, width // 8)
+        assert model.patch_embed.grid_size == (4, 4), "timm keeps the first grid here; that is why it is not used"
+
+    def test_padding(self) -> None:
+        model = make(dynamic_img_size=True, dynamic_img_pad=True)
+        _, (call,) = AttentionTap(model)(torch.randn(1, 3, 30, 17))
+        assert patch_grid(model, (30, 17), call.key.shape[2] - 1) == (4, 3)
+
+    def test_naflex(self) -> None:
+        model = make("naflexvit_base_patch16_gap", img_size=None)
+        _, (call,) = AttentionTap(model)(torch.randn(1, 3, 16, 40))
+        assert patch_grid(model, (16, 40), call.key.shape[2] - 4) == (2, 5)
+
+    def test_tokens_that_are_not_a_grid(self) -> None:
+        model = make(patch_drop_rate=0.5).train()
+        _, (call,) = AttentionTap(model)(torch.randn(1, 3, 32, 32))
+        with pytest.raises(
+            ValueError, match=r"expected 4·4 = 16 patch tokens for images of 32x32, its attention has 8"
+        ):
+            patch_grid(model, (32, 32), call.key.shape[2] - 1)
+        with pytest.raises(TypeError, match="Linear has no patch_embed"):
+            patch_grid(nn.Linear(2, 2), (32, 32), 16)
+
+
+class TestSharedKeys:
+    def test_one_prefix_token_copies_nothing(self) -> None:
+        key, mask = torch.randn(2, 3, 17, 8), torch.randn(1, 3, 17, 17)
+        same, same_mask = shared_keys(key, mask, 1)
+        assert same is key and same_mask is mask
+
+    def test_registers_are_left_out(self) -> None:
+        key, mask = torch.randn(2, 3, 21, 8), torch.randn(1, 3, 21, 21)
+        shared, shared_mask = shared_keys(key, mask, 5)
+        keep = [0, *range(5, 21)]
+        assert torch.equal(shared, key[:, :, keep])
+        assert shared_mask is not None and torch.equal(shared_mask, mask[..., keep])
+
+    def test_broadcast_masks(self) -> None:
+        key = torch.randn(2, 3, 21, 8)
+        for mask in (torch.zeros(2, 1, 21, 1), torch.zeros(1)):
+            assert shared_keys(key, mask, 5)[1] is mask
+
+    def test_is_the_conditional_distribution(self) -> None:
+        query, key = torch.randn(2, 3, 1, 8).double(), torch.randn(2, 3, 21, 8).double()
+        every = (query @ key.mT).softmax(-1)[..., [0, *range(5, 21)]]
+        shared, _ = shared_keys(key, None, 5)
+        torch.testing.assert_close((query @ shared.mT).softmax(-1), every / every.sum(-1, keepdim=True))
+
+    @pytest.mark.parametrize("prefix", [0, 18])
+    def test_wrong_prefix(self, prefix: int) -> None:
+        with pytest.raises(ValueError, match=f"num_prefix_tokens: expected 1 to 17 .*got {prefix}"):
+            shared_keys(torch.randn(2, 3, 17, 8), None, prefix)
+
+    @pytest.mark.parametrize("mask_shape", [(1, 3, 21, 21), (2, 1, 1, 21), (21, 21), (21,), None])
+    def test_cls_row(self, mask_shape: tuple | None) -> None:
+        query, key = torch.randn(2, 3, 21, 8), torch.randn(2, 3, 21, 8)
+        mask = None if mask_shape is None else torch.randn(mask_shape)
+        row = cls_row(AttentionCall(query, key, mask, 0.5), 5)
+        logits = query @ key.mT * 0.5 + (0.0 if mask is None else mask)
+        expected = logits[:, :, :1, [0, *range(5, 21)]]
+        got = row.query @ row.key.mT * row.scale + (0.0 if row.mask is None else row.mask)
+        torch.testing.assert_close(got, expected)
+
+
+class TestClsFeatures:
+    def test_normalised_tokens_are_taken_as_they_are(self) -> None:
+        model = make()
+        tokens = model.forward_features(torch.randn(2, 3, 32, 32))
+        assert torch.equal(cls_features(model, tokens), tokens[:, 0])
+        assert torch.equal(cls_features(model, tokens), model.forward_head(tokens, pre_logits=True))
+
+    def test_models_that_normalise_after_pooling(self) -> None:
+        model = make(global_pool="avg")
+        assert isinstance(model.norm, nn.Identity)
+        tokens = model.forward_features(torch.randn(2, 3, 32, 32))
+        features = cls_features(model, tokens)
+        assert torch.equal(features, model.fc_norm(tokens[:, 0])) and not torch.equal(features, tokens[:, 0])
+
+    def test_refusals(self) -> None:
+        model = make(final_norm=False)
+        with pytest.raises(ValueError, match="neither norm nor fc_norm"):
+            cls_features(model, torch.randn(2, 17, 48))
+        with pytest.raises(ValueError, match=r"expected \[B, N, D\] tokens, got \(2, 48\)"):
+            cls_features(make(), torch.randn(2, 48))
+
+
+def test_resolve_model() -> None:
+    model = make()
+    assert resolve_model(model, pretrained=True) is model
+    built = resolve_model("test_vit", pretrained=False)
+    assert isinstance(built, nn.Module) and built.num_classes == 0
+
+
+def test_image_size() -> None:
+    assert image_size(make()) == (32, 32)
+    assert image_size(make(dynamic_img_size=True)) is None
+    assert image_size(make("naflexvit_base_patch16_gap", img_size=None)) is None
+
+
+def test_input_stats() -> None:
+    assert input_stats(make()) == ((0.5,) * 3, (0.5,) * 3)
+    assert input_stats(make("vit_small_patch16_224.dino"))[0] == pytest.approx((0.485, 0.456, 0.406))
+    assert input_stats(nn.Linear(2, 2)) is None

@@ -1,0 +1,166 @@
+"""`attnkd maps`: the numbers behind the figure, and the command on digits, photographs and image files."""
+
+import argparse
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from attnkd.capture.class_maps import attention_rollout, class_kl, class_maps, upsample
+from attnkd.capture.models import token_layout
+from attnkd.capture.tap import AttentionTap
+from attnkd.commands import maps
+from attnkd.demo import models
+
+
+def vit(heads, seed=0, patch_size=4, depth=3, **options):
+    args = {**models.STUDENT, "patch_size": patch_size, "num_heads": heads, "depth": depth, "embed_dim": 48, **options}
+    model = models.create(args, seed).eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight.mul_(3)
+    return model
+
+
+def attention(model, images):
+    """Every block's attention [B, H, N, N]."""
+    _, calls = AttentionTap(model, "all")(images)
+    return [(call.query @ call.key.transpose(-2, -1) * call.scale).softmax(-1) for call in calls]
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_class_maps_are_the_class_tokens_rows(images):
+    model = vit(4)
+    rows = attention(model, images)[1][:, :, 0]
+    shown = class_maps(model, images, block=1)
+    torch.testing.assert_close(shown.rows[:, :, 0], rows)
+    torch.testing.assert_close(shown.heads_map, rows[..., 1:].unflatten(-1, (4, 4)))
+    torch.testing.assert_close(shown.merged_map, rows.mean(1)[..., 1:].unflatten(-1, (4, 4)))
+    assert not model.training and class_maps(model.train(), images, rollout=False).rollout is None and model.training
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+@torch.no_grad()
+def test_rollout_is_the_product_of_all_maps(images, registers):
+    model = vit(4, reg_tokens=registers)
+    product = torch.eye(17 + registers)
+    for probs in attention(model, images):
+        product = (probs.mean(1) + torch.eye(17 + registers)) / 2 @ product
+    expected = product[:, 0, 1 + registers :]
+    rollout = class_maps(model, images).rollout
+    torch.testing.assert_close(rollout, expected / expected.sum(-1, keepdim=True))
+    assert rollout.std() > 1e-3
+    _, calls = AttentionTap(model, "all")(images)
+    torch.testing.assert_close(attention_rollout(calls[:1], token_layout(model)).sum(-1), torch.ones(2))
+
+
+@torch.no_grad()
+def test_kl_per_head_and_merged(images):
+    teacher, student = vit(2, seed=1), vit(2)
+    shown = class_maps(teacher, images), class_maps(student, images)
+    per_head, merged = class_kl(shown[1], shown[0])
+    t, s = (attention(model, images)[-1][:, :, 0] for model in (teacher, student))
+    torch.testing.assert_close(per_head, F.kl_div(s.log(), t, reduction="none").sum(-1))
+    torch.testing.assert_close(merged, F.kl_div(s.mean(1).log(), t.mean(1), reduction="none").sum(-1))
+
+
+@torch.no_grad()
+def test_kl_with_other_heads_and_another_grid(images):
+    teacher, student = vit(4, seed=1, patch_size=2), vit(2)
+    shown = class_maps(teacher, images), class_maps(student, images)
+    per_head, merged = class_kl(shown[1], shown[0], "logsum")
+    assert per_head is None and merged.shape == (2,) and (merged > 0).all()
+    _, itself = class_kl(shown[1], shown[1], "logsum")
+    torch.testing.assert_close(itself, torch.zeros(2), atol=1e-6, rtol=0)
+
+
+def test_upsampling_keeps_constants_and_order():
+    torch.testing.assert_close(upsample(torch.full((2, 3, 4, 4), 0.25), (9, 7)), torch.full((2, 3, 9, 7), 0.25))
+    large = upsample(torch.tensor([[0.0, 1.0]]), (1, 8))
+    assert (large.diff() >= 0).all() and large[0, 0] == 0 and large[0, -1] == 1
+
+
+def command(*words):
+    parser = argparse.ArgumentParser()
+    maps.add_arguments(parser)
+    return maps.run(parser.parse_args([str(word) for word in words]))
+
+
+def picture_of(path):
+    with Image.open(path) as image:
+        image.load()
+        return image.size, len(image.convert("RGB").resize((64, 64)).getcolors(64 * 64))
+
+
+def test_newest_demo_on_digits(tmp_path, capsys):
+    for name, args in (
+        ("teacher-old", models.STUDENT),
+        ("teacher-new", models.TEACHER),
+        ("student-pa_ag-1", models.STUDENT),
+    ):
+        (tmp_path / name).mkdir()
+        models.save(models.create(args, 0), args, tmp_path / name / "model.safetensors")
+    output = tmp_path / "figures" / "maps.png"
+    assert command("--run", tmp_path, "--output", output, "--digits", 2, "--merge", "logsum") == 0
+    printed = capsys.readouterr().out
+    assert (
+        "digit 0:  logsum of heads " in printed
+        and "digit 1:" in printed
+        and "teacher and student have 4 and 2" in printed
+    )
+    size, colours = picture_of(output)
+    assert size[0] > 600 and size[1] > 500 and colours > 100
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    files = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        files.append(folder / f"{seed}.pth")
+        torch.save(timm.create_model("test_vit").state_dict(), files[-1])
+    options = ["--teacher", "test_vit", "--teacher-checkpoint", files[0], "--student", "test_vit"]
+    return [*options, "--student-checkpoint", files[1]]
+
+
+def test_photographs_by_default_and_own_files(checkpoints, tmp_path, capsys):
+    output = tmp_path / "maps.png"
+    assert command(*checkpoints, "--output", output) == 0
+    printed = capsys.readouterr().out
+    assert "china.jpg:" in printed and "flower.jpg:" in printed and "heads 0." in printed
+    file = tmp_path / "mine.png"
+    Image.linear_gradient("L").save(file)
+    before = picture_of(output)
+    assert command(file, *checkpoints, "--output", output, "--no-rollout") == 0
+    assert "mine.png:" in capsys.readouterr().out and picture_of(output)[0] != before[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--run", "nowhere"], "--teacher: no teacher in nowhere; run `attnkd demo` first, or name a timm model"),
+        (["--teacher", "vit_of_mine"], "--teacher: 'vit_of_mine' is neither a timm model nor a model.safetensors"),
+        (["--teacher-checkpoint", "x.pth"], "--teacher-checkpoint: needs the model it belongs to"),
+    ],
+)
+def test_refusals(words, message, capsys, tmp_path):
+    assert command(*words, "--output", tmp_path / "maps.png") == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "maps.png").exists()
+
+
+def test_refusals_with_models(checkpoints, capsys, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    assert command(tmp_path / "text.png", *checkpoints) == 2
+    assert "text.png" in capsys.readouterr().err
+    assert command(*checkpoints, "--block", 99) == 2
+    assert "blocks: expected" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="has no class token whose attention could be shown"):
+        class_maps(vit(2, class_token=False, global_pool="avg"), torch.randn(1, 1, 16, 16))

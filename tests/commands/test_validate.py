@@ -1,0 +1,119 @@
+"""`attnkd validate`: passes on honest kernels, fails on a broken one, and its failures can be run again alone."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from attnkd.attention.chunked import sweep as chunked_sweep
+from attnkd.commands import cli, validate
+from attnkd.testing import cases
+
+HAS_GPU = torch.cuda.is_available()
+
+
+def test_every_case_has_a_line_that_brings_it_back():
+    rng = random.Random(0)
+    drawn = list(cases.fixed("triton", small=True)) + [cases.draw(rng, "triton", small=False) for _ in range(200)]
+    assert all(cases.parse(str(case)) == case for case in drawn)
+    assert len({str(case) for case in drawn}) > 0.95 * len(drawn)
+
+
+@pytest.mark.parametrize("impl", ["triton", "chunked"])
+def test_fixed_cases_cover_what_is_promised(impl):
+    fixed = list(cases.fixed(impl, small=True))
+    for operation in cases.OPERATIONS:
+        for dtype in cases.DTYPES:
+            here = [c for c in fixed if (c.operation, c.dtype) == (operation, dtype)]
+            assert {c.layout for c in here} == set(cases.LAYOUTS)
+            if operation == "relation":
+                continue
+            assert {c.mask for c in here} == set(cases.MASKS)
+            if operation != "rows":
+                assert {c.divergence for c in here} == set(cases.DIVERGENCES)
+            if operation != "map" or impl == "chunked":
+                assert {c.merge for c in here} == set(cases.MERGES)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("M=two", "expected M to be a int"),
+        ("heads=3", "expected fields among"),
+        ("dtype=int8", "expected dtype to be one of"),
+    ],
+)
+def test_bad_cases_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        cases.parse(text)
+
+
+def test_passes_and_writes_json(tmp_path, capsys):
+    file = tmp_path / "outcomes.json"
+    case = "merge=logsum,dtype=bf16,layout=packed_qkv,N=40,D=32,Dt=48,Ht=2"
+    assert cli.main(["validate", "--case", case, "--json", str(file)]) == 0
+    (outcome,) = json.loads(file.read_text())["outcomes"]
+    assert outcome["ok"] and outcome["deterministic"] and 0 < outcome["ratio"] <= 1
+    assert 0 < outcome["memory"] <= outcome["promise"]
+    out = capsys.readouterr().out
+    assert "1 passed, 0 failed" in out and (HAS_GPU or "No GPU: the kernels run in Triton's interpreter" in out)
+
+
+@pytest.mark.parametrize("breakage", ["wrong", "unsteady", "hungry"])
+def test_fails_on_a_broken_kernel_and_prints_how_to_run_it_again(monkeypatch, capsys, breakage):
+    from attnkd.attention import fused_rows as ops_row
+
+    honest = ops_row.row_kl_bwd
+    calls = []
+
+    def broken(*arguments):
+        dq, dk, dmask = honest(*arguments)
+        calls.append(dk)
+        if breakage == "wrong":
+            dk = dk * 1.05
+        elif breakage == "unsteady":
+            dk = dk * (1 + 1e-7 * len(calls)) if len(calls) > 1 else dk
+        else:
+            torch.empty(1 << 24, device=dk.device).fill_(0)
+        return dq, dk, dmask
+
+    library = torch.library.Library("attnkd", "IMPL")
+    backend = "CUDA" if HAS_GPU else "CPU"
+    library.impl("row_kl_bwd", broken, backend, allow_override=True)
+    try:
+        assert cli.main(["validate", "--case", "N=40,D=32,Dt=32"]) == 1
+    finally:
+        library._destroy()
+    captured = capsys.readouterr()
+    expected = {"wrong": "dstudent_key: WRONG", "unsteady": "two runs differ", "hungry": "bytes allocated, promised"}[
+        breakage
+    ]
+    assert expected in captured.err
+    assert "attnkd validate --impl triton --case D=32,N=40" in captured.err or "--case N=40,D=32,Dt=32" in captured.err
+    assert "1 FAILED" in captured.out
+    assert cli.main(["validate", "--case", "N=40,D=32,Dt=32"]) == 0
+
+
+def test_blocks_of_logits_are_part_of_the_memory_promise(monkeypatch):
+    """As on a GPU, or a CPU with many cores: one block of the chunked implementation holds every logit there is."""
+    monkeypatch.setattr(chunked_sweep, "CPU_BLOCK", chunked_sweep.DEVICE_BLOCK)
+    case = cases.parse("operation=map,dtype=bf16,divergence=js,M=197,N=197,D=16,Dt=16,B=3")
+    outcome = validate.examine(case, "chunked", torch.device("cpu"))
+    assert outcome.ok, outcome.failure
+    assert outcome.memory > validate.memory_promise(case, [], 0)  # the blocks show
+
+
+@pytest.mark.skipif(HAS_GPU, reason="with a GPU there is nothing to start over")
+def test_without_a_gpu_it_starts_over_in_the_interpreter():
+    """As a user runs it: a fresh process without TRITON_INTERPRET; a seeded random case, and a short fuzz."""
+    import os
+
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "attnkd", "validate", "--minutes", "0.02", "--seed", "3"]
+    environment["PYTHONPATH"] = os.pathsep.join(["kernels", *sys.path])
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "No GPU" in result.stdout and "0 failed" in result.stdout
