@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from attnkd.attention.api import attention_kl, attention_rows
+from attnkd.attention.api import attention_divergence, attention_rows
 from attnkd.attention.merging import merge_attention
 from attnkd.attention.resample import resample_attention
 from attnkd.relation.api import relation_row_loss
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from attnkd.capture.tap import AttentionTap
     from attnkd.methods.attention_probe import AttentionProbe
     from attnkd.methods.attn_distill import AttnDistill
+    from attnkd.methods.head_importance import head_importance, select_heads
     from attnkd.methods.head_kd import HeadKD
     from attnkd.methods.pos_embed import sincos_pos_embed_
     from attnkd.methods.recipes import AttnDistillRecipe
+    from attnkd.methods.schedule import Schedule
     from attnkd.methods.ssta import SSTA
 
 __version__ = "0.1.0"
@@ -33,11 +35,14 @@ __all__ = [
     "AttnDistill",
     "AttnDistillRecipe",
     "HeadKD",
-    "attention_kl",
+    "Schedule",
+    "attention_divergence",
     "attention_rows",
+    "head_importance",
     "merge_attention",
     "relation_row_loss",
     "resample_attention",
+    "select_heads",
     "sincos_pos_embed_",
 ]
 
@@ -48,6 +53,9 @@ _LAZY = {
     "AttnDistill": "attnkd.methods.attn_distill",
     "AttnDistillRecipe": "attnkd.methods.recipes",
     "HeadKD": "attnkd.methods.head_kd",
+    "Schedule": "attnkd.methods.schedule",
+    "head_importance": "attnkd.methods.head_importance",
+    "select_heads": "attnkd.methods.head_importance",
     "SSTA": "attnkd.methods.ssta",
     "sincos_pos_embed_": "attnkd.methods.pos_embed",
 }

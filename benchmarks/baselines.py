@@ -76,7 +76,7 @@ def total_divergence(z_s: Tensor, z_t: Tensor, kind: str) -> Tensor:
 
 
 def divergence(scores: Scores | None, merge: str | None, kind: str, temperature: float) -> Callable[..., Tensor]:
-    """attention_kl(..., reduction='batchmean') of (student_query, student_key, teacher_query, teacher_key).
+    """attention_divergence(..., reduction='batchmean') of (student_query, student_key, teacher_query, teacher_key).
 
     ``scores`` None: whole maps are computed, of which the first row is compared.
     """

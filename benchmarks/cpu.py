@@ -191,10 +191,10 @@ def _step(case: Case, name: str) -> Callable[[], None]:
 
 
 def _chunked(case: Case) -> Callable[..., Tensor]:
-    from attnkd import attention_kl
+    from attnkd import attention_divergence
 
     def loss(*tensors: Tensor) -> Tensor:
-        return attention_kl(
+        return attention_divergence(
             *tensors, merge=case.merge, divergence=case.divergence, reduction="batchmean", impl="chunked"
         )
 

@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         interpreter.install()
     import attnkd
 
-    attnkd.attention_kl  # noqa: B018
+    attnkd.attention_divergence  # noqa: B018
     import_s = time.perf_counter() - start
     from benchmarks import cases, measure, registry
 

@@ -64,7 +64,7 @@ def gradients(loss: Tensor, given: dict[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Attention(Call):
-    """``attention_kl`` (or ``attention_rows``, for rows of one model).
+    """``attention_divergence`` (or ``attention_rows``, for rows of one model).
 
     Attributes:
         rows: number of query rows M; 0 means all N.
@@ -150,13 +150,13 @@ class Attention(Call):
         return given
 
     def loss(self, given: dict[str, Tensor]) -> Tensor:
-        from attnkd import attention_kl, attention_rows
+        from attnkd import attention_divergence, attention_rows
 
         if self.one_model:
             query, key = given["student_query"], given["student_key"]
             return attention_rows(query, key, merge=self.merge, impl="triton").square().sum()
         arguments: dict[str, Any] = {**given}
-        return attention_kl(**arguments, merge=self.merge, divergence=self.divergence, impl="triton")
+        return attention_divergence(**arguments, merge=self.merge, divergence=self.divergence, impl="triton")
 
     def floors(self) -> dict[str, int]:
         """The forward reads both models' queries, keys and masks (or the given rows) once and writes the loss.

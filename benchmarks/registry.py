@@ -104,14 +104,16 @@ def _divergence(
     temperature: float = 1.0,
     **more: Any,
 ) -> Operation:
-    """An entry for one setting of :func:`attnkd.attention_kl`."""
+    """An entry for one setting of :func:`attnkd.attention_divergence`."""
     options: dict[str, Any] = {"merge": merge, "divergence": kind, "temperature": temperature}
 
     def ours(impl: str) -> Function:
-        return lambda qs, ks, qt, kt: attnkd.attention_kl(qs, ks, qt, kt, reduction="batchmean", impl=impl, **options)
+        return lambda qs, ks, qt, kt: attnkd.attention_divergence(
+            qs, ks, qt, kt, reduction="batchmean", impl=impl, **options
+        )
 
     def reference(qs: Tensor, ks: Tensor, qt: Tensor, kt: Tensor) -> tuple[Tensor, ...]:
-        return (attnkd.attention_kl(qs, ks, qt, kt, reduction="sum", impl="reference", **options),)
+        return (attnkd.attention_divergence(qs, ks, qt, kt, reduction="sum", impl="reference", **options),)
 
     by_matmul = baselines.divergence(baselines.matmul_scores, merge, kind, temperature)
     whole = baselines.divergence(None, merge, kind, temperature) if one_row else by_matmul
@@ -207,7 +209,9 @@ def _attention_rows(
 
 def _against_rows() -> Operation:
     def ours(impl: str) -> Function:
-        return lambda q, k, probs: attnkd.attention_kl(q, k, teacher_probs=probs, reduction="batchmean", impl=impl)
+        return lambda q, k, probs: attnkd.attention_divergence(
+            q, k, teacher_probs=probs, reduction="batchmean", impl=impl
+        )
 
     def work(shape: Shape, itemsize: int) -> dict[str, Work]:
         token = shape.batch * shape.heads * shape.head_dim * itemsize
@@ -233,7 +237,9 @@ def _against_rows() -> Operation:
                 compiled=True,
             ),
         ),
-        lambda q, k, probs: (attnkd.attention_kl(q, k, teacher_probs=probs, reduction="sum", impl="reference"),),
+        lambda q, k, probs: (
+            attnkd.attention_divergence(q, k, teacher_probs=probs, reduction="sum", impl="reference"),
+        ),
         lambda shape: [()],
         work,
         _with_teacher_rows,
@@ -246,13 +252,15 @@ def _attention_and(name: str, summary: str, one_row: bool) -> Operation:
 
     def ours(qs: Tensor, ks: Tensor, qt: Tensor, kt: Tensor, vs: Tensor, vt: Tensor) -> tuple[Tensor, ...]:
         out_s, out_t = F.scaled_dot_product_attention(qs, ks, vs), F.scaled_dot_product_attention(qt, kt, vt)
-        loss = attnkd.attention_kl(qs[:, :, :rows], ks, qt[:, :, :rows], kt, reduction="batchmean", impl="triton")
+        loss = attnkd.attention_divergence(
+            qs[:, :, :rows], ks, qt[:, :, :rows], kt, reduction="batchmean", impl="triton"
+        )
         return out_s, out_t, loss
 
     def reference(qs: Tensor, ks: Tensor, qt: Tensor, kt: Tensor, vs: Tensor, vt: Tensor) -> tuple[Tensor, ...]:
         scale = qs.shape[-1] ** -0.5
         out_s, out_t = ((q @ k.mT * scale).softmax(-1) @ v for q, k, v in ((qs, ks, vs), (qt, kt, vt)))
-        loss = attnkd.attention_kl(qs[:, :, :rows], ks, qt[:, :, :rows], kt, reduction="sum", impl="reference")
+        loss = attnkd.attention_divergence(qs[:, :, :rows], ks, qt[:, :, :rows], kt, reduction="sum", impl="reference")
         return out_s, out_t, loss
 
     def work(shape: Shape, itemsize: int) -> dict[str, Work]:

@@ -29,10 +29,10 @@ def test_reference_and_chunked_run_without_triton_and_timm():
 import torch, attnkd
 q, k = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 5, 8)
 for impl in ("reference", "chunked", "auto"):
-    print(attnkd.attention_kl(q, k, k[:, :, :1], q.expand(-1, -1, 5, -1), impl=impl).item() > 0)
+    print(attnkd.attention_divergence(q, k, k[:, :, :1], q.expand(-1, -1, 5, -1), impl=impl).item() > 0)
     print(attnkd.attention_rows(q, k, merge="logsum", impl=impl).sum().item())
 try:
-    attnkd.attention_kl(q, k, q, k, impl="triton")
+    attnkd.attention_divergence(q, k, q, k, impl="triton")
 except NotImplementedError as error:
     print(error)
 """,

@@ -26,7 +26,7 @@ if dispatch.TRITON_INSTALLED:
     from attnkd.attention import fused_rows as ops_row
 
 
-def attention_kl(
+def attention_divergence(
     student_query: Tensor,
     student_key: Tensor,
     teacher_query: Tensor | None = None,
@@ -134,7 +134,7 @@ def attention_rows(
         key: [B, H, N, D].
         scale: multiplies the scores; None means D**-0.5.
         mask: broadcasts to [B, H, M, N]; boolean (True = visible) or additive.
-        merge: None, 'logsum', 'mean', 'max' or 'min'; see :func:`attention_kl`.
+        merge: None, 'logsum', 'mean', 'max' or 'min'; see :func:`attention_divergence`.
         temperature: T > 0, divides scores and mask.
         impl: 'auto', 'triton', 'chunked' or 'reference'.
 

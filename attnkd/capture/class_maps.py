@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnkd.attention.api import attention_kl, attention_rows
+from attnkd.attention.api import attention_divergence, attention_rows
 from attnkd.attention.call import AttentionCall, cls_row
 from attnkd.attention.merging import merge_attention
 from attnkd.attention.problem import MERGES, check_choice
@@ -126,7 +126,7 @@ def class_kl(student: ClassMaps, teacher: ClassMaps, merge: str = "mean") -> tup
     call = student.call
     per_head = None
     if rows.shape[1] == call.query.shape[1]:
-        per_head = attention_kl(
+        per_head = attention_divergence(
             call.query,
             call.key,
             teacher_probs=rows,
@@ -134,7 +134,7 @@ def class_kl(student: ClassMaps, teacher: ClassMaps, merge: str = "mean") -> tup
             student_mask=call.mask,
             reduction="none",
         )[..., 0]
-    merged = attention_kl(
+    merged = attention_divergence(
         call.query,
         call.key,
         teacher_probs=merge_attention(rows, merge),

@@ -45,11 +45,11 @@ def choices(device: torch.device) -> list[dict[str, str]]:
     """What impl="auto" does on ``device`` for each kind of call, found by asking the dispatcher."""
     rows = []
     for label, query_rows, merge in (
-        ("attention_kl, CLS row", 1, None),
-        ("attention_kl, CLS row, merge='logsum'", 1, "logsum"),
-        ("attention_kl, CLS row, merge='mean'", 1, "mean"),
-        ("attention_kl, whole map", 64, None),
-        ("attention_kl, whole map, merge='max'", 64, "max"),
+        ("attention_divergence, CLS row", 1, None),
+        ("attention_divergence, CLS row, merge='logsum'", 1, "logsum"),
+        ("attention_divergence, CLS row, merge='mean'", 1, "mean"),
+        ("attention_divergence, whole map", 64, None),
+        ("attention_divergence, whole map, merge='max'", 64, "max"),
     ):
         query = torch.empty(1, 2, query_rows, 64, device=device)
         key = torch.empty(1, 2, 64, 64, device=device)

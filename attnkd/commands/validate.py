@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attnkd.attention import dispatch
-from attnkd.attention.api import attention_kl, attention_rows
+from attnkd.attention.api import attention_divergence, attention_rows
 from attnkd.attention.chunked.sweep import logits_in_a_block
 from attnkd.commands.info import devices, versions
 from attnkd.relation.api import relation_row_loss
@@ -205,7 +205,7 @@ def _call(case: Case, impl: str, arguments: dict[str, Any], leaves: list[Tensor]
         out = attention_rows(**renamed, impl=impl)
         loss = out.square().sum()
     else:
-        out = loss = attention_kl(**arguments, impl=impl)
+        out = loss = attention_divergence(**arguments, impl=impl)
     return [out.detach(), *torch.autograd.grad(loss, leaves)]
 
 

@@ -105,6 +105,6 @@ def cls_attention(
     return merge_attention(rows, "logsum", temperature)[:, 0, 0]
 
 
-def attention_kl_per_image(teacher: Tensor, student: Tensor) -> Tensor:
+def attention_divergence_per_image(teacher: Tensor, student: Tensor) -> Tensor:
     """KL(teacher ‖ student) of attention rows [n, keys] → [n], in nats."""
     return F.kl_div(student.log(), teacher, reduction="none").sum(-1)

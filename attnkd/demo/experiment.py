@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attnkd import __version__
 from attnkd.demo import models
 from attnkd.demo.data import Digits, RandomAffine, load_digits
-from attnkd.demo.evaluate import attention_kl_per_image, cls_attention, features, knn_top1, linear_probe_top1
+from attnkd.demo.evaluate import attention_divergence_per_image, cls_attention, features, knn_top1, linear_probe_top1
 from attnkd.demo.stages import Listener, Stages, Trained
 from attnkd.demo.training import Recipe, Record
 from attnkd.methods.attn_distill import AttnDistill
@@ -132,7 +132,7 @@ class Experiment:
 
         def evaluate() -> Record:
             rows = cls_attention(student, self.digits.test_images, config.temperature)
-            return {"knn": self.knn(student), "kl": attention_kl_per_image(target, rows).mean().item()}
+            return {"knn": self.knn(student), "kl": attention_divergence_per_image(target, rows).mean().item()}
 
         return self.stage(f"student-{arm}-seed{seed}", method, student, settings, config.epochs, evaluate=evaluate)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from attnkd.demo.evaluate import attention_kl_per_image, cls_attention
+from attnkd.demo.evaluate import attention_divergence_per_image, cls_attention
 from attnkd.demo.experiment import ARMS, Outcome
 from attnkd.demo.training import Record
 
@@ -73,7 +73,10 @@ def draw_attention(outcome: Outcome, path: Path) -> None:
         (f"teacher on {_sides(target)}\n(what AG matches)", target),
         *((f"student, {ARMS[arm]}", rows) for arm, rows in students.items()),
     ]
-    kl = {index: attention_kl_per_image(target, rows).tolist() for index, rows in enumerate(students.values(), start=2)}
+    kl = {
+        index: attention_divergence_per_image(target, rows).tolist()
+        for index, rows in enumerate(students.values(), start=2)
+    }
     # Few patches hold most of the attention; on a square-root scale the others can be told apart too.
     scale = PowerNorm(0.5, vmin=0, vmax=max(float(values[:, 1:].max()) for _, values in rows))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnkd.attention.api import attention_kl, attention_rows
+from attnkd.attention.api import attention_divergence, attention_rows
 from attnkd.attention.call import AttentionCall, cls_row
 from attnkd.attention.merging import merge_attention
 from attnkd.attention.problem import MERGES, check_choice
@@ -69,7 +69,7 @@ class AttnDistill(DistillTask):
             normalisation of its ``pretrained_cfg``. None: the teacher gets them as they are.
         criterion: loss of (student output, targets); None trains without labels.
         task_loss_weight: weight of ``criterion``.
-        impl: implementation of the attention loss, see :func:`attnkd.attention_kl`.
+        impl: implementation of the attention loss, see :func:`attnkd.attention_divergence`.
         check_finite: read the loss back every step, and if it is not finite and the teacher is the cause, say so. A
             student's overflow is passed on for a gradient scaler to handle. False saves that one synchronisation.
         device: moves student and teacher there; None is where the student is. dtype: of the projector, None the
@@ -245,7 +245,9 @@ class AttnDistill(DistillTask):
             "impl": self.impl,
         }
         if student_grid == teacher_grid:
-            return attention_kl(s.query, s.key, t.query, t.key, teacher_scale=t.scale, teacher_mask=t.mask, **options)
+            return attention_divergence(
+                s.query, s.key, t.query, t.key, teacher_scale=t.scale, teacher_mask=t.mask, **options
+            )
         with torch.no_grad():
             rows_temperature = temperature if merge is None else 1.0  # merging applies it to the finished rows
             rows = attention_rows(
@@ -254,7 +256,7 @@ class AttnDistill(DistillTask):
             rows = resample_attention(rows, teacher_grid, student_grid, self.resample_mode)
             if merge is not None:
                 rows = merge_attention(rows, merge, temperature)
-        return attention_kl(s.query, s.key, teacher_probs=rows, **options)
+        return attention_divergence(s.query, s.key, teacher_probs=rows, **options)
 
     def leaves_parameters_unused(self) -> bool:
         changing = any(not self.schedules.numbers[name].constant for name in ("pa_weight", "patch_weight"))

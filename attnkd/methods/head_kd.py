@@ -53,7 +53,7 @@ class HeadKD(DistillTask):
             heads of the teacher block for the student's heads 0 … m−1, or such a sequence for each block; None is the
             first m.
         divergence: 'forward_kl', 'cross_entropy', 'logit_mse' (the paper's MSE on scores before the softmax), or any
-            other of :func:`attnkd.attention_kl`.
+            other of :func:`attnkd.attention_divergence`.
         alpha: α in [0, 1], a number or a :class:`attnkd.methods.schedule.Schedule`. None is the first of ``ALPHAS`` for the
             divergence.
         temperature: divides the scores of both sides; a number or a Schedule.
@@ -64,7 +64,7 @@ class HeadKD(DistillTask):
         num_classes: of a student given by name.
         input_norm: ((mean, ...), (std, ...)) the images arrive normalised with; the teacher then gets them in the
             normalisation of its ``pretrained_cfg``. None: it gets them as they are.
-        impl: see :func:`attnkd.attention_kl`.
+        impl: see :func:`attnkd.attention_divergence`.
         device, dtype: as in ``timm.task.TrainingTask``; the student's when None.
         verbose: log the pairing.
 

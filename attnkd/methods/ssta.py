@@ -54,12 +54,12 @@ class SSTA(DistillTask):
         stop_epoch: the epoch from which β = λ = 0. The paper stops at 100 of 300. None: never. With it ``set_epoch`` must
             be called.
         temperature: divides the scores of both sides; a number or a Schedule.
-        divergence: of the maps, see :func:`attnkd.attention_kl`; the paper's is KL(teacher ‖ student).
+        divergence: of the maps, see :func:`attnkd.attention_divergence`; the paper's is KL(teacher ‖ student).
         criterion: class loss of (student output, targets); None trains on the maps alone, and then not past ``stop_epoch``.
         num_classes: of a student given by name.
         input_norm: ((mean, ...), (std, ...)) the images arrive normalised with; each teacher then gets them in the
             normalisation of its ``pretrained_cfg``. None: they get them as they are.
-        impl: see :func:`attnkd.attention_kl`.
+        impl: see :func:`attnkd.attention_divergence`.
         device, dtype: as in ``timm.task.TrainingTask``; the student's when None.
         verbose: log the pairing.
 

@@ -29,7 +29,7 @@ class DistillTask(TrainingTask):
         teachers: frozen teachers by name.
         criterion: loss of (student output, targets), or None to train without labels.
         schedules: weights and temperatures by name.
-        impl: implementation of the attention losses, see :func:`attnkd.attention_kl`.
+        impl: implementation of the attention losses, see :func:`attnkd.attention_divergence`.
         device: moves all models there; None is where the student is. dtype: of what trains beside the student; None is
             the student's.
     """

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attnkd.attention.api import attention_kl
+from attnkd.attention.api import attention_divergence
 from attnkd.attention.call import AttentionCall, Heads, shared_map, take_heads
 from attnkd.capture.blocks import plain_class
 from attnkd.capture.models import TokenLayout
@@ -54,7 +54,7 @@ def whole_map_divergence(
         merge: None, or how the heads of each side become one map first.
         sample_weight: [B], multiplies every image's rows; the divisor stays the number of rows, so that a batch of
             small weights has a small loss.
-        options: divergence, temperature, impl; see :func:`attnkd.attention_kl`.
+        options: divergence, temperature, impl; see :func:`attnkd.attention_divergence`.
 
     Raises:
         ValueError: maps of different sizes.
@@ -72,7 +72,7 @@ def whole_map_divergence(
     if sample_weight is not None:
         rows = (s.query.shape[1] if merge is None else 1) * s.query.shape[2]
         reduction, row_weight = "batchmean", (sample_weight / rows)[:, None, None]
-    return attention_kl(
+    return attention_divergence(
         s.query,
         s.key,
         t.query,

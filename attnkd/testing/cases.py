@@ -15,7 +15,7 @@ from attnkd.attention.problem import DIVERGENCES, MERGES
 from attnkd.testing.guard import LAYOUTS, lay_out
 
 OPERATIONS = ("row", "map", "rows", "relation")
-"""``row``: attention_kl of up to 16 query rows. ``map``: attention_kl of more. ``rows``: attention_rows. ``relation``:
+"""``row``: attention_divergence of up to 16 query rows. ``map``: attention_divergence of more. ``rows``: attention_rows. ``relation``:
 relation_row_loss of N tokens, M of them prefix tokens, with D and Dt channels."""
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -50,7 +50,7 @@ class Case:
         return ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default)
 
     def arguments(self, device: torch.device) -> dict[str, Any]:
-        """The arguments of the call, as its function names them (``rows``: as :func:`attnkd.attention_kl` would)."""
+        """The arguments of the call, as its function names them (``rows``: as :func:`attnkd.attention_divergence` would)."""
         generator = torch.Generator().manual_seed(self.seed)
         dtype = DTYPES[self.dtype]
 

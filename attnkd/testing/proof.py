@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnkd.attention import reference
-from attnkd.attention.api import attention_kl, attention_rows
+from attnkd.attention.api import attention_divergence, attention_rows
 from attnkd.attention.problem import make_problem, make_side
 from attnkd.relation.api import reference_per_image, relation_row_loss
 from attnkd.testing.tolerance import Result, compare
@@ -24,7 +24,7 @@ LOGARITHMIC = ("forward_kl", "reverse_kl", "js", "cross_entropy")
 
 
 def prove(impl: str, *, seed: int = 0, **arguments: Any) -> list[Result]:
-    """Compare ``attention_kl(**arguments, impl=impl, reduction='none')`` and its gradients with the oracle.
+    """Compare ``attention_divergence(**arguments, impl=impl, reduction='none')`` and its gradients with the oracle.
 
     The oracle is the float64 reference on the same rounded inputs; the allowance is set by the reference's own error in float32
     (loss) and in the input's precision (gradients). The upstream gradient is random, scaled so that the gradients are of order
@@ -34,7 +34,7 @@ def prove(impl: str, *, seed: int = 0, **arguments: Any) -> list[Result]:
     Args:
         impl: the implementation to judge.
         seed: seeds the upstream gradient.
-        arguments: those of :func:`attnkd.attention_kl`; a floating point ``student_mask`` is differentiated too.
+        arguments: those of :func:`attnkd.attention_divergence`; a floating point ``student_mask`` is differentiated too.
 
     Returns:
         One result for the loss and one for every gradient.
@@ -48,7 +48,7 @@ def prove(impl: str, *, seed: int = 0, **arguments: Any) -> list[Result]:
     _, eager_grads = _run(arguments, names, dtype, dtype, seed, boost)
 
     leaves = {n: arguments[n].detach().requires_grad_() for n in names}
-    loss = attention_kl(**(arguments | leaves), reduction="none", impl=impl)
+    loss = attention_divergence(**(arguments | leaves), reduction="none", impl=impl)
     grads = torch.autograd.grad(loss, list(leaves.values()), _upstream(oracle_loss, seed, boost).to(loss))
 
     label = f"{impl} {arguments.get('divergence', 'forward_kl')} merge={arguments.get('merge')} {str(dtype)[6:]}"

@@ -15,7 +15,7 @@ from torch.autograd import gradcheck
 from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
-from attnkd import attention_kl
+from attnkd import attention_divergence
 from attnkd.attention.chunked import divergence as chunked_divergence
 from attnkd.attention.chunked import operation as chunked
 from attnkd.attention.chunked import sweep as chunked_sweep
@@ -65,7 +65,8 @@ def test_float64_is_computed_in_float64(divergence, M):
     arguments = call(M=M, dtype=torch.float64)
     student = leaves(arguments)
     rows = [
-        attention_kl(**arguments, divergence=divergence, reduction="none", impl=i) for i in ("chunked", "reference")
+        attention_divergence(**arguments, divergence=divergence, reduction="none", impl=i)
+        for i in ("chunked", "reference")
     ]
     torch.testing.assert_close(*rows, rtol=1e-12, atol=1e-13)
     upstream = torch.randn_like(rows[0])
@@ -168,18 +169,18 @@ def test_extremes(divergence):
             hard = call(M=M, divergence=divergence, merge=merge)  # logits of ±1e4
             hard["student_query"] *= 1e4
             hard["teacher_query"] *= 1e4
-            loss = attention_kl(**hard, reduction="none", impl="chunked")
-            oracle = attention_kl(**{n: x.double() if torch.is_tensor(x) else x for n, x in hard.items()}, reduction="none",
+            loss = attention_divergence(**hard, reduction="none", impl="chunked")
+            oracle = attention_divergence(**{n: x.double() if torch.is_tensor(x) else x for n, x in hard.items()}, reduction="none",
                                   impl="reference")  # fmt: skip
             torch.testing.assert_close(loss, oracle.float(), rtol=1e-3, atol=1e-3)
             shifted = call(M=M, divergence=divergence, merge=merge)  # a common offset of 1e4 is nobody's business
-            rows = attention_kl(**shifted, reduction="none", impl="chunked")
+            rows = attention_divergence(**shifted, reduction="none", impl="chunked")
             offset = torch.full((1, 1, 1, 33), 1e4)
             if divergence != "logit_mse":
-                moved = attention_kl(**shifted, student_mask=offset, reduction="none", impl="chunked")
+                moved = attention_divergence(**shifted, student_mask=offset, reduction="none", impl="chunked")
                 torch.testing.assert_close(moved, rows, rtol=0.0, atol=2e-3)
             one = call(M=M, N=1, divergence=divergence, merge=merge)
-            value = attention_kl(**one, reduction="none", impl="chunked")
+            value = attention_divergence(**one, reduction="none", impl="chunked")
             assert divergence == "logit_mse" or (value == 0).all()
             near = call(M=M, divergence=divergence, merge=merge)
             near["teacher_query"] = near["student_query"] + 1e-2 * torch.randn_like(near["student_query"])
@@ -191,7 +192,7 @@ def test_nothing_to_do():
     for B, M in ((0, 2), (0, 20), (2, 0)):
         arguments = call(B=B, M=M)
         student = leaves(arguments)
-        loss = attention_kl(**arguments, reduction="sum", impl="chunked")
+        loss = attention_divergence(**arguments, reduction="sum", impl="chunked")
         assert loss == 0
         for grad, x in zip(torch.autograd.grad(loss, student), student, strict=True):
             assert grad.shape == x.shape and (grad == 0).all()
@@ -205,17 +206,19 @@ def test_infinite_rows_and_nan():
             student = leaves(arguments)
             visible = torch.ones(M, 33, dtype=torch.bool)
             visible[0, 3] = False
-            rows = attention_kl(**arguments, **{side: visible}, reduction="none", impl="chunked")
+            rows = attention_divergence(**arguments, **{side: visible}, reduction="none", impl="chunked")
             assert rows[:, :, 0].isinf().all() and rows[:, :, 1:].isfinite().all()
             kept = torch.ones(M).index_fill(0, torch.tensor(0), 0.0)
-            total = attention_kl(**arguments, **{side: visible}, row_weight=kept, reduction="sum", impl="chunked")
+            total = attention_divergence(
+                **arguments, **{side: visible}, row_weight=kept, reduction="sum", impl="chunked"
+            )
             torch.testing.assert_close(total, rows[:, :, 1:].sum())
             assert all(g.isfinite().all() for g in torch.autograd.grad(total, student))
         for name in ("student_query", "teacher_query"):
             broken = call(M=M)
             broken[name][0, 0, 0] = torch.nan
             for extra in ({}, {"student_mask": visible, "teacher_mask": visible}):
-                rows = attention_kl(**broken, **extra, reduction="none", impl="chunked")
+                rows = attention_divergence(**broken, **extra, reduction="none", impl="chunked")
                 assert rows[0, 0, 0].isnan() and rows.isnan().sum() == 1
 
 
@@ -238,8 +241,8 @@ def test_reductions_keep_the_gradients_of_the_forward(reduction, M):
     arguments = call(M=M, student_mask=bias)
     inputs = [*leaves(arguments), bias]
     weight = torch.rand(2, 1, M)
-    loss = attention_kl(**arguments, row_weight=weight, reduction=reduction, impl="chunked")
-    rows = attention_kl(**arguments, reduction="none", impl="chunked")
+    loss = attention_divergence(**arguments, row_weight=weight, reduction=reduction, impl="chunked")
+    rows = attention_divergence(**arguments, reduction="none", impl="chunked")
     divisor = {"sum": 1.0, "mean": 3.0 * weight.sum(), "batchmean": 2.0}[reduction]
     again = (rows * weight).sum() / divisor
     torch.testing.assert_close(loss, again)
@@ -254,7 +257,7 @@ def test_half_precision_gradients_survive_a_small_weight(M):
     student = leaves(arguments)
     weight = torch.full((2, 3, M), 1e-8)
     grads = torch.autograd.grad(chunked.weighted_sum(problem(arguments), weight) * 1e8, student)
-    oracle = torch.autograd.grad(attention_kl(**arguments, reduction="sum", impl="reference"), student)
+    oracle = torch.autograd.grad(attention_divergence(**arguments, reduction="sum", impl="reference"), student)
     for a, b in zip(grads, oracle, strict=True):
         assert a.dtype == torch.float16 and b.abs().max() > 0.01
         torch.testing.assert_close(a, b, rtol=4e-3, atol=1e-5)
@@ -292,7 +295,7 @@ def test_mask_gradient(shape, merge):
     assert_proved("chunked", **arguments, student_mask=bias)
     half = bias.bfloat16().requires_grad_()
     grads = [
-        torch.autograd.grad(attention_kl(**arguments, student_mask=half, reduction="sum", impl=impl), half)[0]
+        torch.autograd.grad(attention_divergence(**arguments, student_mask=half, reduction="sum", impl=impl), half)[0]
         for impl in ("chunked", "reference")
     ]
     torch.testing.assert_close(*grads, rtol=2e-2, atol=2e-2)
@@ -303,7 +306,7 @@ def test_gradient_of_a_mask_that_the_user_expanded():
     bias = torch.randn(3, 20, 33, requires_grad=True)
     view = bias.expand(2, -1, -1, -1)
     grads = [
-        torch.autograd.grad(attention_kl(**arguments, student_mask=view, reduction="sum", impl=impl), view)[0]
+        torch.autograd.grad(attention_divergence(**arguments, student_mask=view, reduction="sum", impl=impl), view)[0]
         for arguments in [call(M=20)]
         for impl in ("chunked", "reference")
     ]
@@ -355,7 +358,7 @@ def test_memory_is_linear_in_n(monkeypatch, impl, reduction):
     inputs = [*leaves(arguments), bias]
 
     def step():
-        loss = attention_kl(**arguments, student_mask=bias, reduction=reduction, impl=impl)
+        loss = attention_divergence(**arguments, student_mask=bias, reduction=reduction, impl=impl)
         torch.autograd.grad(loss.sum(), inputs)
 
     maps = 2 * 4 * N * N
@@ -371,7 +374,7 @@ def test_memory_of_a_broadcast_mask(monkeypatch, reduction):
     inputs = [*leaves(arguments), bias]
 
     def step():
-        loss = attention_kl(**arguments, student_mask=bias, reduction=reduction, impl="chunked")
+        loss = attention_divergence(**arguments, student_mask=bias, reduction=reduction, impl="chunked")
         return torch.autograd.grad(loss, inputs)[2]
 
     assert peak_bytes(step) < 16 * 2 * 200 * 200  # one byte an entry, were it not broadcast
@@ -380,11 +383,11 @@ def test_memory_of_a_broadcast_mask(monkeypatch, reduction):
 
 def test_only_what_is_needed_is_computed():
     arguments = call(M=20)
-    rows = attention_kl(**arguments, reduction="none", impl="chunked")
+    rows = attention_divergence(**arguments, reduction="none", impl="chunked")
     assert not rows.requires_grad
     key = arguments["student_key"].requires_grad_()
     with torch.no_grad():
-        assert not attention_kl(**arguments, impl="chunked").requires_grad
+        assert not attention_divergence(**arguments, impl="chunked").requires_grad
     _, dq, dk, dmask = torch.ops.attnkd.chunked_gradients(
         *chunked._flatten(problem(arguments)), torch.ones(2, 3, 20), False, True, False
     )
@@ -400,7 +403,7 @@ def test_deterministic(M):
     student = leaves(arguments)
 
     def run():
-        loss = attention_kl(**arguments, impl="chunked")
+        loss = attention_divergence(**arguments, impl="chunked")
         return loss, *torch.autograd.grad(loss, student)
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
@@ -410,7 +413,7 @@ def test_deterministic(M):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_fullgraph(reduction, dynamic):
     def step(q, k, bias, rest):
-        return attention_kl(q, k, **rest, student_mask=bias, reduction=reduction, impl="chunked").sum()
+        return attention_divergence(q, k, **rest, student_mask=bias, reduction=reduction, impl="chunked").sum()
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -454,7 +457,7 @@ def test_activation_checkpointing(use_reentrant, reduction):
     student = leaves(arguments)
 
     def step(q, k):
-        return attention_kl(
+        return attention_divergence(
             **(arguments | {"student_query": q, "student_key": k}), reduction=reduction, impl="chunked"
         ).sum()
 
@@ -472,7 +475,7 @@ def test_activation_checkpointing(use_reentrant, reduction):
 def test_double_backward_raises(M, reduction):
     arguments = call(M=M)
     student = leaves(arguments)
-    loss = attention_kl(**arguments, reduction=reduction, impl="chunked").sum()
+    loss = attention_divergence(**arguments, reduction=reduction, impl="chunked").sum()
     grad, _ = torch.autograd.grad(loss, student, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()

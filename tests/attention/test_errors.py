@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attnkd import attention_kl, attention_rows, merge_attention
+from attnkd import attention_divergence, attention_rows, merge_attention
 
 B, H, M, N, D = 2, 3, 1, 9, 8
 
@@ -117,45 +117,45 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_attention_kl_refuses(name):
+def test_attention_divergence_refuses(name):
     change, error, message = CASES[name]
     with pytest.raises(error, match=message):
-        attention_kl(**(good() | change))
+        attention_divergence(**(good() | change))
 
 
 def test_target_rows_must_have_the_merged_shape():
     q, k = torch.randn(B, H, M, D), torch.randn(B, H, N, D)
     with pytest.raises(ValueError, match=r"teacher_probs: expected shape \(2, 3, 1, 9\)"):
-        attention_kl(q, k, teacher_probs=torch.rand(B, H, M, N + 1))
+        attention_divergence(q, k, teacher_probs=torch.rand(B, H, M, N + 1))
     with pytest.raises(ValueError, match="merge the teacher's heads first with merge_attention"):
-        attention_kl(q, k, teacher_probs=torch.rand(B, H, M, N), merge="logsum")
+        attention_divergence(q, k, teacher_probs=torch.rand(B, H, M, N), merge="logsum")
     with pytest.raises(ValueError, match="'logit_mse' compares scores before the softmax"):
-        attention_kl(q, k, teacher_probs=torch.rand(B, H, M, N), divergence="logit_mse")
+        attention_divergence(q, k, teacher_probs=torch.rand(B, H, M, N), divergence="logit_mse")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "batchmean"])
 def test_no_mean_of_an_empty_batch(reduction, device):
     empty = {name: tensor[:0] for name, tensor in good(device).items()}
     with pytest.raises(ValueError, match=f"reduction: '{reduction}' of an empty batch is undefined"):
-        attention_kl(**empty, reduction=reduction)
+        attention_divergence(**empty, reduction=reduction)
     for impl in ("reference", "chunked", "triton"):
-        assert attention_kl(**empty, reduction="sum", impl=impl) == 0
-        assert attention_kl(**empty, reduction="none", impl=impl).shape == (0, H, M)
+        assert attention_divergence(**empty, reduction="sum", impl=impl) == 0
+        assert attention_divergence(**empty, reduction="none", impl=impl).shape == (0, H, M)
 
 
 def test_an_explicit_impl_never_falls_back(device):
     double = {name: tensor.double() for name, tensor in good(device).items()}
     with pytest.raises(NotImplementedError, match="impl='triton': float64 is not supported"):
-        attention_kl(**double, impl="triton")
+        attention_divergence(**double, impl="triton")
     with pytest.raises(NotImplementedError, match="impl='triton': float64 is not supported"):
         attention_rows(double["student_query"], double["student_key"], impl="triton")
     rows = torch.randn(B, H, 40, D, device=device)
     many = good(device) | {"student_query": rows, "teacher_query": rows}
     with pytest.raises(NotImplementedError, match="impl='triton': merge='max' of whole maps has no fused kernel"):
-        attention_kl(**many, merge="max", impl="triton")
+        attention_divergence(**many, merge="max", impl="triton")
     wide = {name: torch.randn(1, 20, tensor.shape[2], 128, device=device) for name, tensor in good(device).items()}
     with pytest.raises(NotImplementedError, match="impl='triton': a head of 2560 dims"):
-        attention_kl(**wide, merge="logsum", impl="triton")
+        attention_divergence(**wide, merge="logsum", impl="triton")
 
 
 def test_attention_rows_and_merge_attention_refuse():

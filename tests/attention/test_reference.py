@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from attnkd import attention_kl, attention_rows, merge_attention
+from attnkd import attention_divergence, attention_rows, merge_attention
 
 B, H, M, N, D = 2, 3, 4, 7, 5
 
@@ -21,7 +21,7 @@ def maps(q, k, scale=None, temperature=1.0):
 
 
 def reference(*args, **kwargs):
-    return attention_kl(*args, reduction="none", impl="reference", **kwargs)
+    return attention_divergence(*args, reduction="none", impl="reference", **kwargs)
 
 
 TEXTBOOK = {
@@ -120,9 +120,9 @@ def test_rows_that_see_no_key_leave_the_loss_and_the_mean(sides):
     mask = torch.ones(B, 1, M, N, dtype=torch.bool)
     mask[0, :, 1] = False
     kwargs = {"student_mask": mask, "teacher_mask": mask, "impl": "reference"}
-    rows = attention_kl(qs, ks, qt, kt, reduction="none", **kwargs)
+    rows = attention_divergence(qs, ks, qt, kt, reduction="none", **kwargs)
     assert (rows[0, :, 1] == 0).all() and (rows[1] > 0).all()
-    torch.testing.assert_close(attention_kl(qs, ks, qt, kt, **kwargs), rows.sum() / (rows.numel() - H))
+    torch.testing.assert_close(attention_divergence(qs, ks, qt, kt, **kwargs), rows.sum() / (rows.numel() - H))
 
 
 def test_a_key_hidden_from_the_student_alone_is_infinite(sides):
@@ -143,12 +143,12 @@ def test_teacher_probs_replace_teacher_query_and_key(sides):
 def test_reductions_and_row_weight(sides):
     rows = reference(*sides)
     for impl in ("reference", "chunked"):
-        loss = {r: attention_kl(*sides, reduction=r, impl=impl) for r in ("sum", "mean", "batchmean")}
+        loss = {r: attention_divergence(*sides, reduction=r, impl=impl) for r in ("sum", "mean", "batchmean")}
         torch.testing.assert_close(loss["sum"], rows.sum())
         torch.testing.assert_close(loss["mean"], rows.mean())
         torch.testing.assert_close(loss["batchmean"], rows.sum() / B)
         weight = torch.tensor([0.0, 1.0, 2.0, 0.5], dtype=torch.float64)
-        got = attention_kl(*sides, row_weight=weight, impl=impl)
+        got = attention_divergence(*sides, row_weight=weight, impl=impl)
         torch.testing.assert_close(got, (rows * weight).sum() / (weight.sum() * B * H))
 
 
@@ -172,6 +172,6 @@ def test_gradients_by_finite_differences(merge, divergence):
 
 def test_the_teacher_gets_no_gradient(sides):
     qs, ks, qt, kt = (x.requires_grad_() for x in sides)
-    attention_kl(qs, ks, qt, kt, impl="reference").backward()
+    attention_divergence(qs, ks, qt, kt, impl="reference").backward()
     assert qs.grad is not None and ks.grad is not None
     assert qt.grad is None and kt.grad is None

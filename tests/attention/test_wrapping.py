@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from attnkd import attention_kl, attention_rows
+from attnkd import attention_divergence, attention_rows
 from attnkd.attention import dispatch
 from attnkd.attention.fused_rows import _row_kl_bwd, _row_kl_fwd, _row_logits_bwd, _row_logits_fwd, _row_merge
 
@@ -50,7 +50,7 @@ def test_opcheck(device):
 @pytest.mark.parametrize("merge", MERGES)
 def test_compile_fullgraph(device, impl, merge):
     def function(qs, ks, qt, kt):
-        return attention_kl(qs * 1.0, ks * 1.0, qt, kt, merge=merge, impl=impl)
+        return attention_divergence(qs * 1.0, ks * 1.0, qt, kt, merge=merge, impl=impl)
 
     torch._dynamo.reset()
     inputs = tensors(device)
@@ -61,7 +61,7 @@ def test_compile_fullgraph(device, impl, merge):
 @pytest.mark.parametrize("impl", ["triton", "chunked"])
 def test_compile_with_dynamic_shapes(device, impl):
     def function(qs, ks, qt, kt):
-        return attention_kl(qs, ks, qt, kt, merge="logsum", impl=impl)
+        return attention_divergence(qs, ks, qt, kt, merge="logsum", impl=impl)
 
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -84,9 +84,9 @@ def test_autocast_computes_in_its_dtype(device, impl):
     qs, ks, qt, kt = tensors(device)
     half = [x.bfloat16() for x in (qs, ks, qt, kt)]
     with torch.autocast(device.type, torch.bfloat16):
-        inside = attention_kl(qs, ks, qt, kt, impl=impl)
+        inside = attention_divergence(qs, ks, qt, kt, impl=impl)
     assert inside.dtype == torch.float32
-    torch.testing.assert_close(inside, attention_kl(*half, impl=impl))
+    torch.testing.assert_close(inside, attention_divergence(*half, impl=impl))
     grads = torch.autograd.grad(inside, (qs, ks))
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
 
@@ -95,7 +95,7 @@ def test_autocast_computes_in_its_dtype(device, impl):
 @pytest.mark.parametrize("impl", ["triton", "chunked"])
 def test_activation_checkpointing(device, impl, use_reentrant):
     def function(qs, ks, qt, kt):
-        return attention_kl(qs, ks, qt, kt, impl=impl)
+        return attention_divergence(qs, ks, qt, kt, impl=impl)
 
     def checkpointed(*inputs):
         return checkpoint(function, *inputs, use_reentrant=use_reentrant)
@@ -115,7 +115,7 @@ def test_activation_checkpointing(device, impl, use_reentrant):
 @pytest.mark.parametrize("impl", ["triton", "chunked"])
 def test_double_backward_raises(device, impl, merge):
     inputs = tensors(device)
-    loss = attention_kl(*inputs, merge=merge, impl=impl)
+    loss = attention_divergence(*inputs, merge=merge, impl=impl)
     (grad,) = torch.autograd.grad(loss, inputs[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
@@ -123,9 +123,9 @@ def test_double_backward_raises(device, impl, merge):
 
 def test_saved_tensors_can_be_offloaded(device):
     inputs = tensors(device)
-    want = value_and_grads(lambda *x: attention_kl(*x, impl="triton"), inputs)
+    want = value_and_grads(lambda *x: attention_divergence(*x, impl="triton"), inputs)
     with torch.autograd.graph.save_on_cpu():
-        assert equal(value_and_grads(lambda *x: attention_kl(*x, impl="triton"), inputs), want)
+        assert equal(value_and_grads(lambda *x: attention_divergence(*x, impl="triton"), inputs), want)
 
 
 @pytest.mark.gpu
@@ -133,7 +133,7 @@ def test_cuda_graph_capture(device):
     inputs = tensors(device, N=197)
 
     def step():
-        return value_and_grads(lambda *x: attention_kl(*x, impl="triton"), inputs)
+        return value_and_grads(lambda *x: attention_divergence(*x, impl="triton"), inputs)
 
     want = step()
     stream = torch.cuda.Stream()
@@ -155,8 +155,8 @@ def test_runs_on_the_tensors_gpu_not_the_current_one():
         pytest.skip("needs two GPUs")
     inputs = tensors(torch.device("cuda:1"))
     with torch.cuda.device(0):
-        loss = attention_kl(*inputs, impl="triton")
-    torch.testing.assert_close(loss, attention_kl(*inputs, impl="reference"))
+        loss = attention_divergence(*inputs, impl="triton")
+    torch.testing.assert_close(loss, attention_divergence(*inputs, impl="reference"))
 
 
 @pytest.mark.parametrize(("capability", "reason"), [((7, 5), "compute capability below 8.0"), ((8, 0), None)])

@@ -18,18 +18,18 @@ DEVICE = "cuda"
 
 Operation = Callable[[list[Tensor]], Tensor]
 OPERATIONS: dict[str, Operation] = {
-    "cls_row": lambda x: attnkd.attention_kl(x[0][:, :, :1], x[1], x[2][:, :, :1], x[3], impl="triton"),
-    "cls_row_long": lambda x: attnkd.attention_kl(
+    "cls_row": lambda x: attnkd.attention_divergence(x[0][:, :, :1], x[1], x[2][:, :, :1], x[3], impl="triton"),
+    "cls_row_long": lambda x: attnkd.attention_divergence(
         x[0][:, :, :1], x[1].repeat(1, 1, 20, 1), x[2][:, :, :1], x[3].repeat(1, 1, 20, 1), impl="triton"
     ),
-    "cls_row_logsum": lambda x: attnkd.attention_kl(
+    "cls_row_logsum": lambda x: attnkd.attention_divergence(
         x[0][:, :, :1], x[1], x[2][:, :, :1], x[3], merge="logsum", temperature=10, impl="triton"
     ),
-    "cls_row_mean": lambda x: attnkd.attention_kl(
+    "cls_row_mean": lambda x: attnkd.attention_divergence(
         x[0][:, :, :1], x[1], x[2][:, :, :1], x[3], merge="mean", reduction="batchmean", impl="triton"
     ),
-    "whole_map": lambda x: attnkd.attention_kl(*x, impl="triton"),
-    "whole_map_js": lambda x: attnkd.attention_kl(*x, divergence="js", impl="triton"),
+    "whole_map": lambda x: attnkd.attention_divergence(*x, impl="triton"),
+    "whole_map_js": lambda x: attnkd.attention_divergence(*x, divergence="js", impl="triton"),
     "attention_rows": lambda x: attnkd.attention_rows(x[0][:, :, :1], x[1], impl="triton").square().sum(),
     "relation_row": lambda x: relation_row_loss(x[0].flatten(0, 1), x[2].flatten(0, 1), impl="triton"),
 }

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from attnkd import attention_kl
+from attnkd import attention_divergence
 from attnkd.attention import dispatch, reference
 from attnkd.attention import fused_maps as ops_map
 from attnkd.attention.problem import make_problem
@@ -83,10 +83,10 @@ def test_masks_and_dead_rows(device, divergence):
         merged = arguments | {"student_mask": padded & rows, "teacher_mask": padded, "merge": merge}
         assert_proved("triton", **merged)
         merged |= {"student_mask": padded}
-        loss = attention_kl(**merged, reduction="none", impl="triton")
+        loss = attention_divergence(**merged, reduction="none", impl="triton")
         arguments["student_key"][0, :, 20:] *= 3.0  # padding may hold anything
         arguments["teacher_key"][0, :, 20:] -= 5.0
-        assert torch.equal(loss, attention_kl(**merged, reduction="none", impl="triton"))
+        assert torch.equal(loss, attention_divergence(**merged, reduction="none", impl="triton"))
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -133,7 +133,7 @@ def test_bias_gradient_has_the_size_of_the_bias(device, monkeypatch):
     monkeypatch.setattr(ops_map, "num_processors", lambda device: 1)  # more take a share each, 4096 entries at most
     arguments = call(device, B=5, H=3, M=40, N=40)
     bias = torch.randn(1, 3, 40, 40, device=device, requires_grad=True)
-    loss = attention_kl(**arguments, student_mask=bias, impl="triton")
+    loss = attention_divergence(**arguments, student_mask=bias, impl="triton")
     monkeypatch.setattr(torch, "empty", spy)
     loss.backward()
     assert sizes and max(sizes) <= bias.numel() and bias.grad.shape == bias.shape
@@ -177,7 +177,7 @@ def test_extremes(device, divergence):
         assert_proved("triton", **call(device, **shape, divergence=divergence))
     none = call(device, B=0)
     none["student_query"].requires_grad_()
-    loss = attention_kl(**none, divergence=divergence, reduction="none", impl="triton")
+    loss = attention_divergence(**none, divergence=divergence, reduction="none", impl="triton")
     assert loss.shape == (0, 2, 66)
     assert torch.autograd.grad(loss.sum(), none["student_query"])[0].shape == none["student_query"].shape
 
@@ -189,13 +189,13 @@ def test_impossible_and_nan_are_never_hidden(device, merge):
         arguments = call(device, H=1, merge=merge, divergence=divergence, reduction="none", impl="triton")
         student = torch.zeros(35, device=device)
         student[3] = -torch.inf
-        hidden = attention_kl(**arguments, student_mask=student)
+        hidden = attention_divergence(**arguments, student_mask=student)
         assert hidden.isinf().all() if divergence in ("forward_kl", "cross_entropy") else hidden.isfinite().all()
         for mask in (None, torch.ones(35, dtype=torch.bool, device=device)):
             for name in ("teacher_query", "student_key"):
                 broken = arguments | {name: arguments[name].clone(), "student_mask": mask, "teacher_mask": mask}
                 broken[name][0, 0, 0] = torch.nan
-                loss = attention_kl(**broken)
+                loss = attention_divergence(**broken)
                 assert loss[0, 0, 0].isnan() and loss[1].isfinite().all(), (divergence, name)
 
 
@@ -210,7 +210,7 @@ def test_relations_of_values(device):
     grads = []
     for impl in ("triton", "reference"):
         leaf = x.clone().requires_grad_()
-        loss = attention_kl(leaf, leaf, y, y, impl=impl)
+        loss = attention_divergence(leaf, leaf, y, y, impl=impl)
         grads.append(torch.autograd.grad(loss, leaf)[0])
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-8)
 
@@ -224,7 +224,7 @@ def test_offsets_beyond_32_bits(device):
     near = mask.clone()
     for side in ("student_mask", "teacher_mask"):
         losses = [
-            attention_kl(**arguments, **{side: m}, divergence="js", reduction="none", impl="triton")
+            attention_divergence(**arguments, **{side: m}, divergence="js", reduction="none", impl="triton")
             for m in (mask, near)
         ]
         assert torch.equal(*losses)
@@ -271,7 +271,7 @@ def test_deterministic(device, merge):
     for _ in range(2):
         leaves = [x.clone().requires_grad_() for x in (arguments["student_query"], arguments["student_key"], bias)]
         given = arguments | dict(zip(("student_query", "student_key", "student_mask"), leaves, strict=True))
-        loss = attention_kl(**given, merge=merge, impl="triton")
+        loss = attention_divergence(**given, merge=merge, impl="triton")
         runs.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -316,7 +316,7 @@ def test_inside_pytorch(device):
     bias = torch.randn(2, 20, 20, device=device)
 
     def function(q, k, bias):
-        loss = attention_kl(q * 1.0, k * 1.0, *list(arguments.values())[2:], student_mask=bias, impl="triton")
+        loss = attention_divergence(q * 1.0, k * 1.0, *list(arguments.values())[2:], student_mask=bias, impl="triton")
         return loss
 
     def run(f):

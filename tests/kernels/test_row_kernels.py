@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from attnkd import attention_kl, attention_rows
+from attnkd import attention_divergence, attention_rows
 from attnkd.testing.proof import assert_proved, prove
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "js", "cross_entropy", "mse", "logit_mse")
@@ -123,7 +123,7 @@ def test_extremes(device, divergence):
         near["teacher_key"] = near["student_key"].clone()
         assert_proved("triton", **near)
     one = call(device, N=1)
-    assert attention_kl(**one, impl="triton") == 0
+    assert attention_divergence(**one, impl="triton") == 0
 
 
 def test_impossible_and_nan_are_never_hidden(device):
@@ -132,11 +132,11 @@ def test_impossible_and_nan_are_never_hidden(device):
             arguments = call(device, N=N, H=2, merge=merge, reduction="none", impl="triton")
             student = torch.zeros(N, device=device)
             student[3] = -torch.inf
-            assert attention_kl(**arguments, student_mask=student).isinf().all()
+            assert attention_divergence(**arguments, student_mask=student).isinf().all()
             for name in ("teacher_query", "teacher_key", "student_query", "student_key"):
                 broken = arguments | {name: arguments[name].clone()}
                 broken[name][0, 0, 0] = torch.nan
-                loss = attention_kl(**broken)
+                loss = attention_divergence(**broken)
                 assert loss[0, 0].isnan().all() and loss[1].isfinite().all(), (name, N, merge)
 
 
@@ -147,12 +147,12 @@ def test_infinite_upstream_and_unused_gradients(device):
         leaves = {n: arguments[n].clone().requires_grad_() for n in names}
         grads = []
         for impl in ("triton", "reference"):
-            loss = attention_kl(**(arguments | leaves), reduction="none", impl=impl).sum()
+            loss = attention_divergence(**(arguments | leaves), reduction="none", impl=impl).sum()
             grads.append(torch.autograd.grad(loss, list(leaves.values())))
         for got, want in zip(*grads, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
-        assert not attention_kl(**arguments, impl="triton").requires_grad
+        assert not attention_divergence(**arguments, impl="triton").requires_grad
 
 
 def test_deterministic(device):
@@ -162,7 +162,9 @@ def test_deterministic(device):
         runs = []
         for _ in range(2):
             q, k = (arguments[n].clone().requires_grad_() for n in ("student_query", "student_key"))
-            loss = attention_kl(**(arguments | {"student_query": q, "student_key": k}), merge=merge, impl="triton")
+            loss = attention_divergence(
+                **(arguments | {"student_query": q, "student_key": k}), merge=merge, impl="triton"
+            )
             runs.append((loss.detach(), *torch.autograd.grad(loss, (q, k))))
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 

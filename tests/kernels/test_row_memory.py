@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attnkd import attention_kl, attention_rows
+from attnkd import attention_divergence, attention_rows
 from attnkd.testing.guard import LAYOUTS, canaries, lay_out
 from attnkd.testing.proof import assert_proved
 from attnkd.testing.traffic import Meter
@@ -37,7 +37,7 @@ def test_forward_reads_each_key_once_and_backward_none(merge, H, N, D, launches)
     given = inputs(1, H, 1, N, D)
     leaves = {n: given[n].requires_grad_() for n in ("student_query", "student_key")}
     with Meter(**given) as forward:
-        loss = attention_kl(**given, merge=merge, reduction="none", impl="triton")
+        loss = attention_divergence(**given, merge=merge, reduction="none", impl="triton")
     for name in ("student_key", "teacher_key"):
         assert forward.loaded(name) == size(given[name]), name
     assert len(forward.launches) == launches
@@ -60,7 +60,7 @@ def test_floor_of_the_headline_case():
     given = inputs(2, 6, 1, 197, 64)
     leaves = [given[n].requires_grad_() for n in ("student_query", "student_key")]
     with Meter(**given) as meter:
-        torch.autograd.grad(attention_kl(**given, impl="triton"), leaves)
+        torch.autograd.grad(attention_divergence(**given, impl="triton"), leaves)
     ratio = (meter.loaded() + meter.stored()) / (3 * size(given["student_key"]))
     assert 1.0 <= ratio < 1.04, ratio  # the rest: coefficient rows 2.1%, queries, unit dq and dq 1.7%
 
@@ -91,13 +91,13 @@ def test_offsets_beyond_two_to_the_31(device):
     key.copy_(torch.randn(shape))
     small = key.clone()
     query = torch.randn(2, 1, 1, 16, device=device).half()
-    want = attention_kl(query, small, query.flip(0), small, reduction="none", impl="triton")
-    assert torch.equal(attention_kl(query, key, query.flip(0), key, reduction="none", impl="triton"), want)
+    want = attention_divergence(query, small, query.flip(0), small, reduction="none", impl="triton")
+    assert torch.equal(attention_divergence(query, key, query.flip(0), key, reduction="none", impl="triton"), want)
 
 
 def test_no_gradient_no_coefficients(device):
     """Without a gradient to compute, neither coefficient rows nor the unit dq are allocated."""
     given = {n: x.to(device) for n, x in inputs(2, 3, 1, 197, 64).items()}
     with canaries() as allocated, torch.no_grad():
-        attention_kl(**given, impl="triton")
+        attention_divergence(**given, impl="triton")
     assert sum(size(x) for x in allocated) < 1024
