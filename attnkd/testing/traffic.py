@@ -143,7 +143,7 @@ class Meter:
     Args:
         tensors: the tensors to report under their own names. A launch's argument counts for the registered tensor whose
             elements it starts on (so a slice of a registered tensor counts for it); every other argument is reported
-            under the name of the kernel's parameter.
+            under the name of the kernel's parameter, ``student.key`` for the field ``key`` of a NamedTuple ``student``.
 
     Raises:
         RuntimeError: on entry, if ``TRITON_INTERPRET`` was not set when Triton was imported.
@@ -233,8 +233,9 @@ class Meter:
 
     def _register(self, launch: Launch, name: str, given: Any, host: Any) -> None:
         if isinstance(given, tuple):
-            for i, (each, each_host) in enumerate(zip(given, host, strict=True)):
-                self._register(launch, f"{name}[{i}]", each, each_host)
+            fields = getattr(given, "_fields", range(len(given)))  # of a NamedTuple, which may hold others
+            for at, each, each_host in zip(fields, given, host, strict=True):
+                self._register(launch, f"{name}.{at}", each, each_host)
         elif isinstance(given, interp.TensorDescriptor):
             self._register(launch, name, given.base, host.base)
         elif isinstance(given, Tensor):

@@ -1,6 +1,7 @@
 """The meter counts what a kernel asks for, and with the guards finds every access that is not the kernel's to make."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -139,6 +140,36 @@ def test_counts_tensor_descriptors():
     assert torch.equal(out, x)
     assert meter.loaded("x") == x.nbytes
     assert meter.stored("OUT") == x.nbytes
+
+
+class Operand(NamedTuple):
+    X: torch.Tensor
+    stride: int
+
+
+class Side(NamedTuple):
+    key: Operand
+    out: Operand
+
+
+@triton.jit
+def _nested_kernel(side, SLIP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr):
+    n = tl.arange(0, BN)
+    x = tl.load(side.key.X + n * side.key.stride, mask=n < N + SLIP, other=0.0)
+    tl.store(side.out.X + n * side.out.stride, x, mask=n < N)
+
+
+@interpreted
+def test_counts_tensors_inside_named_tuples():
+    x, out = torch.randn(N, 2), torch.empty(N)
+    side = Side(Operand(x[:, 0], 2), Operand(out, 1))
+    with Meter(x=x) as meter:
+        _nested_kernel[(1,)](side, SLIP=0, N=N, BN=16)
+    assert torch.equal(out, x[:, 0])
+    assert meter.loaded("x") == meter.stored("side.out.X") == N * 4
+    with pytest.raises(InterpreterError, match="side.key.X load of 1 of 14 elements outside"):
+        with Meter(x=x):
+            _nested_kernel[(1,)](side, SLIP=1, N=N, BN=16)
 
 
 @triton.jit
