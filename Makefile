@@ -1,10 +1,10 @@
-# Two commands matter: `make demo` and `make test`. Each does its own set-up in .venv.
+# Two commands matter: `make demo` and `make test`. Each does its own set-up in .venv, from requirements.lock.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check gate bench validate clean
+.PHONY: help demo test check gate bench validate lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,14 +15,18 @@ help:
 	@echo "make gate      compile every kernel for every GPU target, full sweep (no GPU needed; an hour or more on two cores)"
 	@echo "make bench     benchmarks on this machine's GPU"
 	@echo "make validate  kernels against the reference on this machine"
+	@echo "make lock      renew requirements.lock, the packages of make demo and make test"
 
-# Where Python comes without venv (Debian's python3), virtualenv steps in.
-$(READY): pyproject.toml
+# Where Python comes without venv (Debian's python3), virtualenv steps in. Every package that follows, pip and the build
+# backend too, is the one in the lock: what works today works next year.
+$(READY): requirements.lock pyproject.toml
+	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 10) or sys.exit("attnkd needs Python 3.10 or newer, $(PYTHON) is " \
+		+ sys.version.split()[0] + "; choose another with: make PYTHON=python3.12 ...")'
 	"$(PYTHON)" -m venv "$(VENV)" || { rm -rf "$(VENV)" && \
-		"$(PYTHON)" -m pip install --quiet --target "$(VENV)-bootstrap" virtualenv && \
+		"$(PYTHON)" -m pip install --quiet --target "$(VENV)-bootstrap" virtualenv==21.15.11 && \
 		PYTHONPATH="$(VENV)-bootstrap" "$(PYTHON)" -m virtualenv --quiet "$(VENV)"; }
-	"$(BIN)/python" -m pip install --quiet --upgrade pip
-	"$(BIN)/python" -m pip install --quiet --editable ".[dev]"
+	"$(BIN)/python" -m pip install --quiet --require-hashes --requirement requirements.lock
+	"$(BIN)/python" -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch "$(READY)"
 
 demo: $(READY)
@@ -45,6 +49,11 @@ bench: $(READY)
 
 validate: $(READY)
 	"$(BIN)/python" -m attnkd validate
+
+# The newest packages that pyproject.toml allows, one file for every system and Python that it supports.
+lock: $(READY)
+	"$(BIN)/uv" pip compile pyproject.toml --extra dev --universal --python-version 3.10 --generate-hashes --upgrade --quiet \
+		--custom-compile-command "make lock" --output-file requirements.lock
 
 clean:
 	rm -rf "$(VENV)" "$(VENV)-bootstrap" build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
