@@ -23,6 +23,26 @@ DEFAULTS: dict[str, Any] = {"divergence": "forward_kl", "temperature": 1.0}
 LOGARITHMIC = ("forward_kl", "reverse_kl", "js", "cross_entropy")
 
 
+def per_row(arguments: dict[str, Any], precision: torch.dtype) -> Tensor:
+    """The reference's divergence of every row, [B, Ho, M], computed in ``precision`` from attention_divergence's arguments."""
+    values: list[Any] = [arguments.get(name, DEFAULTS.get(name)) for name in PROBLEM]
+    return reference.per_row(make_problem(*values), precision)
+
+
+def probabilities(arguments: dict[str, Any], precision: torch.dtype) -> Tensor:
+    """The reference's attention, [B, Ho, M, N], of the student among the arguments."""
+    q, k, mask = (arguments.get(name) for name in STUDENT)
+    side = make_side("", q, k, arguments.get("student_scale"), mask)  # type: ignore[arg-type]
+    return reference.attention_rows(side, arguments.get("merge"), arguments.get("temperature", 1.0), precision)
+
+
+def per_image(arguments: dict[str, Any], precision: torch.dtype) -> Tensor:
+    """The reference's relation loss of every image, [B], from relation_row_loss's arguments."""
+    features = arguments["student_features"], arguments["teacher_features"]
+    prefixes = arguments.get("student_prefix_tokens", 1), arguments.get("teacher_prefix_tokens", 1)
+    return reference_per_image(*features, *prefixes, -1, precision)
+
+
 def prove(impl: str, *, seed: int = 0, **arguments: Any) -> list[Result]:
     """Compare ``attention_divergence(**arguments, impl=impl, reduction='none')`` and its gradients with the oracle.
 
@@ -67,9 +87,7 @@ def prove_rows(impl: str, *, seed: int = 0, **arguments: Any) -> list[Result]:
 
     def reference_rows(inputs: torch.dtype, precision: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
         leaves = {n: _held(n, arguments[n], inputs).requires_grad_() for n in names}
-        q, k, mask = ((arguments | leaves).get(n) for n in STUDENT)
-        side = make_side("", q, k, arguments.get("student_scale"), mask)  # type: ignore[arg-type]
-        rows = reference.attention_rows(side, merge, temperature, precision)
+        rows = probabilities(arguments | leaves, precision)
         return rows.detach(), torch.autograd.grad(rows, list(leaves.values()), _upstream(rows, seed, 1.0))
 
     oracle, oracle_grads = reference_rows(torch.float64, torch.float64)
@@ -93,7 +111,8 @@ def prove_relation(impl: str, *, seed: int = 0, **arguments: Any) -> list[Result
 
     def reference_loss(inputs: torch.dtype, precision: torch.dtype) -> tuple[Tensor, Tensor]:
         leaf = student.detach().to(inputs).requires_grad_()
-        loss = reference_per_image(leaf, teacher.to(inputs), *prefixes, -1, precision)
+        held = {"student_features": leaf, "teacher_features": teacher.to(inputs)}
+        loss = per_image(arguments | held, precision)
         (grad,) = torch.autograd.grad(loss, leaf, _upstream(loss, seed, boost))
         return loss.detach(), grad
 
@@ -131,9 +150,7 @@ def _run(
     """The reference in ``precision`` on inputs held in ``inputs``; gradients of the named arguments."""
     held = {n: _held(n, a, inputs) for n, a in arguments.items()}
     leaves = {n: held[n].requires_grad_() for n in names}
-    values: list[Any] = [(held | leaves).get(n, DEFAULTS.get(n)) for n in PROBLEM]
-    problem = make_problem(*values)
-    loss = reference.per_row(problem, precision)
+    loss = per_row(held | leaves, precision)
     if not names:
         return loss.detach(), ()
     grads = torch.autograd.grad(loss, list(leaves.values()), _upstream(loss, seed, boost))

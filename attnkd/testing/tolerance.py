@@ -91,7 +91,7 @@ def compare(name: str, actual: Tensor, oracle: Tensor, eager: Tensor, *, scale: 
         return _hopeless(name, f"dtype {actual.dtype} instead of {eager.dtype}:")
     if actual.dtype not in ALLOWANCE:
         raise TypeError(f"{name}: actual: expected a floating point dtype, got {actual.dtype}")
-    a, o, e = (x.detach().to("cpu", torch.float64) for x in (actual, oracle, eager))
+    a, o, e = (x.detach().to(oracle.device, torch.float64) for x in (actual, oracle, eager))
     if o.isnan().any():
         raise ValueError(f"{name}: oracle: expected numbers, got {int(o.isnan().sum())} NaN")
     finite = o.isfinite()
