@@ -1,15 +1,7 @@
 """`python -m benchmarks aot`: every kernel compiled for every target, without a GPU, and held to what it should use.
 
-A kernel fails the gate when, for some target and call,
-
-* it does not compile;
-* it spills registers;
-* it wants more shared memory than a program may have;
-* its code has fewer 128-bit loads than the tiles that it loads need, so that some tile of an aligned tensor moves in
-  smaller pieces (tiles with less than 128 bits a thread aside); the same for stores, unless a matrix unit laid out what is stored;
-* a dot of a 16-bit type does not run on the architecture's matrix unit.
-
-The calls are those of :mod:`benchmarks.launches`. This process only schedules: compilation runs in spawned processes.
+The rules stand in :mod:`benchmarks.gate`, the calls in :mod:`benchmarks.launches`. This process only schedules: compilation runs in
+spawned processes.
 """
 
 from __future__ import annotations
@@ -22,57 +14,21 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-TARGETS = ("sm80", "sm90", "sm100", "sm120", "gfx942")
-SHARED = {"sm80": 166912, "sm90": 232448, "sm100": 232448, "sm120": 101376, "gfx942": 65536}
-MATRIX = {"sm80": "HMMA", "sm90": "HGMMA", "sm100": "UTC", "sm120": "HMMA", "gfx942": "v_mfma"}
-MATRIX_SMALL = {"sm90": "HMMA", "sm100": "HMMA"}  # tiles of fewer rows than the warp-group instructions take
-GROUP_ROWS = 64
-
-
-def faults(record: dict[str, Any]) -> list[str]:
-    """Why a compiled kernel fails the gate; empty when it passes."""
-    if "error" in record:
-        return [record["error"]]
-    found = []
-    target = record["target"]
-    if record["spills"]:
-        found.append(f"spills {record['spills']}")
-    if record["shared"] > SHARED[target]:
-        found.append(f"shared memory {record['shared']} of {SHARED[target]} bytes")
-    for direction in _directions(record):
-        if record["aligned"] and (share := wide_share(record, direction)) < 1:
-            found.append(f"128-bit {direction}s cover {share:.0%} of the tiles: {record[direction + 's']}")
-    for dot in record["dots"]:
-        shape, dtype = dot.split()
-        if dtype not in ("f16", "bf16"):
-            continue  # fp32 products are IEEE by choice and have no matrix unit
-        rows = int(shape.split("x")[0])
-        kinds = [MATRIX[target], *([MATRIX_SMALL[target]] if target in MATRIX_SMALL and rows < GROUP_ROWS else [])]
-        if not any(used.startswith(kind) for kind in kinds for used in record["matrix"]):
-            found.append(f"dot {dot} without {' or '.join(kinds)}: {record['matrix'] or 'no matrix instruction'}")
-    return found
-
-
-def wide_share(record: dict[str, Any], direction: str) -> float:
-    """How much of the tiles that a kernel loads (stores) its 128-bit instructions can move; at most 1."""
-    tiles = record["tiles"][direction]
-    wide = sum(int(bits) // 8 * count for bits, count in record[direction + "s"].items() if int(bits) >= 128)
-    return min(1.0, wide * record["threads"] / tiles) if tiles else 1.0
-
-
-def _directions(record: dict[str, Any]) -> tuple[str, ...]:
-    return ("load",) if record["dots"] else ("load", "store")
+from benchmarks.gate import TARGETS, directions, verdict, wide_share
 
 
 def gate(calls: Sequence[Any], targets: Sequence[str] = TARGETS, jobs: int | None = None) -> Iterator[dict[str, Any]]:
     """Compiles what the calls launch for the targets, in ``jobs`` processes, and yields one record per compiled kernel.
 
-    A record tells the call, target and kernel, what the kernel uses (:func:`benchmarks.compiled.read`) and its ``faults``.
+    A record tells the call, target and kernel, what the kernel uses (:func:`benchmarks.compiled.read`), its ``faults`` and
+    ``remarks`` (:func:`benchmarks.gate.verdict`).
     Kernels that several calls launch alike come once. After each call comes a record of ``progress``.
     """
+    compiler = metadata.version("triton")
     seen = set()
     for call, target, records in _results([(call, target) for target in targets for call in calls], jobs):
         if not records:
@@ -83,7 +39,7 @@ def gate(calls: Sequence[Any], targets: Sequence[str] = TARGETS, jobs: int | Non
                 continue
             seen.add(key)
             record = {"call": call.name, "aligned": call.aligned, "target": target} | record
-            yield record | {"faults": faults(record)}
+            yield record | verdict(record, compiler)
         yield {"progress": (call.name, target)}
 
 
@@ -179,10 +135,12 @@ def run(args: argparse.Namespace) -> int:
         settings = {"full": args.full, "targets": list(args.targets), "match": args.match}
         schema.save(args.json, schema.document("aot", facts, "python -m benchmarks aot", settings, records))
     print(table(records))
-    failed = [record for record in records if record["faults"]]
-    for record in failed:
-        print(f"{record['target']} {record['kernel']} [{record['call']}]: {'; '.join(record['faults'])}")
-    print(f"{len(records)} kernels compiled, {len(failed)} failed")
+    for kind in ("remarks", "faults"):
+        for record in records:
+            if record[kind]:
+                print(f"{record['target']} {record['kernel']} [{record['call']}]: {'; '.join(record[kind])}")
+    failed, noted = (sum(bool(record[kind]) for record in records) for kind in ("faults", "remarks"))
+    print(f"{len(records)} kernels compiled, {failed} failed", end=f", {noted} with remarks\n" if noted else "\n")
     return 1 if failed else 0
 
 
@@ -197,7 +155,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         if not good:
             lines.append((kernel, target, str(len(group)), *["-"] * 6, str(failed)))
             continue
-        share = min((wide_share(r, d) for r in good if r["aligned"] for d in _directions(r)), default=1.0)
+        share = min((wide_share(r, d) for r in good if r["aligned"] for d in directions(r)), default=1.0)
         matrix = sorted({kind if len(kind) < 12 else "MFMA" for r in good for kind in r["matrix"]})
         lines.append(
             (

@@ -26,6 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from benchmarks.gate import SHARED
 from benchmarks.launches import Call
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -53,11 +54,11 @@ class Target:
 
 
 TARGETS = {
-    "sm80": Target(GPUTarget("cuda", 80, 32), 166912, 167936, 1024, 64, 32, 108),
-    "sm90": Target(GPUTarget("cuda", 90, 32), 232448, 233472, 1024, 64, 32, 132),
-    "sm100": Target(GPUTarget("cuda", 100, 32), 232448, 233472, 1024, 64, 32, 148),
-    "sm120": Target(GPUTarget("cuda", 120, 32), 101376, 102400, 1024, 48, 24, 170),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65536, 65536, 0, 32, 32, 304),
+    "sm80": Target(GPUTarget("cuda", 80, 32), SHARED["sm80"], 167936, 1024, 64, 32, 108),
+    "sm90": Target(GPUTarget("cuda", 90, 32), SHARED["sm90"], 233472, 1024, 64, 32, 132),
+    "sm100": Target(GPUTarget("cuda", 100, 32), SHARED["sm100"], 233472, 1024, 64, 32, 148),
+    "sm120": Target(GPUTarget("cuda", 120, 32), SHARED["sm120"], 102400, 1024, 48, 24, 170),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), SHARED["gfx942"], 65536, 0, 32, 32, 304),
 }
 
 
@@ -159,8 +160,8 @@ def read(target: str, key: str, kernel: Any) -> dict[str, Any]:
     """What the compiled kernel uses.
 
     Returns:
-        registers (per thread), spills (bytes of stack on NVIDIA; vector registers spilled plus instructions on scratch on AMD), shared
-        (bytes), loads and stores (global instructions by width in bits), tiles (bytes of the two-dimensional tiles that the
+        registers (per thread), spills (bytes a thread: of stack on NVIDIA; 4 a spilled vector register or instruction on scratch on
+        AMD), shared (bytes), loads and stores (global instructions by width in bits), tiles (bytes of the two-dimensional tiles that the
         source loads and stores), matrix (matrix instructions by kind), dots (the source's dots as 'MxK dtype'), warps,
         threads, occupancy (resident warps / possible warps).
     """
@@ -233,7 +234,7 @@ def _read_amd(kernel: Any) -> dict[str, Any]:
         "registers": field("vgpr_count"),
         # Scalar registers are parked in lanes of vector registers first, which touches no memory. The assembler reserves a few
         # bytes of scratch for that, used or not; what counts is what touches them.
-        "spills": field("vgpr_spill_count") + len(re.findall(r"\bscratch_(?:load|store)", code)),
+        "spills": 4 * max(field("vgpr_spill_count"), len(re.findall(r"\bscratch_(?:load|store)", code))),
         "parked_scalars": field("sgpr_spill_count"),
         "loads": _widths(re.findall(r"\b(?:global|buffer)_load_(\w+)", code), _amd_width),
         "stores": _widths(re.findall(r"\b(?:global|buffer)_store_(\w+)", code), _amd_width),

@@ -15,7 +15,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from triton.errors import TritonError
 
-from benchmarks import cases, gate
+from benchmarks import cases, judge
 from benchmarks.cases import Inputs, Shape
 from benchmarks.registry import Implementation, Operation
 from benchmarks.timing import Clock, GpuClock, host_us, measure
@@ -102,7 +102,7 @@ def measure_case(
     chosen = [i for i in operation.implementations if implementations is None or i.name in implementations]
     try:
         inputs = cases.make_inputs(shape, dtype, settings.device, operation.leaves, operation.merged, seed)
-        expected = gate.truth(operation, inputs)
+        expected = judge.truth(operation, inputs)
     except (RuntimeError, MemoryError) as error:
         status, detail = failure(error, ours=True, device=settings.device)
         for implementation in chosen:
@@ -124,7 +124,7 @@ def _measure_implementation(
     implementation: Implementation,
     inputs: Inputs,
     dtype: torch.dtype,
-    expected: gate.Truth,
+    expected: judge.Truth,
     settings: Settings,
 ) -> Iterator[dict[str, Any]]:
     modes = list(settings.modes)
@@ -144,7 +144,7 @@ def _measure_implementation(
         for mode in modes:
             yield {"implementation": implementation.name, "mode": mode, "status": status, "detail": detail}
         return
-    checked = _checked(gate.judge(operation, implementation, dtype, expected, outputs, gradients))
+    checked = _checked(judge.judge(operation, implementation, dtype, expected, outputs, gradients))
     del outputs, gradients
     if settings.clock is not None and settings.report:
         checked["first_call_ms"] = round(first_ms, 3)
@@ -165,7 +165,7 @@ def _forward_only(
     implementation: Implementation,
     inputs: Inputs,
     dtype: torch.dtype,
-    expected: gate.Truth,
+    expected: judge.Truth,
     settings: Settings,
 ) -> dict[str, Any] | None:
     """Of an implementation that has no backward on this device: whether its forward is right. It gets no time."""
@@ -174,11 +174,11 @@ def _forward_only(
     except Exception as error:
         failure(error, implementation.ours, settings.device)
         return None
-    record = _checked(gate.judge(operation, implementation, dtype, expected, outputs, ()))
+    record = _checked(judge.judge(operation, implementation, dtype, expected, outputs, ()))
     return {"detail": "no backward on this device"} | record
 
 
-def _checked(verdict: gate.Verdict) -> dict[str, Any]:
+def _checked(verdict: judge.Verdict) -> dict[str, Any]:
     error = float(f"{verdict.error:.3g}") if math.isfinite(verdict.error) else None
     return (
         {"status": "ok", "error": error} if verdict.ok else {"status": "FAIL", "error": error, "detail": verdict.detail}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, gate, measure, registry
+from benchmarks import cases, judge, measure, registry
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -33,10 +33,10 @@ CASES = [
 def test_operation(benchmark: Any, shape: Any, operation: Any, implementation: Any, mode: str) -> None:
     settings = measure.Settings(DEVICE)
     inputs = cases.make_inputs(shape, DTYPE, DEVICE, operation.leaves, operation.merged, seed=0)
-    expected = gate.truth(operation, inputs)
+    expected = judge.truth(operation, inputs)
     try:
         run = measure.Run(operation, implementation, inputs, settings)
-        verdict = gate.judge(operation, implementation, DTYPE, expected, *run.once(expected.upstream))
+        verdict = judge.judge(operation, implementation, DTYPE, expected, *run.once(expected.upstream))
     except Exception as error:
         status, detail = measure.failure(error, implementation.ours, DEVICE)
         if status in ("OOM", "unsupported"):

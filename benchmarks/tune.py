@@ -186,7 +186,7 @@ def search(
 ) -> Iterator[dict[str, Any]]:
     """One record a candidate, the committed configuration (config {}) first."""
     from benchmarks import cases as shapes
-    from benchmarks import gate, measure, registry
+    from benchmarks import judge, measure, registry
     from benchmarks.timing import GpuClock
     from benchmarks.timing import measure as time_it
 
@@ -194,7 +194,7 @@ def search(
     ours = operation.implementations[0]
     settings = measure.Settings(device)
     inputs = shapes.make_inputs(shape, dtype, device, operation.leaves, operation.merged, seed=0)
-    expected = gate.truth(operation, inputs)
+    expected = judge.truth(operation, inputs)
     clock = GpuClock(device) if device.type == "cuda" else None
     candidates: list[Config] = [{}, *tunable.candidates()]
     if smoke:
@@ -207,7 +207,7 @@ def search(
             with configured(tunable, config):
                 run = measure.Run(operation, ours, inputs, settings)
                 outputs, gradients = run.once(expected.upstream)
-                verdict = gate.judge(operation, ours, dtype, expected, outputs, gradients)
+                verdict = judge.judge(operation, ours, dtype, expected, outputs, gradients)
                 record |= {"status": "ok"} if verdict.ok else {"status": "FAIL", "detail": verdict.detail}
                 if verdict.ok and clock is not None:
                     call, setup = run.mode(tunable.mode)

@@ -18,7 +18,7 @@ import torch
 from benchmarks import (
     cases,
     compare,
-    gate,
+    judge,
     machine,
     measure,
     plot,
@@ -38,10 +38,10 @@ DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 SETTINGS = measure.Settings(DEVICE, modes=("both",), compile_backend="inductor" if HAS_GPU else "aot_eager")
 
 
-def _problem(name: str, dtype: torch.dtype = torch.float32) -> tuple[registry.Operation, cases.Inputs, gate.Truth]:
+def _problem(name: str, dtype: torch.dtype = torch.float32) -> tuple[registry.Operation, cases.Inputs, judge.Truth]:
     operation = registry.OPERATIONS[name]
     inputs = cases.make_inputs(cases.SMOKE, dtype, DEVICE, operation.leaves, operation.merged, seed=0)
-    return operation, inputs, gate.truth(operation, inputs)
+    return operation, inputs, judge.truth(operation, inputs)
 
 
 # --- every operation and opponent is right -----------------------------------------------------------------------------------
@@ -112,9 +112,9 @@ def test_a_wrong_gradient_does_not_pass_the_gate(wrong, ours, dtype):
     implementation = dataclasses.replace(operation.implementations[0], ours=ours)
     run = measure.Run(operation, implementation, inputs, SETTINGS)
     outputs, (dq, dk) = run.once(expected.upstream)
-    assert gate.judge(operation, implementation, dtype, expected, outputs, (dq, dk)).ok
-    assert not gate.judge(operation, implementation, dtype, expected, outputs, (dq, wrong(dk))).ok
-    assert not gate.judge(operation, implementation, dtype, expected, outputs, (wrong(dq), dk)).ok
+    assert judge.judge(operation, implementation, dtype, expected, outputs, (dq, dk)).ok
+    assert not judge.judge(operation, implementation, dtype, expected, outputs, (dq, wrong(dk))).ok
+    assert not judge.judge(operation, implementation, dtype, expected, outputs, (wrong(dq), dk)).ok
 
 
 def test_a_wrong_result_does_not_pass_the_gate():
@@ -122,15 +122,15 @@ def test_a_wrong_result_does_not_pass_the_gate():
         operation, inputs, expected = _problem(name)
         ours = operation.implementations[0]
         outputs, gradients = measure.Run(operation, ours, inputs, SETTINGS).once(expected.upstream)
-        assert not gate.judge(operation, ours, torch.float32, expected, [x * 1.01 for x in outputs], gradients).ok
-        assert not gate.judge(operation, ours, torch.float32, expected, [x[..., None] for x in outputs], gradients).ok
+        assert not judge.judge(operation, ours, torch.float32, expected, [x * 1.01 for x in outputs], gradients).ok
+        assert not judge.judge(operation, ours, torch.float32, expected, [x[..., None] for x in outputs], gradients).ok
 
 
 def test_the_truth_is_the_same_in_slices(monkeypatch):
     for name in ("whole_map", "cls_row_logsum", "attention_whole_map", "relation_row"):
         operation, inputs, whole = _problem(name)
-        monkeypatch.setattr(gate, "CHUNK", 1)  # one image and one query row at a time
-        sliced = gate.truth(operation, inputs)
+        monkeypatch.setattr(judge, "CHUNK", 1)  # one image and one query row at a time
+        sliced = judge.truth(operation, inputs)
         monkeypatch.undo()
         for a, b in zip(whole.outputs + whole.gradients, sliced.outputs + sliced.gradients, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -452,7 +452,7 @@ def test_the_search_reaches_the_launch_and_leaves_nothing_behind(tunable):
             _watch(module, attribute, read)
         run = measure.Run(operation, operation.implementations[0], inputs, SETTINGS)
         outputs, gradients = run.once(expected.upstream)
-    assert gate.judge(operation, operation.implementations[0], torch.float32, expected, outputs, gradients).ok
+    assert judge.judge(operation, operation.implementations[0], torch.float32, expected, outputs, gradients).ok
     assert [getattr(module, attribute) for module, attribute in replaced] == usual
     functions = {attribute for module, attribute in replaced if callable(getattr(module, attribute))}
     if tunable.kernel.startswith("map_"):
