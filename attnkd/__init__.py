@@ -9,12 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from attnkd.attention.api import attention_divergence, attention_rows
+from attnkd.attention.call import AttentionCall
 from attnkd.attention.merging import merge_attention
 from attnkd.attention.resample import resample_attention
 from attnkd.relation.api import relation_row_loss
 
 if TYPE_CHECKING:
-    from attnkd.attention.call import AttentionCall
     from attnkd.capture.tap import AttentionTap
     from attnkd.methods.attention_probe import AttentionProbe
     from attnkd.methods.attn_distill import AttnDistill
@@ -47,7 +47,6 @@ __all__ = [
 ]
 
 _LAZY = {
-    "AttentionCall": "attnkd.attention.call",
     "AttentionTap": "attnkd.capture.tap",
     "AttentionProbe": "attnkd.methods.attention_probe",
     "AttnDistill": "attnkd.methods.attn_distill",

@@ -1,4 +1,4 @@
-"""A guard for hand-written backward passes: they have no second derivative, and must say so."""
+"""What every hand-written operator shares: its registration, what it keeps for the backward, and a guard for that backward."""
 
 from __future__ import annotations
 
@@ -8,6 +8,44 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+_LIBRARY = torch.library.Library("attnkd", "FRAGMENT")
+
+
+def register(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register ``function`` as the opaque operator ``torch.ops.attnkd.<name>`` and return it.
+
+    torch.compile does not look inside. There is no derivative: an autograd function calls it. On CPU tensors Triton kernels
+    run in Triton's interpreter.
+
+    Args:
+        schema: ``name(arguments) -> results``, in the language of :func:`torch.library.define`.
+        function: the same on real tensors of any device.
+        fake: the same on tensors without data: allocates the results.
+    """
+    name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"attnkd::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.attnkd, name).default
+
+
+def keep(ctx: Any, *tensors: Tensor | None) -> None:
+    """``ctx.save_for_backward``, which refuses tensors made under ``torch.inference_mode``: those are kept beside it.
+
+    A teacher's queries and keys often are such tensors. They carry no graph, so they make no circle of references.
+    """
+    beside = [_is_inference(tensor) for tensor in tensors]
+    ctx.beside = [tensor if other else None for tensor, other in zip(tensors, beside, strict=True)]
+    ctx.save_for_backward(*[None if other else tensor for tensor, other in zip(tensors, beside, strict=True)])
+
+
+def kept(ctx: Any) -> list[Tensor | None]:
+    """What :func:`keep` kept."""
+    return [saved if other is None else other for saved, other in zip(ctx.saved_tensors, ctx.beside, strict=True)]
+
+
+def _is_inference(tensor: Tensor | None) -> bool:
+    return tensor is not None and not torch.compiler.is_compiling() and tensor.is_inference()
 
 
 class _NoSecondDerivative(torch.autograd.Function):

@@ -1,4 +1,7 @@
-"""One captured attention call, and the views that a comparison takes of it: some heads, the class token's row, shared tokens."""
+"""One captured attention call, and the views that a comparison takes of it: some heads, the class token's row, shared tokens.
+
+The only place that cuts rows, heads and tokens out of a call: queries, keys and mask always go together.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from attnkd.attention.checks import check_choice
+
 Heads = tuple[int, ...]
+ROWS = ("all", "cls")
 
 
 class AttentionCall(NamedTuple):
     """What one call of ``scaled_dot_product_attention`` put into its softmax: scale · query · keyᵀ + mask.
 
-    An :class:`attnkd.AttentionTap` returns them. The last three fields say which tokens the rows and keys are; None where
-    nobody knows.
+    An :class:`attnkd.AttentionTap` returns them. The last three fields say which tokens the N keys of *this* call are: in a
+    block that runs before the class token is added, there are no prefix tokens and no class token. None: nobody knows; then
+    nothing is left out, and token 0 is taken for the class token where one is asked for.
     """
 
     query: Tensor
@@ -25,11 +32,11 @@ class AttentionCall(NamedTuple):
     """Broadcasts to [B, H, M, N]; boolean (True = visible) or additive, such as a relative position bias."""
     scale: float
     num_prefix_tokens: int | None = None
-    """Tokens before the first patch: class token, distillation token, registers."""
+    """Tokens before the first patch: class token, distillation token, registers. The other N − num_prefix_tokens are patches."""
     has_cls: bool | None = None
     """Whether token 0 is a class token."""
     grid: tuple[int, int] | None = None
-    """(height, width) in patches."""
+    """(height, width) in patches, height · width of them in row-major order; None where they form no grid (patch dropout)."""
 
 
 def take_heads(call: AttentionCall, heads: Heads) -> AttentionCall:
@@ -50,58 +57,94 @@ def take_heads(call: AttentionCall, heads: Heads) -> AttentionCall:
     return call._replace(query=take(call.query, 1), key=take(call.key, 1), mask=mask)
 
 
-def shared_map(call: AttentionCall, num_prefix_tokens: int, keep_cls: bool) -> AttentionCall:
-    """Rows and keys that two models share: patches, and the class token where both have one.
+def class_row(call: AttentionCall, num_prefix_tokens: int | None = None) -> AttentionCall:
+    """The class token's query [B, H, 1, D] with the keys [B, H, 1 + patches, D] that models share.
+
+    Args:
+        call: query row 0 and key 0 are the class token's.
+        num_prefix_tokens: in place of the call's own; with None in both, all keys stay.
+
+    Raises:
+        ValueError: no class token, or fewer keys than prefix tokens.
+    """
+    prefix = call.num_prefix_tokens if num_prefix_tokens is None else num_prefix_tokens
+    if call.has_cls is False:
+        raise ValueError("has_cls: expected a class token at token 0, but this attention has no class token")
+    if prefix is not None and not 1 <= prefix <= call.key.shape[2]:
+        raise ValueError(
+            f"num_prefix_tokens: expected 1 (the class token) to {call.key.shape[2]} (all keys), got {prefix}"
+        )
+    mask = call.mask
+    if mask is not None and mask.ndim >= 2 and mask.shape[-2] != 1:
+        mask = mask[..., :1, :]
+    row = call._replace(query=call.query[:, :, :1], mask=mask)
+    return row if prefix is None else _leave_out(row, prefix, True, rows=False)
+
+
+def shared_tokens(call: AttentionCall, keep_cls: bool, num_prefix_tokens: int | None = None) -> AttentionCall:
+    """The patches, and the class token with ``keep_cls``: what two models share. Keys, and rows where every token has one.
 
     Registers, distillation tokens and a class token of one model alone are left out before the softmax: what remains is
-    the distribution conditional on the shared keys.
+    the distribution conditional on the shared keys. Copies, except where nothing or the first tokens are left out.
+
+    Args:
+        call: its tokens are [class token?, other prefix tokens, patches].
+        keep_cls: the class token is compared too; then token 0 must be one.
+        num_prefix_tokens: in place of the call's own.
     """
-    prefix, kept = num_prefix_tokens, int(keep_cls)
-    if prefix == kept:
-        return call
+    prefix = call.num_prefix_tokens if num_prefix_tokens is None else num_prefix_tokens
+    if prefix is None or not int(keep_cls) <= prefix <= call.key.shape[2]:
+        raise ValueError(f"num_prefix_tokens: expected {int(keep_cls)} to {call.key.shape[2]} (all keys), got {prefix}")
+    return _leave_out(call, prefix, keep_cls, rows=call.query.shape[2] == call.key.shape[2])
+
+
+def compared(student: AttentionCall, teacher: AttentionCall | None, rows: str) -> tuple[AttentionCall, ...]:
+    """The rows and keys of both calls (or of the student alone) that a comparison is about.
+
+    Args:
+        student, teacher: as captured; no teacher where its rows come as probabilities.
+        rows: 'cls', the class token's row, or 'all', the rows of all tokens that both have.
+
+    Raises:
+        ValueError: no class token where its row is asked for, or two different patch grids.
+    """
+    check_choice("rows", rows, ROWS)
+    calls = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
+    if teacher is not None and None not in (student.grid, teacher.grid) and student.grid != teacher.grid:
+        raise ValueError(
+            f"teacher: expected the student's patch grid {_by(student.grid)}, got {_by(teacher.grid)}: the same place in both "
+            "rows would be another part of the image; take the teacher's class-token rows with "
+            "attention_rows(teacher, rows='cls'), resize them with resample_attention and pass them as teacher_probs"
+        )
+    if rows == "cls":
+        for name, call in calls.items():
+            if call.has_cls is False:
+                raise ValueError(
+                    f"{name}: rows='cls' compares the class token's row, but its attention has no class token; use rows='all'"
+                )
+        return tuple(class_row(call) for call in calls.values())
+    if any(call.num_prefix_tokens is None or call.has_cls is None for call in calls.values()):
+        return tuple(calls.values())
+    keep_cls = all(call.has_cls for call in calls.values())
+    return tuple(shared_tokens(call, keep_cls) for call in calls.values())
+
+
+def _leave_out(call: AttentionCall, prefix: int, keep_cls: bool, rows: bool) -> AttentionCall:
+    """Without the first ``prefix`` tokens, but for the class token: of the keys, and of the rows too."""
+    kept = int(keep_cls)
 
     def cut(tensor: Tensor, dim: int) -> Tensor:
         patches = tensor.narrow(dim, prefix, tensor.shape[dim] - prefix)
         return torch.cat([tensor.narrow(dim, 0, 1), patches], dim) if kept else patches
 
-    mask = call.mask
-    for dim in (-1, -2):
-        if mask is not None and mask.ndim >= -dim and mask.shape[dim] != 1:
-            mask = cut(mask, dim)
-    return call._replace(
-        query=cut(call.query, 2), key=cut(call.key, 2), mask=mask, num_prefix_tokens=kept, has_cls=keep_cls
-    )
+    query, key, mask = call.query, call.key, call.mask
+    if prefix != kept:
+        query, key = cut(query, 2) if rows else query, cut(key, 2)
+        for dim in (-1, -2) if rows else (-1,):
+            if mask is not None and mask.ndim >= -dim and mask.shape[dim] != 1:
+                mask = cut(mask, dim)
+    return call._replace(query=query, key=key, mask=mask, num_prefix_tokens=kept, has_cls=keep_cls)
 
 
-def shared_keys(key: Tensor, mask: Tensor | None, num_prefix_tokens: int) -> tuple[Tensor, Tensor | None]:
-    """Keep the keys that any two models share: class token and patches, without registers and distillation token.
-
-    Leaving keys out before the softmax gives the distribution conditional on what is kept.
-
-    Args:
-        key: [B, H, N, D], token 0 the class token.
-        mask: broadcasts to [B, H, M, N], or None.
-        num_prefix_tokens: P ≥ 1 including the class token.
-
-    Returns:
-        key [B, H, N - P + 1, D] and the mask for it. With P = 1 they are the arguments themselves; otherwise copies.
-
-    Raises:
-        ValueError: no class token (P < 1) or fewer than P keys.
-    """
-    if not 1 <= num_prefix_tokens <= key.shape[2]:
-        raise ValueError(f"num_prefix_tokens: expected 1 to {key.shape[2]} (all keys), got {num_prefix_tokens}")
-    if num_prefix_tokens == 1:
-        return key, mask
-    if mask is not None and mask.shape[-1] != 1:
-        mask = torch.cat([mask[..., :1], mask[..., num_prefix_tokens:]], -1)
-    return torch.cat([key[:, :, :1], key[:, :, num_prefix_tokens:]], 2), mask
-
-
-def cls_row(call: AttentionCall, num_prefix_tokens: int) -> AttentionCall:
-    """The class token's query [B, H, 1, D] with the shared keys [B, H, 1 + patches, D] and their mask."""
-    mask = call.mask
-    if mask is not None and mask.ndim >= 2 and mask.shape[-2] != 1:
-        mask = mask[..., :1, :]
-    key, mask = shared_keys(call.key, mask, num_prefix_tokens)
-    return call._replace(query=call.query[:, :, :1], key=key, mask=mask, num_prefix_tokens=1)
+def _by(grid: tuple[int, int] | None) -> str:
+    return "unknown" if grid is None else f"{grid[0]}x{grid[1]}"

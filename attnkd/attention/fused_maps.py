@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from attnkd.attention.problem import Problem, stored_mask
-from attnkd.operators import first_order_only
+from attnkd.operators import first_order_only, keep, kept, register
 from attnkd_kernels.launch import num_processors, on_device
 from attnkd_kernels.map.launch import Saved, Side, allocate, bias_call, forward_calls, gradient_call
 from attnkd_kernels.map.tiles import architecture
 
 MAX_WIDTH = 1024
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_LIBRARY = torch.library.Library("attnkd", "FRAGMENT")
 _INPUTS = (
     "Tensor student_query, Tensor student_key, Tensor? student_mask, float student_scale, "
     "Tensor teacher_query, Tensor teacher_key, Tensor? teacher_mask, float teacher_scale, "
@@ -77,16 +76,8 @@ def _map_bwd_fake(
     return torch.empty_like(qs) if need_dq else dq, torch.empty_like(ks) if need_dk else dk, dmask
 
 
-def _register(schema: str, function: Any, fake: Any) -> Any:
-    name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for backend in ("CPU", "CUDA"):  # on CPU tensors the kernels run in Triton's interpreter
-        _LIBRARY.impl(name, function, backend)
-    torch.library.register_fake(f"attnkd::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.attnkd, name).default
-
-
-_fwd = _register(f"map_fwd({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _map_fwd, _map_fwd_fake)
-_bwd = _register(
+_fwd = register(f"map_fwd({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _map_fwd, _map_fwd_fake)
+_bwd = register(
     f"map_bwd(Tensor grad, {_INPUTS}, {_SAVED}, bool need_dq, bool need_dk, bool need_dmask) -> (Tensor, Tensor, Tensor)",
     _map_bwd,
     _map_bwd_fake,
@@ -104,7 +95,7 @@ class MapDivergenceFunction(torch.autograd.Function):
         stored_s, stored_t = (None if mask is None else stored_mask(mask) for mask in (ms, mt))
         with torch.autocast(qs.device.type, enabled=False):
             loss, *saved = _fwd(qs, ks, stored_s, scale_s, qt, kt, stored_t, scale_t, merge, divergence, temperature)
-        ctx.save_for_backward(qs, ks, stored_s, qt, kt, stored_t, *saved)
+        keep(ctx, qs, ks, stored_s, qt, kt, stored_t, *saved)
         ctx.options = options
         ctx.mask_shape = None if ms is None else ms.shape
         return loss
@@ -112,7 +103,7 @@ class MapDivergenceFunction(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor):
-        qs, ks, stored_s, qt, kt, stored_t, *saved = ctx.saved_tensors
+        qs, ks, stored_s, qt, kt, stored_t, *saved = kept(ctx)
         scale_s, scale_t, merge, divergence, temperature = ctx.options
         need = ctx.needs_input_grad[:3]
         with torch.autocast(qs.device.type, enabled=False):

@@ -6,27 +6,15 @@ costs less per call than register_autograd and composes with compile, checkpoint
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from attnkd.attention.problem import Problem, Side
-from attnkd.operators import first_order_only
+from attnkd.operators import first_order_only, keep, kept, register
 from attnkd_kernels.row.kl import MAX_WIDTH, ONE_SWEEP, fits_whole, row_kl_fwd
 from attnkd_kernels.row.kl_bwd import row_kl_bwd
 from attnkd_kernels.row.logits import row_logits_bwd, row_logits_fwd
 from attnkd_kernels.row.merge import MAX_KEYS, row_merge
-
-_LIBRARY = torch.library.Library("attnkd", "FRAGMENT")
-
-
-def _register(schema: str, function: Any, fake: Any) -> Any:
-    name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for backend in ("CPU", "CUDA"):  # on CPU tensors the kernels run in Triton's interpreter
-        _LIBRARY.impl(name, function, backend)
-    torch.library.register_fake(f"attnkd::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.attnkd, name).default
 
 
 def _row_kl_fwd_fake(qs, ks, ms, qt, kt, mt, probs, scale_s, scale_t, temperature, wide, divergence, need_grad):
@@ -71,31 +59,31 @@ def _row_merge_fake(logits_s, logits_t, probs, merge, divergence, need_grad):
     return loss, torch.empty_like(logits_s) if need_grad else logits_s.new_empty(0)
 
 
-_row_kl_fwd = _register(
+_row_kl_fwd = register(
     "row_kl_fwd(Tensor student_query, Tensor student_key, Tensor? student_mask, Tensor? teacher_query, Tensor? teacher_key, "
     "Tensor? teacher_mask, Tensor? teacher_probs, float student_scale, float teacher_scale, float temperature, bool wide, "
     "str divergence, bool need_grad) -> (Tensor, Tensor, Tensor)",
     row_kl_fwd,
     _row_kl_fwd_fake,
 )
-_row_kl_bwd = _register(
+_row_kl_bwd = register(
     "row_kl_bwd(Tensor grad, Tensor coef, Tensor unit_dq, Tensor query, Tensor key, float scale, float temperature, bool wide, "
     "bool need_dq, bool need_dk, bool need_dmask) -> (Tensor, Tensor, Tensor)",
     row_kl_bwd,
     _row_kl_bwd_fake,
 )
-_row_logits_fwd = _register(
+_row_logits_fwd = register(
     "row_logits_fwd(Tensor query, Tensor key, Tensor? mask, float scale, float temperature, bool wide) -> Tensor",
     row_logits_fwd,
     _row_logits_fwd_fake,
 )
-_row_logits_bwd = _register(
+_row_logits_bwd = register(
     "row_logits_bwd(Tensor grad, Tensor query, Tensor key, float scale, float temperature, bool wide, bool need_dq, "
     "bool need_dk, bool need_dmask) -> (Tensor, Tensor, Tensor)",
     row_logits_bwd,
     _row_logits_bwd_fake,
 )
-_row_merge = _register(
+_row_merge = register(
     "row_merge(Tensor student_logits, Tensor? teacher_logits, Tensor? teacher_probs, str? merge, str divergence, "
     "bool need_grad) -> (Tensor, Tensor)",
     row_merge,
@@ -112,7 +100,7 @@ class RowKLFunction(torch.autograd.Function):
             qs, ks, ms, qt, kt, mt, probs, scale_s, scale_t, temperature, wide, divergence, need_grad
         )
         if need_grad:
-            ctx.save_for_backward(coef, unit_dq, qs, ks)
+            keep(ctx, coef, unit_dq, qs, ks)
             ctx.options = (scale_s, temperature, wide)
             ctx.mask_dtype = None if ms is None else ms.dtype
         return loss
@@ -120,7 +108,7 @@ class RowKLFunction(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx, grad):
-        coef, unit_dq, qs, ks = ctx.saved_tensors
+        coef, unit_dq, qs, ks = kept(ctx)
         need_dq, need_dk, need_dmask = ctx.needs_input_grad[:3]
         dq, dk, dmask = _row_kl_bwd(grad, coef, unit_dq, qs, ks, *ctx.options, need_dq, need_dk, need_dmask)
         return (
@@ -136,7 +124,7 @@ class RowLogitsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, mask, scale, temperature, wide):
-        ctx.save_for_backward(query, key)
+        keep(ctx, query, key)
         ctx.options = (scale, temperature, wide)
         ctx.mask_dtype = None if mask is None else mask.dtype
         return _row_logits_fwd(query, key, mask, scale, temperature, wide)
@@ -144,7 +132,7 @@ class RowLogitsFunction(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx, grad):
-        query, key = ctx.saved_tensors
+        query, key = kept(ctx)
         need_dq, need_dk, need_dmask = ctx.needs_input_grad[:3]
         dq, dk, dmask = _row_logits_bwd(grad, query, key, *ctx.options, need_dq, need_dk, need_dmask)
         return (
@@ -164,13 +152,13 @@ class RowMergeFunction(torch.autograd.Function):
     def forward(ctx, logits_s, logits_t, probs, merge, divergence, need_grad):
         loss, unit = _row_merge(logits_s, logits_t, probs, merge, divergence, need_grad)
         if need_grad:
-            ctx.save_for_backward(unit)
+            keep(ctx, unit)
         return loss
 
     @staticmethod
     @first_order_only
     def backward(ctx, grad):
-        (unit,) = ctx.saved_tensors
+        (unit,) = kept(ctx)
         return unit * grad.unsqueeze(-1), None, None, None, None, None
 
 

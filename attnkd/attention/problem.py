@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnkd.attention.checks import check_choice, check_number, check_temperature, check_tensor, kind
+
 MERGES = (None, "logsum", "mean", "max", "min")
 DIVERGENCES = ("forward_kl", "reverse_kl", "js", "cross_entropy", "mse", "logit_mse")
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 HIDDEN_BELOW = -1e30
 """An additive mask entry at or below this hides its key (−inf and every dtype's finfo.min except float16's)."""
@@ -108,9 +109,9 @@ def make_problem(
         if teacher_query is None or teacher_key is None:
             raise ValueError(
                 "teacher_query, teacher_key: expected both (or teacher_probs instead), got "
-                f"teacher_query={_kind(teacher_query)}, teacher_key={_kind(teacher_key)}"
+                f"teacher_query={kind(teacher_query)}, teacher_key={kind(teacher_key)}"
             )
-        teacher = make_side("teacher", teacher_query.detach(), teacher_key.detach(), teacher_scale, teacher_mask)
+        teacher = make_side("teacher", teacher_query, teacher_key, teacher_scale, teacher_mask)
         _match("teacher_query", "batch size B", teacher_query.shape[0], batch, "student_query")
         _match("teacher_query", "number of query rows M", teacher_query.shape[2], rows, "student_query")
         if teacher_key.shape[2] != num_keys:
@@ -152,11 +153,14 @@ def make_side(name: str, query: Tensor, key: Tensor, scale: float | None, mask: 
             raise ValueError(f"{prefix}key: expected a {dim} of at least 1, got shape {tuple(key.shape)}")
     if scale is None:
         scale = query.shape[-1] ** -0.5
+    check_number(f"{prefix}scale", scale)
     if not -math.inf < scale < math.inf:  # not isfinite: under torch.compile a scale can be symbolic
         raise ValueError(f"{prefix}scale: expected a finite number, got {scale}")
     if mask is not None:
         shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         mask = _expand_mask(f"{prefix}mask", mask, shape)
+    if name == "teacher":
+        query, key, mask = query.detach(), key.detach(), None if mask is None else mask.detach()
     return Side(query, key, mask, scale)
 
 
@@ -168,30 +172,9 @@ def stored_mask(mask: Tensor) -> Tensor:
     return mask.detach()
 
 
-def check_tensor(name: str, value: object, rank: int, layout: str) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor {layout}, got {_kind(value)}")
-    if value.ndim != rank:
-        raise ValueError(f"{name}: expected {rank} dimensions {layout}, got shape {tuple(value.shape)}")
-    if value.dtype not in DTYPES:
-        raise TypeError(
-            f"{name}: expected a floating point dtype (float16, bfloat16, float32 or float64), got {value.dtype}"
-        )
-
-
-def check_choice(name: str, value: object, choices: tuple) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def check_temperature(temperature: float) -> None:
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
-
-
 def _expand_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     if not isinstance(mask, Tensor):
-        raise TypeError(f"{name}: expected a tensor that broadcasts to [B, H, M, N], got {_kind(mask)}")
+        raise TypeError(f"{name}: expected a tensor that broadcasts to [B, H, M, N], got {kind(mask)}")
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
         raise TypeError(f"{name}: expected bool (True = visible) or an additive floating point mask, got {mask.dtype}")
     try:
@@ -251,7 +234,3 @@ def _check_merged_masks(student: Side, teacher: Side) -> None:
             f"{missing}_mask: expected a boolean mask on both sides when heads are merged (the merged rows must cover the "
             f"same keys), got none for the {missing}"
         )
-
-
-def _kind(value: object) -> str:
-    return "a tensor" if isinstance(value, Tensor) else ("None" if value is None else type(value).__name__)

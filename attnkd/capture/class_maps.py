@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnkd.attention.api import attention_divergence, attention_rows
-from attnkd.attention.call import AttentionCall, cls_row
+from attnkd.attention.call import AttentionCall, class_row
 from attnkd.attention.merging import merge_attention
 from attnkd.attention.problem import MERGES, check_choice
 from attnkd.attention.resample import resample_attention
@@ -76,7 +76,7 @@ def class_maps(
         _, calls = tap.eval()(images)
     finally:
         model.train(training)
-    call = cls_row(calls[tap.paths.index(wanted)], layout.num_prefix_tokens)
+    call = class_row(calls[tap.paths.index(wanted)], layout.num_prefix_tokens)
     rows = attention_rows(call.query, call.key, scale=call.scale, mask=call.mask, impl=impl)
     grid = patch_grid(model, images.shape[-2:], rows.shape[-1] - 1)
     rolled = attention_rollout(calls, layout, impl) if rollout else None

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnkd.attention.api import attention_rows
-from attnkd.attention.call import cls_row
+from attnkd.attention.call import class_row
 from attnkd.attention.merging import merge_attention
 from attnkd.attention.resample import resample_attention
 from attnkd.capture.models import cls_features, patch_grid, token_layout
@@ -99,7 +99,7 @@ def cls_attention(
     prefix = token_layout(model).num_prefix_tokens
     _, (call,) = AttentionTap(model, stop=True)(images)
     own_grid = patch_grid(model, (images.shape[-2], images.shape[-1]), call.key.shape[2] - prefix)
-    row = cls_row(call, prefix)
+    row = class_row(call, prefix)
     rows = attention_rows(row.query, row.key, scale=row.scale, mask=row.mask)
     rows = resample_attention(rows, own_grid, grid or own_grid, resample_mode)
     return merge_attention(rows, "logsum", temperature)[:, 0, 0]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnkd.attention.api import attention_divergence, attention_rows
-from attnkd.attention.call import AttentionCall, cls_row
+from attnkd.attention.call import AttentionCall, class_row
 from attnkd.attention.merging import merge_attention
 from attnkd.attention.problem import MERGES, check_choice
 from attnkd.attention.resample import MODES, resample_attention
@@ -229,7 +229,7 @@ class AttnDistill(DistillTask):
         prefix, teacher_prefix = self.student_layout.num_prefix_tokens, self.teacher_layout.num_prefix_tokens
         student_grid = patch_grid(self.student, size, student.key.shape[2] - prefix)
         teacher_grid = patch_grid(self.teacher.tap.model, size, teacher.key.shape[2] - teacher_prefix)
-        s, t = cls_row(student, prefix), cls_row(teacher, teacher_prefix)
+        s, t = class_row(student, prefix), class_row(teacher, teacher_prefix)
         merge = self.merge
         if merge == "auto":
             merge = None if s.query.shape[1] == t.query.shape[1] else "logsum"

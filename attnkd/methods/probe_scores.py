@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attnkd.attention.api import attention_rows
-from attnkd.attention.call import cls_row
+from attnkd.attention.call import class_row, take_heads
 from attnkd.attention.problem import check_choice
 from attnkd.capture.models import token_layout
 from attnkd.capture.outputs import Blocks, block_count, block_indices, default_blocks
@@ -89,14 +89,10 @@ class ProbeScorer(nn.Module):
         logits, calls = self.tap(images)
         cosines = []
         for call in calls:
-            row = cls_row(call, self.prefix)
-            query, key, mask = row.query, row.key, row.mask
+            row = class_row(call, self.prefix)
             if not isinstance(self.head, str):
-                one = slice(self.head, self.head + 1)
-                query, key = query[:, one], key[:, one]
-                if mask is not None and mask.ndim >= 3 and mask.shape[-3] != 1:
-                    mask = mask[..., one, :, :]
-            rows = attention_rows(query, key, scale=row.scale, mask=mask, impl=self.impl)
+                row = take_heads(row, (self.head,))
+            rows = attention_rows(row.query, row.key, scale=row.scale, mask=row.mask, impl=self.impl)
             cosines.append(cosine_to_uniform(rows.mean(1)[:, 0, 1:]))
         worst, label = logits.float().log_softmax(1).max(1)
         return ProbeScores(torch.stack(cosines, 1), -worst, label)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from attnkd.attention.api import attention_divergence
-from attnkd.attention.call import AttentionCall, Heads, shared_map, take_heads
+from attnkd.attention.call import AttentionCall, Heads, shared_tokens, take_heads
 from attnkd.capture.blocks import plain_class
 from attnkd.capture.models import TokenLayout
 
@@ -60,8 +60,8 @@ def whole_map_divergence(
         ValueError: maps of different sizes.
     """
     keep_cls = student_layout.has_cls and teacher_layout.has_cls
-    s = take_heads(shared_map(student, student_layout.num_prefix_tokens, keep_cls), student_heads)
-    t = take_heads(shared_map(teacher, teacher_layout.num_prefix_tokens, keep_cls), teacher_heads)
+    s = take_heads(shared_tokens(student, keep_cls, student_layout.num_prefix_tokens), student_heads)
+    t = take_heads(shared_tokens(teacher, keep_cls, teacher_layout.num_prefix_tokens), teacher_heads)
     if s.query.shape[2] != t.query.shape[2]:
         raise ValueError(
             f"whole maps need the same tokens: the student's map is {s.query.shape[2]} x {s.key.shape[2]}, the "

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from attnkd.operators import first_order_only
+from attnkd.operators import first_order_only, keep, kept, register
 from attnkd_kernels.relation_row import num_blocks, relation_row_bwd, relation_row_fwd
-
-_LIBRARY = torch.library.Library("attnkd", "FRAGMENT")
-
-
-def _register(schema: str, function: Any, fake: Any) -> Any:
-    name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for backend in ("CPU", "CUDA"):  # on CPU tensors the kernels run in Triton's interpreter
-        _LIBRARY.impl(name, function, backend)
-    torch.library.register_fake(f"attnkd::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.attnkd, name).default
 
 
 def _fwd_fake(student, teacher, student_prefix, teacher_prefix, eps, need_grad):
@@ -34,13 +22,13 @@ def _bwd_fake(grad, coef, b_0, student, student_prefix):
     return torch.empty_like(student)
 
 
-_relation_row_fwd = _register(
+_relation_row_fwd = register(
     "relation_row_fwd(Tensor student, Tensor teacher, int student_prefix, int teacher_prefix, float eps, bool need_grad) "
     "-> (Tensor, Tensor, Tensor)",
     relation_row_fwd,
     _fwd_fake,
 )
-_relation_row_bwd = _register(
+_relation_row_bwd = register(
     "relation_row_bwd(Tensor grad, Tensor coef, Tensor b_0, Tensor student, int student_prefix) -> Tensor",
     relation_row_bwd,
     _bwd_fake,
@@ -54,14 +42,14 @@ class RelationRowFunction(torch.autograd.Function):
     def forward(ctx, student, teacher, student_prefix, teacher_prefix, eps, need_grad):
         loss, coef, b_0 = _relation_row_fwd(student, teacher, student_prefix, teacher_prefix, eps, need_grad)
         if need_grad:
-            ctx.save_for_backward(coef, b_0, student)
+            keep(ctx, coef, b_0, student)
             ctx.student_prefix = student_prefix
         return loss
 
     @staticmethod
     @first_order_only
     def backward(ctx, grad):
-        coef, b_0, student = ctx.saved_tensors
+        coef, b_0, student = kept(ctx)
         return _relation_row_bwd(grad, coef, b_0, student, ctx.student_prefix), None, None, None, None, None
 
 

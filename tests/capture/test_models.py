@@ -7,7 +7,6 @@ import timm
 import torch
 from torch import nn
 
-from attnkd.attention.call import AttentionCall, cls_row, shared_keys
 from attnkd.capture.models import cls_features, image_size, input_stats, patch_grid, resolve_model, token_layout
 from attnkd.capture.tap import AttentionTap
 
@@ -76,46 +75,6 @@ class TestPatchGrid:
             patch_grid(model, (32, 32), call.key.shape[2] - 1)
         with pytest.raises(TypeError, match="Linear has no patch_embed"):
             patch_grid(nn.Linear(2, 2), (32, 32), 16)
-
-
-class TestSharedKeys:
-    def test_one_prefix_token_copies_nothing(self) -> None:
-        key, mask = torch.randn(2, 3, 17, 8), torch.randn(1, 3, 17, 17)
-        same, same_mask = shared_keys(key, mask, 1)
-        assert same is key and same_mask is mask
-
-    def test_registers_are_left_out(self) -> None:
-        key, mask = torch.randn(2, 3, 21, 8), torch.randn(1, 3, 21, 21)
-        shared, shared_mask = shared_keys(key, mask, 5)
-        keep = [0, *range(5, 21)]
-        assert torch.equal(shared, key[:, :, keep])
-        assert shared_mask is not None and torch.equal(shared_mask, mask[..., keep])
-
-    def test_broadcast_masks(self) -> None:
-        key = torch.randn(2, 3, 21, 8)
-        for mask in (torch.zeros(2, 1, 21, 1), torch.zeros(1)):
-            assert shared_keys(key, mask, 5)[1] is mask
-
-    def test_is_the_conditional_distribution(self) -> None:
-        query, key = torch.randn(2, 3, 1, 8).double(), torch.randn(2, 3, 21, 8).double()
-        every = (query @ key.mT).softmax(-1)[..., [0, *range(5, 21)]]
-        shared, _ = shared_keys(key, None, 5)
-        torch.testing.assert_close((query @ shared.mT).softmax(-1), every / every.sum(-1, keepdim=True))
-
-    @pytest.mark.parametrize("prefix", [0, 18])
-    def test_wrong_prefix(self, prefix: int) -> None:
-        with pytest.raises(ValueError, match=f"num_prefix_tokens: expected 1 to 17 .*got {prefix}"):
-            shared_keys(torch.randn(2, 3, 17, 8), None, prefix)
-
-    @pytest.mark.parametrize("mask_shape", [(1, 3, 21, 21), (2, 1, 1, 21), (21, 21), (21,), None])
-    def test_cls_row(self, mask_shape: tuple | None) -> None:
-        query, key = torch.randn(2, 3, 21, 8), torch.randn(2, 3, 21, 8)
-        mask = None if mask_shape is None else torch.randn(mask_shape)
-        row = cls_row(AttentionCall(query, key, mask, 0.5), 5)
-        logits = query @ key.mT * 0.5 + (0.0 if mask is None else mask)
-        expected = logits[:, :, :1, [0, *range(5, 21)]]
-        got = row.query @ row.key.mT * row.scale + (0.0 if row.mask is None else row.mask)
-        torch.testing.assert_close(got, expected)
 
 
 class TestClsFeatures:

@@ -26,7 +26,7 @@ from torch import Tensor
 from attnkd.attention.chunked.matmul import Gradients
 from attnkd.attention.chunked.sweep import all_logits, contract, sweep
 from attnkd.attention.problem import HIDDEN_BELOW, Problem, Side
-from attnkd.operators import first_order_only
+from attnkd.operators import first_order_only, keep, kept, register
 
 FEW_ROWS = 16
 """Up to this many query rows the coefficient rows are kept instead of gradients."""
@@ -76,14 +76,14 @@ class _FewRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *flat: Any) -> Tensor:
         rows, ds = torch.ops.attnkd.chunked_coefficients(*flat)
-        ctx.save_for_backward(ds, *flat[:3])
+        keep(ctx, ds, *flat[:3])
         ctx.options = flat[7], flat[11]
         return rows
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        ds, *inputs = ctx.saved_tensors
+        ds, *inputs = kept(ctx)
         needs = ctx.needs_input_grad[:3]
         units = torch.ops.attnkd.chunked_contract(ds, grad, *inputs, *ctx.options, *needs)
         return *_gradients(units, inputs, needs), *[None] * 9
@@ -94,14 +94,14 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *flat: Any) -> Tensor:
-        ctx.save_for_backward(*flat[:7])
+        keep(ctx, *flat[:7])
         ctx.options = flat[7:]
         return torch.ops.attnkd.chunked_rows(*flat)
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
+        inputs, needs = kept(ctx), ctx.needs_input_grad[:3]
         _, *units = torch.ops.attnkd.chunked_gradients(*inputs, *ctx.options, grad, *needs)
         return *_gradients(units, inputs[:3], needs), *[None] * 9
 
@@ -112,14 +112,14 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, *flat: Any) -> Tensor:
         rows, *units = torch.ops.attnkd.chunked_gradients(*flat, weight, *ctx.needs_input_grad[1:4])
-        ctx.save_for_backward(*units)
+        keep(ctx, *units)
         ctx.dtypes = [None if x is None else x.dtype for x in flat[:3]]
         return _sum(weight, rows)
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        units, needs = ctx.saved_tensors, ctx.needs_input_grad[1:4]
+        units, needs = kept(ctx), ctx.needs_input_grad[1:4]
         grads = [
             (unit * grad).to(dtype) if need else None
             for unit, dtype, need in zip(units, ctx.dtypes, needs, strict=True)
@@ -130,14 +130,14 @@ class _WeightedSum(torch.autograd.Function):
 class _RowLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, temperature: float) -> Tensor:
-        ctx.save_for_backward(query, key, mask)
+        keep(ctx, query, key, mask)
         ctx.options = scale, temperature
         return torch.ops.attnkd.chunked_logits(query, key, mask, scale, temperature)
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        query, key, mask = ctx.saved_tensors
+        query, key, mask = kept(ctx)
         if mask is not None:
             grad = grad.masked_fill(~mask if mask.dtype == torch.bool else mask <= HIDDEN_BELOW, 0.0)
         one = grad.new_ones((1, 1, 1)).expand(grad.shape[:3])
@@ -205,24 +205,20 @@ _PROBLEM = (
     "Tensor? teacher_probs, float scale, float teacher_scale, str? merge, str divergence, float temperature"
 )
 _NEEDS = "bool need_query, bool need_key, bool need_mask"
-_library = torch.library.Library("attnkd", "FRAGMENT")
 
 
 def _operator(schema: str) -> Any:
     """Register ``fn(meta, ...)`` as an operator: outputs only allocated where ``meta`` is true."""
-    name = schema.partition("(")[0]
 
-    def register(fn: Any) -> Any:
+    def decorate(fn: Any) -> Any:
         def kernel(*args: Any) -> Any:
             with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
                 return fn(False, *args)
 
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"attnkd::{name}", lambda *args: fn(True, *args), lib=_library)
+        register(schema, kernel, lambda *args: fn(True, *args))
         return fn
 
-    return register
+    return decorate
 
 
 @_operator(f"chunked_rows({_PROBLEM}) -> Tensor")

@@ -1,0 +1,54 @@
+"""Checks of arguments that all operations share. Messages name the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(name: str, value: object, rank: int, layout: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {layout}, got {kind(value)}")
+    if value.ndim != rank:
+        raise ValueError(f"{name}: expected {rank} dimensions {layout}, got shape {tuple(value.shape)}")
+    if value.dtype not in DTYPES:
+        raise TypeError(
+            f"{name}: expected a floating point dtype (float16, bfloat16, float32 or float64), got {value.dtype}"
+        )
+
+
+def check_choice(name: str, value: object, choices: tuple) -> None:
+    if not (value is None or isinstance(value, (str, int))) or value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_number(name: str, value: object) -> None:
+    """A Python (or NumPy) number. A tensor is refused: its gradient would be lost, and reading it makes a GPU wait."""
+    if isinstance(value, Tensor):
+        what, remedy = "a tensor", "take its value with float(...)"
+        if value.requires_grad:
+            what = "a tensor that requires grad, which would get no gradient"
+            remedy = "multiply the student's query with it and pass a number here"
+        raise TypeError(f"{name}: expected a number, got {what}; {remedy}")
+    if isinstance(value, (int, float)):
+        return
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {kind(value)} {value!r}") from None
+
+
+def check_temperature(temperature: float) -> None:
+    check_number("temperature", temperature)
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
+
+
+def kind(value: object) -> str:
+    return "a tensor" if isinstance(value, Tensor) else ("None" if value is None else type(value).__name__)
