@@ -95,20 +95,20 @@ def tunables() -> list[Tunable]:
         Tunable(
             "row_kl", "cls_row", "fwd", ("deit_small", "vit_base_384"),
             {"tile": (8192, 16384, 32768, 65536), "warps": (2, 4, 8, 16)},
-            *_attributes(f"{kernels}.row_kl", tile="WHOLE_TILE", warps="_warps"),
+            *_attributes(f"{kernels}.row.kl", tile="WHOLE_TILE", warps="_warps"),
         ),
         Tunable(
             "row_kl_split", "cls_row", "fwd", (2048, 8192),
             {"tile": (2048, 4096, 8192, 16384), "warps": (2, 4, 8)},
-            *_attributes(f"{kernels}.row_kl", tile="SPLIT_TILE_DEFAULT", warps="_warps"),
+            *_attributes(f"{kernels}.row.kl_split", tile="TILE", warps="WARPS"),
         ),
         Tunable(
             "row_kl_bwd", "cls_row", "bwd", ("deit_small", "vit_small_8"), {"tile": (1024, 2048, 4096, 8192, 16384)},
-            *_attributes(f"{kernels}.row_kl_bwd", tile="TILE"),
+            *_attributes(f"{kernels}.row.backward", tile="TILE"),
         ),
         Tunable(
             "row_logits", "attention_rows", "both", ("deit_small", "vit_small_8"), {"tile": (2048, 4096, 8192, 16384)},
-            *_attributes(f"{kernels}.row_logits", tile="TILE"),
+            *_attributes(f"{kernels}.row.logits", tile="TILE"),
         ),
         Tunable(
             "relation_row", "relation_row", "both", ("deit_small", "vit_small_8"),

@@ -81,3 +81,19 @@ def test_the_repository_stands_alone():
     """kernels/ is a source root, not a package: a top-level package of that name would collide with a known distribution."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert (ROOT / "attnkd" / "py.typed").exists() and (ROOT / "kernels" / "attnkd_kernels" / "py.typed").exists()
+
+
+def test_kernels_take_few_arguments():
+    """Sides, statistics and specs (attnkd_kernels/language.py) keep kernels to 16 parameters and their helpers to 12."""
+    package = ROOT / "kernels" / "attnkd_kernels"
+    seen, crowded = 0, {}
+    for file in package.rglob("*.py"):
+        if file.parent.name == "map":
+            continue  # the kernels of whole maps do not speak that language yet
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and "triton.jit" in map(ast.unparse, node.decorator_list):
+                seen += 1
+                count = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
+                if count > (16 if node.name.endswith("_kernel") else 12):
+                    crowded[f"{file.relative_to(package)}: {node.name}"] = count
+    assert seen > 20 and not crowded, crowded

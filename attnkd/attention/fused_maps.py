@@ -14,8 +14,8 @@ from torch import Tensor
 
 from attnkd.attention.problem import Problem, stored_mask
 from attnkd.operators import first_order_only, keep, kept, register
-from attnkd_kernels.launch import num_processors, on_device
-from attnkd_kernels.map.launch import Saved, Side, allocate, bias_call, forward_calls, gradient_call
+from attnkd_kernels.launch import num_processors
+from attnkd_kernels.map.launch import Saved, Side, allocate, map_bias_bwd, map_bwd, map_fwd
 from attnkd_kernels.map.tiles import architecture
 
 MAX_WIDTH = 1024
@@ -30,12 +30,8 @@ _SAVED = "Tensor lse_s, Tensor lse_t, Tensor centre, Tensor weight"
 
 def _map_fwd(qs, ks, ms, scale_s, qt, kt, mt, scale_t, merge, divergence, temperature):
     """loss [B, Ho, M] and what the backward needs; see :class:`attnkd_kernels.map.launch.Saved`."""
-    student, teacher, arch = Side(qs, ks, ms, scale_s), Side(qt, kt, mt, scale_t), architecture(qs.device)
-    saved = allocate(student, teacher, merge, divergence)
-    with on_device(qs):
-        for call in forward_calls(student, teacher, merge, divergence, temperature, saved, arch):
-            call.launch()
-    return tuple(saved)
+    student, teacher = Side(qs, ks, ms, scale_s), Side(qt, kt, mt, scale_t)
+    return tuple(map_fwd(student, teacher, merge, divergence, temperature, architecture(qs.device)))
 
 
 def _map_fwd_fake(qs, ks, ms, scale_s, qt, kt, mt, scale_t, merge, divergence, temperature):
@@ -51,17 +47,12 @@ def _map_bwd(
     student, teacher, arch = Side(qs, ks, ms, scale_s), Side(qt, kt, mt, scale_t), architecture(qs.device)
     problem = (student, teacher, merge, divergence, temperature, Saved(grad, lse_s, lse_t, centre, weight), grad)
     dq, dk, dmask = (grad.new_empty(0) for _ in range(3))
-    with on_device(qs):
-        if need_dq:
-            dq = torch.empty_like(qs)
-            gradient_call(*problem, dq, True, arch).launch()
-        if need_dk:
-            dk = torch.empty_like(ks)
-            gradient_call(*problem, dk, False, arch).launch()
-        if need_dmask:
-            call, parts = bias_call(*problem, arch, num_processors(qs.device))
-            call.launch()
-            dmask = parts.sum(0) if call.grid[0] else parts.new_zeros(parts.shape[1:])
+    if need_dq:
+        dq = map_bwd(*problem, True, arch)
+    if need_dk:
+        dk = map_bwd(*problem, False, arch)
+    if need_dmask:
+        dmask = map_bias_bwd(*problem, arch, num_processors(qs.device))
     return dq, dk, dmask
 
 

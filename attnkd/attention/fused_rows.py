@@ -11,8 +11,8 @@ from torch import Tensor
 
 from attnkd.attention.problem import Problem, Side
 from attnkd.operators import first_order_only, keep, kept, register
+from attnkd_kernels.row.backward import row_kl_bwd
 from attnkd_kernels.row.kl import MAX_WIDTH, ONE_SWEEP, fits_whole, row_kl_fwd
-from attnkd_kernels.row.kl_bwd import row_kl_bwd
 from attnkd_kernels.row.logits import row_logits_bwd, row_logits_fwd
 from attnkd_kernels.row.merge import MAX_KEYS, row_merge
 
@@ -217,7 +217,7 @@ def _merged_mask(side: Side, wide: bool) -> Tensor | None:
     if mask is None or not wide:
         return mask
     if mask.dtype == torch.bool:
-        return mask.all(1, keepdim=True) if mask.shape[1] > 1 and mask.stride(1) else mask[:, :1]
+        return mask[:, :1]
     if mask.stride(1) == 0 or mask.shape[1] == 1:
         return mask[:, :1].float() * side.num_heads
     return mask.float().sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""What every launcher needs: sizes, padding, device selection, the code of a divergence."""
+"""What every launcher needs: from tensors to sides and specs; sizes and splits; the device."""
 
 from __future__ import annotations
 
@@ -7,19 +7,80 @@ from functools import cache
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-LOG2E = 1.4426950408889634
-DIVERGENCES = {"forward_kl": 0, "reverse_kl": 1, "js": 2, "cross_entropy": 3, "mse": 4, "logit_mse": 5}
+from attnkd_kernels import language
+from attnkd_kernels.language import HeadSpec, Operand, Side
+
+LOG2E = language.LOG2E.value
 OPTIONS = {"enable_fp_fusion": True}
 """Compiler options of every launch: multiply-adds may fuse, whatever Triton's default becomes."""
-
-MASK_NONE, MASK_ADDITIVE, MASK_BOOLEAN, MASK_PROBS = 0, 1, 2, 3
 
 
 def padded(size: int, at_least: int = 16) -> int:
     """The next power of two, which is what a Triton tile can span."""
     return max(triton.next_power_of_2(size), at_least)
+
+
+def operand(tensor: Tensor) -> Operand:
+    """A tensor [B, H, rows, columns] with any strides."""
+    return Operand(tensor, *tensor.stride())
+
+
+def mask_operand(mask: Tensor) -> Operand:
+    """A mask, of size 1 where it is broadcast over [B, H, M, N]; boolean ones are read as bytes."""
+    strides = (0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+    return Operand(mask.view(torch.uint8) if mask.dtype == torch.bool else mask, *strides)
+
+
+def mask_kind(mask: Tensor | None) -> str:
+    """Which of the masks of :mod:`attnkd_kernels.language` a tensor [B|1, H|1, M|1, N|1] is."""
+    if mask is None:
+        kind = language.NO_MASK
+    elif mask.dtype == torch.bool:
+        kind = language.BOOL_ROW if mask.shape[2] == 1 else language.BOOL_MASK
+    else:
+        kind = language.FLOAT_ROW if mask.shape[2] == 1 else language.FLOAT_MASK
+    return kind.value
+
+
+def row_side(
+    query: Tensor, key: Tensor, mask: Tensor | None, scale: float, temperature: float, wide: bool, unit: float = LOG2E
+) -> tuple[Side, HeadSpec]:
+    """One model's side of a row kernel.
+
+    Args:
+        query: [B, H, M, D].
+        key: [B, H, N, D].
+        mask: [B, Ho, M, N] view, or None.
+        wide: whether the H heads are one wide head (Ho = 1).
+        unit: logits per nat: log2(e) for logits in units of log 2, 1 for nats.
+    """
+    heads = query.shape[1] if wide else 1
+    masked = operand(query) if mask is None else mask_operand(mask)
+    side = Side(operand(query), operand(key), masked, scale * unit / temperature, unit / temperature)
+    return side, head_spec(heads, query.shape[3], mask_kind(mask))
+
+
+def given_rows(probs: Tensor) -> tuple[Side, HeadSpec]:
+    """A side of finished probabilities [B, Ho, M, N]: no query, no keys, no factors."""
+    rows = operand(probs)
+    return Side(rows, rows, rows, 1.0, 1.0), head_spec(1, 1, language.GIVEN_ROWS.value)
+
+
+@cache
+def head_spec(heads: int, dim: int, mask: str) -> HeadSpec:
+    """The compile-time part of a side: a wide head of ``heads`` × ``dim`` dims and the kind of its mask."""
+    width = heads * dim
+    return HeadSpec(*(tl.constexpr(x) for x in (heads, dim, width, padded(width), mask)))
+
+
+def split(tiles: int, programs: int, processors: int) -> tuple[int, int]:
+    """(splits, tiles a split): enough programs for four a processor, never less than two tiles each."""
+    splits = max(1, min(triton.cdiv(4 * processors, programs), tiles // 2))
+    per_split = triton.cdiv(tiles, splits)
+    return triton.cdiv(tiles, per_split), per_split
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -35,13 +96,3 @@ def num_processors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 1
-
-
-def mask_argument(mask: Tensor | None, stand_in: Tensor) -> tuple[Tensor, int, tuple[int, int, int, int]]:
-    """The pointer, kind and strides of a mask [B, H, M, N] view (boolean masks are read as bytes)."""
-    if mask is None:
-        return stand_in, MASK_NONE, (0, 0, 0, 0)
-    b, h, m, n = mask.stride()
-    if mask.dtype == torch.bool:
-        return mask.view(torch.uint8), MASK_BOOLEAN, (b, h, m, n)
-    return mask, MASK_ADDITIVE, (b, h, m, n)

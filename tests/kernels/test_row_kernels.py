@@ -138,6 +138,11 @@ def test_impossible_and_nan_are_never_hidden(device):
                 broken[name][0, 0, 0] = torch.nan
                 loss = attention_divergence(**broken)
                 assert loss[0, 0].isnan().all() and loss[1].isfinite().all(), (name, N, merge)
+    for divergence in DIVERGENCES:
+        arguments = call(device, H=1, divergence=divergence, reduction="none", impl="triton")
+        arguments["student_query"][0] = torch.nan
+        loss = attention_divergence(**arguments)
+        assert loss[0].isnan().all() and loss[1].isfinite().all(), divergence
 
 
 def test_infinite_upstream_and_unused_gradients(device):

@@ -1,6 +1,6 @@
 """Whole-map divergence, backward: one sweep per gradient, tiles recomputed from the saved normalisers.
 
-    dz_ij = upstream_i · weight_i · (term_ij − p_s,ij · centre_i)       (map_forms.py)
+    dz_ij = upstream_i · weight_i · (term_ij − p_s,ij · centre_i)       (forms.py)
     dq_i  = scale/T · Σ_j dz_ij k_j          QUERIES_LEFT: a program owns BM queries and walks over the keys
     dk_j  = scale/T · Σ_i dz_ij q_i          otherwise:    a program owns BN keys and walks over the queries
 
@@ -18,7 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnkd_kernels.map.common import DEAD, at_head, load_rows, log_probs, row_values
+from attnkd_kernels.language import DEAD, NO_MASK
+from attnkd_kernels.map.common import at_head, load_rows, log_probs, row_values
 from attnkd_kernels.map.forms import gap_of_logits, terms
 
 
@@ -178,7 +179,7 @@ def gradient_tile(
     BL: tl.constexpr, BR: tl.constexpr, BD_S: tl.constexpr, BD_T: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """[BL, BR]: term_ij − p_s,ij · centre_i, the gradient of the row's value with respect to a head's logits, but for weight."""
-    MASKED: tl.constexpr = KIND_S != 0 or KIND_T != 0
+    MASKED: tl.constexpr = KIND_S != NO_MASK or KIND_T != NO_MASK
     LOGITS: tl.constexpr = DIV == "logit_mse"
     if QUERIES_LEFT:
         BQ: tl.constexpr = BL

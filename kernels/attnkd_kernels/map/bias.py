@@ -6,7 +6,7 @@ A program owns one tile of the *stored* bias [Bb, Hb, Mb, Nb] (each size 1 or fu
 recomputing the tile of dz each time: two products and two exponentials per (row, key), no [B, H, M, N] buffer, no atomics.
 A small bias gives few programs, so the walk can be cut in SPLITS parts that leave partial sums, added in a fixed order.
 
-OUT [SPLITS, Bb, Hb, Mb, Nb] fp32. Saved and recomputed: as in map_bwd.py.
+OUT [SPLITS, Bb, Hb, Mb, Nb] fp32. Saved and recomputed: as in backward.py.
 """
 
 from __future__ import annotations

@@ -20,24 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-HIDDEN = tl.constexpr(-1e30)
-VISIBLE = tl.constexpr(-1e29)
-DEAD = tl.constexpr(1e30)
-MASK_HIDES = tl.constexpr(-1e30)
-LN2 = tl.constexpr(0.6931471805599453)
-TINY = tl.constexpr(1e-37)
-
-NO_MASK = tl.constexpr(0)
-BOOL_MASK = tl.constexpr(1)  # [M, N]
-FLOAT_MASK = tl.constexpr(2)  # [M, N]
-BOOL_ROW = tl.constexpr(3)  # one row [N] for every query
-FLOAT_ROW = tl.constexpr(4)  # one row [N] for every query
-
-
-@triton.jit
-def shown(z):
-    """Which logits (or log-probabilities) are visible; NaN is, so that it reaches the loss."""
-    return (z <= VISIBLE) == 0
+from attnkd_kernels.language import BOOL_MASK, BOOL_ROW, DEAD, FLOAT_ROW, HIDDEN, NO_MASK, shown
 
 
 @triton.jit
@@ -153,7 +136,7 @@ def load_mask(
                     more = tl.load(pointers, mask=inside, other=float("-inf")).to(tl.float32)
                     lowest = tl.minimum(lowest, more)
                     tile += more
-            tile = tl.where(lowest <= MASK_HIDES, HIDDEN, tile * bias_factor)
+            tile = tl.where(lowest <= HIDDEN, HIDDEN, tile * bias_factor)
         if not QUERIES_LEFT:
             tile = tl.trans(tile)
     return tile

@@ -1,4 +1,4 @@
-"""The divergences as small forms that the sweeps share; ``DIV`` picks one at compile time.
+"""The divergences of whole maps, as small forms that the sweeps share; ``DIV`` names one (attnkd_kernels.divergences).
 
 With logits z in log2 units and p the softmax, a row's value and its gradient with respect to the student's logits are
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnkd_kernels.map.common import LN2, TINY, shown
+from attnkd_kernels.language import LN2, TINY, shown
 
 
 @triton.jit

@@ -3,9 +3,9 @@
     loss[b, h, i] = Div(softmax_j z_t[b, h, i, j] ‖ softmax_j z_s[b, h, i, j]),   z = (scale · q_i·k_j + mask_ij) / T
 
 for forward_kl, reverse_kl, cross_entropy, mse and logit_mse; per head, or over one wide head (log-sum merging). Two matrix
-products and two exponentials per (row, key); no [M, N] tensor. js and the mean merge need finished normalisers: map_value.py.
+products and two exponentials per (row, key); no [M, N] tensor. js and the mean merge need finished normalisers: value.py.
 
-Saved for the backward: LSE_S, LSE_T [B, Ho, M] (log2 units), CENTRE [B, Ho, M] (map_forms.py),
+Saved for the backward: LSE_S, LSE_T [B, Ho, M] (log2 units), CENTRE [B, Ho, M] (forms.py),
 WEIGHT [B, Ho, M] (2 / count; the two MSEs), all fp32. Recomputed there: the logits.
 FUSE leaves the products unscaled until the maximum is subtracted: one fused multiply-add in place of two operations. It needs
 positive scales and no masks.
@@ -17,7 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnkd_kernels.map.common import DEAD, HIDDEN, TINY, at_head, load_mask, load_rows, logits, scores, shown
+from attnkd_kernels.language import DEAD, HIDDEN, NO_MASK, TINY, shown
+from attnkd_kernels.map.common import at_head, load_mask, load_rows, logits, scores
 from attnkd_kernels.map.forms import finish_kl, gap_of_logits, online_kl, online_mse
 
 
@@ -58,7 +59,7 @@ def _map_fwd_kernel(
     kt = at_head((KT + b * kt_b, kt_h, kt_n, kt_d), h)
     mask_s = at_head((MASK_S + b * ms_b, ms_h, ms_m, ms_n), h)
     mask_t = at_head((MASK_T + b * mt_b, mt_h, mt_m, mt_n), h)
-    MASKED: tl.constexpr = KIND_S != 0 or KIND_T != 0
+    MASKED: tl.constexpr = KIND_S != NO_MASK or KIND_T != NO_MASK
     REVERSE: tl.constexpr = DIV == "reverse_kl"
     CROSS: tl.constexpr = DIV == "cross_entropy"
 
@@ -122,7 +123,7 @@ def _fwd_tile(
     BM: tl.constexpr, BN: tl.constexpr, BD_S: tl.constexpr, BD_T: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """One tile [BM, BN] of both maps: the statistics after it."""
-    MASKED: tl.constexpr = KIND_S != 0 or KIND_T != 0
+    MASKED: tl.constexpr = KIND_S != NO_MASK or KIND_T != NO_MASK
     later_s, later_t = 1.0, 1.0
     if FUSE:
         later_s, later_t = factor_s, factor_t

@@ -1,28 +1,23 @@
 """Launchers of the whole-map kernels: allocate, pick the tiles and the grid, launch.
 
-A :class:`Side` carries views with any strides; nothing is copied. Every launch is first built as a :class:`Call` (kernel,
-grid, arguments), so that the same code launches it and lists it for ahead-of-time compilation.
+A :class:`Side` carries views with any strides; nothing is copied.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from attnkd_kernels.launch import LOG2E, OPTIONS
+from attnkd_kernels.launch import LOG2E, OPTIONS, mask_kind, mask_operand, on_device
 from attnkd_kernels.map.backward import _map_bwd_kernel
 from attnkd_kernels.map.bias import _map_bias_kernel
 from attnkd_kernels.map.forward import _map_fwd_kernel
 from attnkd_kernels.map.lse import _map_lse_kernel
 from attnkd_kernels.map.tiles import Tile, pick_tile
 from attnkd_kernels.map.value import _map_value_kernel
-
-_NONE, _BOOL, _FLOAT, _BOOL_ROW, _FLOAT_ROW = range(5)
-ONE_SWEEP = ("forward_kl", "reverse_kl", "cross_entropy", "mse", "logit_mse")
 
 
 class Side(NamedTuple):
@@ -45,20 +40,6 @@ class Saved(NamedTuple):
     lse_t: Tensor
     centre: Tensor
     weight: Tensor
-
-
-@dataclass
-class Call:
-    """One kernel launch."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    options: dict[str, int] = field(default_factory=dict)
-
-    def launch(self) -> None:
-        if self.grid[0]:
-            self.kernel[self.grid](**self.arguments, **self.options, **OPTIONS)
 
 
 def needs_value_sweep(divergence: str, merge: str | None) -> bool:
@@ -92,15 +73,22 @@ def wide_width(side: Side, merge: str | None) -> int:
     return H * D if merge == "logsum" else D
 
 
-def forward_calls(
-    student: Side, teacher: Side, merge: str | None, divergence: str, temperature: float, saved: Saved, arch: str
-) -> list[Call]:
-    """The launches that fill ``saved``."""
+def map_fwd(student: Side, teacher: Side, merge: str | None, divergence: str, temperature: float, arch: str) -> Saved:
+    """The divergence of every row and what the backward needs."""
+    saved = allocate(student, teacher, merge, divergence)
+    if saved.loss.numel():
+        with on_device(student.query):
+            _fill(saved, student, teacher, merge, divergence, temperature, arch)
+    return saved
+
+
+def _fill(
+    saved: Saved, student: Side, teacher: Side, merge: str | None, divergence: str, temperature: float, arch: str
+) -> None:
     B, H, M, _ = student.query.shape
     N = student.key.shape[2]
     outer = H if merge is None else 1
     widths = wide_width(student, merge), wide_width(teacher, merge)
-    calls = []
     if not needs_value_sweep(divergence, merge):
         tile = pick_tile("fwd", arch, *_kind(student, teacher, merge, divergence))
         arguments = {
@@ -110,7 +98,8 @@ def forward_calls(
             "HO": outer, "M": M, "N": N,
             **_widths(tile, widths), "DIV": divergence, "FUSE": _can_fuse(student, teacher, divergence, temperature), "BM": tile.queries, "BN": tile.keys,
         }  # fmt: skip
-        return [Call(_map_fwd_kernel, (B * outer * triton.cdiv(M, tile.queries),), arguments, tile.options)]
+        _map_fwd_kernel[(B * outer * triton.cdiv(M, tile.queries),)](**arguments, **tile.options, **OPTIONS)
+        return
 
     log_sums = torch.empty_like(saved.lse_s), torch.empty_like(saved.lse_t)
     for side, top, log_sum, width in zip((student, teacher), (saved.lse_s, saved.lse_t), log_sums, widths, strict=True):
@@ -120,7 +109,7 @@ def forward_calls(
             "TOP": top, "LOG_SUM": log_sum, **_side("", side, merge, temperature), "HO": heads, "M": M, "N": N,
             "WIDTH": width, "BM": tile.queries, "BN": tile.keys, "BD": tile.columns(width),
         }  # fmt: skip
-        calls.append(Call(_map_lse_kernel, (B * heads * triton.cdiv(M, tile.queries),), arguments, tile.options))
+        _map_lse_kernel[(B * heads * triton.cdiv(M, tile.queries),)](**arguments, **tile.options, **OPTIONS)
     tile = pick_tile("value", arch, *_kind(student, teacher, merge, divergence))
     heads_s, heads_t = _mean_heads(student, teacher, merge)
     arguments = {
@@ -130,11 +119,10 @@ def forward_calls(
         "HEADS_S": heads_s, "HEADS_T": heads_t, "BH": triton.next_power_of_2(heads_s),
         **_widths(tile, widths), "DIV": divergence, "BM": tile.queries, "BN": tile.keys,
     }  # fmt: skip
-    calls.append(Call(_map_value_kernel, (B * outer * triton.cdiv(M, tile.queries),), arguments, tile.options))
-    return calls
+    _map_value_kernel[(B * outer * triton.cdiv(M, tile.queries),)](**arguments, **tile.options, **OPTIONS)
 
 
-def gradient_call(
+def map_bwd(
     student: Side,
     teacher: Side,
     merge: str | None,
@@ -142,13 +130,13 @@ def gradient_call(
     temperature: float,
     saved: Saved,
     grad: Tensor,
-    out: Tensor,
     queries_left: bool,
     arch: str,
-) -> Call:
-    """dq [B, H, M, D] (``queries_left``) or dk [B, H, N, D] into ``out``, for the upstream gradient ``grad`` [B, Ho, M]."""
-    B, H, M, D = student.query.shape
+) -> Tensor:
+    """dq [B, H, M, D] (``queries_left``) or dk [B, H, N, D], for the upstream gradient ``grad`` [B, Ho, M]."""
+    B, H, M, _ = student.query.shape
     N = student.key.shape[2]
+    out = torch.empty_like(student.query if queries_left else student.key)
     heads = 1 if merge == "logsum" else H
     widths = wide_width(student, merge), wide_width(teacher, merge)
     tile = pick_tile("dq" if queries_left else "dk", arch, *_kind(student, teacher, merge, divergence))
@@ -166,10 +154,13 @@ def gradient_call(
     }  # fmt: skip
     rows = M if queries_left else N
     programs = B * heads * triton.cdiv(rows, left) * triton.cdiv(widths[0], chunk)
-    return Call(_map_bwd_kernel, (programs,), arguments, tile.options)
+    if programs:
+        with on_device(grad):
+            _map_bwd_kernel[(programs,)](**arguments, **tile.options, **OPTIONS)
+    return out
 
 
-def bias_call(
+def map_bias_bwd(
     student: Side,
     teacher: Side,
     merge: str | None,
@@ -179,8 +170,8 @@ def bias_call(
     grad: Tensor,
     arch: str,
     processors: int = 1,
-) -> tuple[Call, Tensor]:
-    """Partial sums [S, Bb, Hb, Mb, Nb] fp32 of the gradient of the student's additive mask; Hb = 1 for merged heads."""
+) -> Tensor:
+    """The gradient [Bb, Hb, Mb, Nb] fp32 of the student's additive mask in its stored shape; Hb = 1 for merged heads."""
     assert student.mask is not None
     B, H, M, _ = student.query.shape
     N = student.key.shape[2]
@@ -210,11 +201,15 @@ def bias_call(
         "MEAN": merge == "mean", "HEADS_S": heads_s, "HEADS_T": heads_t, **_widths(tile, widths),
         "DIV": divergence, "OVER_M": mb != M, "OVER_N": nb != N, "BM": tile.queries, "BN": tile.keys,
     }  # fmt: skip
-    return Call(_map_bias_kernel, (tiles * splits,), arguments, tile.options), out
+    if tiles * splits == 0:
+        return out.new_zeros(out.shape[1:])
+    with on_device(grad):
+        _map_bias_kernel[(tiles * splits,)](**arguments, **tile.options, **OPTIONS)
+    return out.sum(0)
 
 
 def _kind(student: Side, teacher: Side, merge: str | None, divergence: str) -> tuple[torch.dtype, int, int, bool]:
-    """What the tile depends on: the wider dtype, the wider head, the extras (map_tiles.py), and whether heads are averaged."""
+    """What the tile depends on: the wider dtype, the wider head, the extras (tiles.py), and whether heads are averaged."""
     dtype = torch.promote_types(student.query.dtype, teacher.query.dtype)
     width = max(wide_width(student, merge), wide_width(teacher, merge))
     masks = _masks(student), _masks(teacher)
@@ -253,37 +248,22 @@ def _sides(student: Side, teacher: Side, merge: str | None, temperature: float) 
 
 def _side(letter: str, side: Side, merge: str | None, temperature: float) -> dict[str, Any]:
     """Pointers, strides and factors of one side, named as the kernels name them (``letter`` 's', 't', or '' for one side)."""
-    kind, heads, repeat = _NONE, 1, 1
-    mask = side.query
+    heads, repeat = 1, 1
+    mask, strides = side.query, (0, 0, 0, 0)
     if side.mask is not None:
-        mask = side.mask
-        H = side.query.shape[1]
-        if mask.dtype == torch.bool:
-            mask, kind = mask.view(torch.uint8), _BOOL
-        else:
-            kind = _FLOAT
-            if merge == "logsum":  # the wide head's bias is the sum over heads
-                heads, repeat = (mask.shape[1], 1) if mask.shape[1] > 1 else (1, H)
-        kind += 2 if mask.shape[2] == 1 else 0
+        mask, *strides = mask_operand(side.mask)
+        if merge == "logsum" and side.mask.dtype != torch.bool:  # the wide head's bias is the sum over heads
+            heads, repeat = (mask.shape[1], 1) if mask.shape[1] > 1 else (1, side.query.shape[1])
     upper, end = letter.upper(), f"_{letter}" if letter else ""
     END = end.upper()
     return {
         f"Q{upper}": side.query, f"K{upper}": side.key, f"MASK{END}": mask,
-        **_strides(f"q{letter}", side.query), **_strides(f"k{letter}", side.key, "bhnd"), **_mask_strides(f"m{letter}", side),
+        **_strides(f"q{letter}", side.query), **_strides(f"k{letter}", side.key, "bhnd"),
+        **{f"m{letter}_{x}": stride for x, stride in zip("bhmn", strides, strict=True)},
         f"factor{end}": side.scale * LOG2E / temperature, f"bias{end}": repeat * LOG2E / temperature,
-        f"D{END}": side.query.shape[3], f"KIND{END}": kind, f"MASK_HEADS{END}": heads,
+        f"D{END}": side.query.shape[3], f"KIND{END}": mask_kind(side.mask), f"MASK_HEADS{END}": heads,
     }  # fmt: skip
 
 
 def _strides(name: str, tensor: Tensor, letters: str = "bhmd") -> dict[str, int]:
     return {f"{name}_{letter}": stride for letter, stride in zip(letters, tensor.stride(), strict=True)}
-
-
-def _mask_strides(name: str, side: Side) -> dict[str, int]:
-    """Strides of the mask over [B, H, M, N]; 0 where it has size 1."""
-    if side.mask is None:
-        return {f"{name}_{letter}": 0 for letter in "bhmn"}
-    return {
-        f"{name}_{x}": 0 if size == 1 else s
-        for x, size, s in zip("bhmn", side.mask.shape, side.mask.stride(), strict=True)
-    }

@@ -1,4 +1,4 @@
-"""The row normalisers of one side, for the divergences and merges that need them before their own sweep (map_value.py).
+"""The row normalisers of one side, for the divergences and merges that need them before their own sweep (value.py).
 
     top[b, h, i] = max_j z_ij,   log_sum[b, h, i] = log2 Σ_j 2^(z_ij − top_i)       (z in log2 units)
 
@@ -12,7 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnkd_kernels.map.common import DEAD, HIDDEN, at_head, load_mask, load_rows, logits, scores, shown
+from attnkd_kernels.language import DEAD, HIDDEN, shown
+from attnkd_kernels.map.common import at_head, load_mask, load_rows, logits, scores
 
 
 @triton.jit

@@ -1,15 +1,15 @@
-"""Whole-map divergence, second forward sweep: the value from finished normalisers (map_lse.py).
+"""Whole-map divergence, second forward sweep: the value from finished normalisers (lse.py).
 
 Two cases cannot be summed online. Jensen–Shannon takes the log of p_s + p_t, which is not a sum of terms that rescale; and
 the mean over heads, p = (1/H) Σ_h p^h, weighs every head by its own normaliser. With the normalisers at hand both are plain
 sums over the keys. Mean-merged sides add their heads in the log domain, tile by tile, so nothing underflows.
 
-    loss[b, h, i] = Σ_j value_j,   centre[b, h', i] = Σ_j term^h'_j    (map_forms.py)
+    loss[b, h, i] = Σ_j value_j,   centre[b, h', i] = Σ_j term^h'_j    (forms.py)
 
 h' runs over the student's heads when they are merged (then [B, H, M]), else it is h. Products per (row, key): one for every
 head of both sides, and one more per student head when the student is merged. Exponentials: js 2 and one logarithm; a mean
 over H heads 2 and one logarithm a head.
-The maxima of map_lse.py are replaced by LSEs, which is what the backward reads; rows that are dead on either side are worth 0
+The maxima of lse.py are replaced by LSEs, which is what the backward reads; rows that are dead on either side are worth 0
 and get DEAD on both.
 """
 
@@ -18,7 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnkd_kernels.map.common import DEAD, at_head, load_rows, log_probs, row_values, shown
+from attnkd_kernels.language import DEAD, NO_MASK, shown
+from attnkd_kernels.map.common import at_head, load_rows, log_probs, row_values
 from attnkd_kernels.map.forms import terms, value_terms
 
 
@@ -103,7 +104,7 @@ def _map_value_kernel(
     at = tl.cast(row, tl.int64) * M + m
     alive = (tl.sum(top_s, 1) < DEAD) & (tl.sum(top_t, 1) < DEAD)
     if DIV == "mse":
-        if KIND_S == 0 and KIND_T == 0:
+        if KIND_S == NO_MASK and KIND_T == NO_MASK:
             count += N
         weight = 2.0 / tl.maximum(count, 1.0)
         value = 0.5 * weight * value
@@ -136,7 +137,7 @@ def _value_tile(
     DIV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD_S: tl.constexpr, BD_T: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    MASKED: tl.constexpr = KIND_S != 0 or KIND_T != 0
+    MASKED: tl.constexpr = KIND_S != NO_MASK or KIND_T != NO_MASK
     k_s = a_s
     if WIDTH_S <= BD_S and HEADS_S == 1:
         k_s = load_rows(ks, n0, N, 0, D_S, WIDTH_S, BN, BD_S, TAIL)

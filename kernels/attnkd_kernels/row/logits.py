@@ -6,7 +6,7 @@
 The first and last launches of everything that needs finished rows: attention_rows, mean/max/min merging, and the divergences
 whose coefficients are no sums of exponentials. ``wide`` sums the heads' scores (log-sum merging is one wide head).
 
-dk is the rank-M outer product that row_kl's backward writes, so that kernel (row_kl_bwd) is used; dq reads K a second time.
+dk and dmask are what backward.py writes, with u for the coefficients; dq reads K a second time.
 Any strides; fp16, bf16, fp32; fp32 accumulation. Limits: W ≤ 2048.
 """
 
@@ -17,9 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attnkd_kernels import launch
-from attnkd_kernels.row.common import ALIVE, load_keys, masked_logits, wide_offsets
-from attnkd_kernels.row.kl_bwd import row_kl_bwd
+from attnkd_kernels import language, launch
+from attnkd_kernels.language import (
+    at_head,
+    dim_exists,
+    hidden,
+    load_keys,
+    load_query,
+    query_elements,
+    row_logits,
+    side_at,
+)
+from attnkd_kernels.row.backward import row_kl_bwd
 
 TILE = 8192  # elements of a K tile, forward
 DQ_TILE = 2048  # and in the dq sweep, which holds an accumulator of that size
@@ -28,91 +37,65 @@ WARPS = 4
 
 @triton.jit
 def _row_logits_fwd_kernel(
-    Q,  # [B, H, M, D]
-    K,  # [B, H, N, D]
-    MASK,  # [B, Ho, M, N]
+    side,  # Side in nats: query [B, H, M, D], key [B, H, N, D], mask [B, Ho, M, N]
     Z,  # [B, Ho, M, N], nats
-    score_mul,  # scale/T
-    mask_mul,  # 1/T
     N,
     M,
     HO,
-    q_b, q_h, q_m, q_d,
-    k_b, k_h, k_n, k_d,
-    m_b, m_h, m_m, m_n,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    WP: tl.constexpr,
-    MASK_KIND: tl.constexpr,
+    SPEC: tl.constexpr,  # HeadSpec of the side
     BN: tl.constexpr,
-):  # fmt: skip
+):
     group = tl.program_id(0).to(tl.int64)  # b·Ho + h
-    h = group % HO
-    b = group // HO
+    side = side_at(side, group // HO, group % HO)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
-    n_valid = n < N
-    k_off, w_valid = wide_offsets(k_h, k_d, HEADS, D, WP)
-    q_off, _ = wide_offsets(q_h, q_d, HEADS, D, WP)
-    k = load_keys(K + b * k_b + h * k_h, n, n_valid, k_n, k_off, w_valid, HEADS * D == WP).to(tl.float32)
+    k = load_keys(side.key, n, N, SPEC).to(tl.float32)
     for m in range(M):
-        q = tl.load(Q + b * q_b + h * q_h + m * q_m + q_off, mask=w_valid, other=0.0).to(tl.float32) * score_mul
-        z = tl.sum(k * q[None, :], 1)
-        z = masked_logits(z, MASK + b * m_b + h * m_h + m * m_m, n, n_valid, m_n, mask_mul, MASK_KIND)
-        tl.store(Z + (group * M + m) * N + n, tl.where(z <= ALIVE, -float("inf"), z), mask=n_valid)
+        q = load_query(side.query, m, side.factor, SPEC)
+        z = row_logits(side, q, k, m, n, N, SPEC)
+        tl.store(Z + (group * M + m) * N + n, tl.where(hidden(z), -float("inf"), z), mask=n < N)
 
 
 @triton.jit
 def _row_logits_dq_kernel(
     U,  # [B, Ho, M, N] gradient of the logits, contiguous fp32
-    K,  # [B, H, N, D]
+    K,  # Operand [B, H, N, D]
     DQ,  # [B, H, M, D], contiguous
     dq_mul,  # scale/T
     N,
     M,
     HO,
-    k_b, k_h, k_n, k_d,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    WP: tl.constexpr,
+    SPEC: tl.constexpr,  # HeadSpec of the side
     BN: tl.constexpr,
-):  # fmt: skip
+):
     row = tl.program_id(0).to(tl.int64)  # (b·Ho + h)·M + m
     m = row % M
     group = row // M
-    h = group % HO
-    b = group // HO
-    k_off, w_valid = wide_offsets(k_h, k_d, HEADS, D, WP)
-    acc = tl.zeros([BN, WP], tl.float32)
+    key = at_head(K, group // HO, group % HO)
+    acc = tl.zeros([BN, SPEC.PADDED], tl.float32)
     for start in range(0, N, BN):
         n = start + tl.arange(0, BN)
-        n_valid = n < N
-        u = tl.load(U + row * N + n, mask=n_valid, other=0.0)
-        k = load_keys(K + b * k_b + h * k_h, n, n_valid, k_n, k_off, w_valid, HEADS * D == WP)
-        acc += k.to(tl.float32) * u[:, None]
-    w = tl.arange(0, WP)
+        u = tl.load(U + row * N + n, mask=n < N, other=0.0)
+        acc += load_keys(key, n, N, SPEC).to(tl.float32) * u[:, None]
     dq = tl.sum(acc, 0) * dq_mul
-    tl.store(DQ + ((group * HEADS + w // D) * M + m) * D + w % D, dq.to(DQ.dtype.element_ty), mask=w_valid)
+    tl.store(DQ + query_elements(group, m, M, SPEC), dq.to(DQ.dtype.element_ty), mask=dim_exists(SPEC))
 
 
 def row_logits_fwd(
     query: Tensor, key: Tensor, mask: Tensor | None, scale: float, temperature: float, wide: bool
 ) -> Tensor:
     """Logits [B, Ho, M, N] in fp32; ``mask`` is a [B, Ho, M, N] view or None."""
-    B, H, M, D = query.shape
+    B, H, M, _ = query.shape
     N = key.shape[2]
-    HO, heads = (1, H) if wide else (H, 1)
-    WP = launch.padded(heads * D)
+    HO = 1 if wide else H
     logits = torch.empty((B, HO, M, N), dtype=torch.float32, device=query.device)
     if logits.numel() == 0:
         return logits
-    mask, kind, strides = launch.mask_argument(mask, logits)
-    BN = min(TILE // WP, launch.padded(N))
+    side, SPEC = launch.row_side(query, key, mask, scale, temperature, wide, unit=1.0)
+    BN = min(TILE // SPEC.PADDED.value, launch.padded(N))
     with launch.on_device(query):
         _row_logits_fwd_kernel[(B * HO, triton.cdiv(N, BN))](
-            query, key, mask, logits, scale / temperature, 1.0 / temperature, N, M, HO,
-            *query.stride(), *key.stride(), *strides,
-            HEADS=heads, D=D, WP=WP, MASK_KIND=kind, BN=BN, num_warps=WARPS, **launch.OPTIONS,
-        )  # fmt: skip
+            side, logits, N, M, HO, SPEC=SPEC, BN=BN, num_warps=WARPS, **launch.OPTIONS
+        )
     return logits
 
 
@@ -123,17 +106,17 @@ def row_logits_bwd(
     """dq [B, H, M, D], dk [B, H, N, D] and dmask [B, Ho, M, N] from ``grad`` [B, Ho, M, N]; empty where not needed."""
     B, H, M, D = query.shape
     N = key.shape[2]
-    HO, heads = (1, H) if wide else (H, 1)
-    WP = launch.padded(heads * D)
+    HO = 1 if wide else H
     grad = grad.contiguous()
     one = torch.ones((), dtype=torch.float32, device=grad.device).expand(B, HO, M)
     _, dk, dmask = row_kl_bwd(one, grad, grad, query, key, scale, temperature, wide, False, need_dk, need_dmask)
     dq = torch.empty((B, H, M, D) if need_dq else (0,), dtype=query.dtype, device=grad.device)
     if dq.numel():
-        BN = max(min(DQ_TILE // WP, launch.padded(N)), 1)
+        SPEC = launch.head_spec(H if wide else 1, D, language.NO_MASK.value)
+        BN = max(min(DQ_TILE // SPEC.PADDED.value, launch.padded(N)), 1)
         with launch.on_device(query):
             _row_logits_dq_kernel[(B * HO * M,)](
-                grad, key, dq, scale / temperature, N, M, HO, *key.stride(),
-                HEADS=heads, D=D, WP=WP, BN=BN, num_warps=WARPS, **launch.OPTIONS,
+                grad, launch.operand(key), dq, scale / temperature, N, M, HO,
+                SPEC=SPEC, BN=BN, num_warps=WARPS, **launch.OPTIONS,
             )  # fmt: skip
     return dq, dk, dmask
