@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check gate bench validate lock clean
+.PHONY: help demo test check gate bench validate lock matrix clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make gate      compile every kernel for every GPU target, full sweep (no GPU needed; an hour or more on two cores)"
 	@echo "make bench     benchmarks on this machine's GPU"
 	@echo "make validate  kernels against the reference on this machine"
+	@echo "make matrix    kernels and capture with the oldest, middle, locked and newest torch, Triton and timm (20 GB, an hour)"
 	@echo "make lock      renew requirements.lock, the packages of make demo and make test"
 
 # Where Python comes without venv (Debian's python3), virtualenv steps in. Every package that follows, pip and the build
@@ -50,10 +51,17 @@ bench: $(READY)
 validate: $(READY)
 	"$(BIN)/python" -m attnkd validate
 
-# The newest packages that pyproject.toml allows, one file for every system and Python that it supports.
+# The newest packages that pyproject.toml allows, in one file for Python 3.10 to 3.13 on every system. The compiler alone is chosen
+# by hand, together with benchmarks/results/aot: the code that it makes is part of what the tests assert.
+COMPILER := "torch==2.14.*" "torchvision==0.29.1; python_version < '3.15'" "triton==3.8.*"
 lock: $(READY)
-	"$(BIN)/uv" pip compile pyproject.toml --extra dev --universal --python-version 3.10 --generate-hashes --upgrade --quiet \
+	printf '%s\n' $(COMPILER) | "$(BIN)/uv" pip compile pyproject.toml --extra dev --constraints - --upgrade --quiet \
+		--universal --python-version 3.10 --generate-hashes \
 		--custom-compile-command "make lock" --output-file requirements.lock
 
+# Oldest, middle, locked and newest versions of torch, Triton and timm, each in its own environment below .matrix.
+matrix: $(READY)
+	"$(BIN)/python" -m benchmarks matrix $(ARGS)
+
 clean:
-	rm -rf "$(VENV)" "$(VENV)-bootstrap" build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf "$(VENV)" "$(VENV)-bootstrap" .matrix build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

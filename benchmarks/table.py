@@ -206,6 +206,25 @@ def aot(result: dict[str, Any], options: Options) -> list[list[str]]:
     return rows
 
 
+def matrix(result: dict[str, Any], options: Options) -> list[list[str]]:
+    """One row an environment: its versions, what passed and what failed."""
+    names = ("python", "torch", "triton", "timm", "numpy")
+    rows = [
+        ["environment", *names, "tests passed", "failed", "kernels compiled", "failed", "spilling", "most bytes", "run"]
+    ]
+    for record in result["records"]:
+        tests, aot = record.get("tests"), record.get("aot")
+        cells = [record["versions"].get(name, "–") for name in names]
+        cells += [str(tests["passed"]), str(len(tests["failed"]))] if tests else ["–", record["status"]]
+        cells += (
+            [str(aot["compiled"]), str(len(aot["failed"])), str(aot["spilling"]), str(aot["spilled"])]
+            if aot
+            else ["–"] * 4
+        )
+        rows.append([record["environment"], *cells, f"{record['created'][:10]}, {record['commit']}"])
+    return rows
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any], Options], list[list[str]]]]] = {
     # name: (result file where the marker names none, what makes its rows)
     "operations": ("nvidia-h200/operations.json", operations),
@@ -215,6 +234,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any], Options], list[list[str]]
     "cpu": ("cpu/cpu.json", cpu),
     "traffic": ("interpreter/traffic.json", traffic),
     "aot": ("aot/aot.json", aot),
+    "matrix": ("matrix/matrix.json", matrix),
 }
 
 
