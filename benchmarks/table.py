@@ -209,18 +209,14 @@ def aot(result: dict[str, Any], options: Options) -> list[list[str]]:
 def matrix(result: dict[str, Any], options: Options) -> list[list[str]]:
     """One row an environment: its versions, what passed and what failed."""
     names = ("python", "torch", "triton", "timm", "numpy")
-    rows = [
-        ["environment", *names, "tests passed", "failed", "kernels compiled", "failed", "spilling", "most bytes", "run"]
-    ]
+    counted = ("tests passed", "failed", "kernels compiled", "failed", "with remarks", "most bytes spilled")
+    rows = [["environment", *names, *counted, "run"]]
     for record in result["records"]:
         tests, aot = record.get("tests"), record.get("aot")
         cells = [record["versions"].get(name, "–") for name in names]
         cells += [str(tests["passed"]), str(len(tests["failed"]))] if tests else ["–", record["status"]]
-        cells += (
-            [str(aot["compiled"]), str(len(aot["failed"])), str(aot["spilling"]), str(aot["spilled"])]
-            if aot
-            else ["–"] * 4
-        )
+        cells += [str(aot["compiled"]), str(len(aot["failed"]))] if aot else ["–", record["status"]]
+        cells += [str(aot["remarked"]), str(aot["spilled"])] if aot else ["–", "–"]
         rows.append([record["environment"], *cells, f"{record['created'][:10]}, {record['commit']}"])
     return rows
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from benchmarks.gate import COMPILER
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -47,3 +49,7 @@ def test_every_dependency_is_locked_once(python, system):
         assert len(found) == 1, f"{wanted}: {[str(lock) for lock in found]}; run make lock"
         version = next(iter(found[0].specifier)).version
         assert wanted.specifier.contains(version), f"{wanted}: {version} is locked; run make lock"
+
+
+def test_the_gate_asserts_the_locked_compiler():
+    assert [str(lock.specifier) for lock in LOCKED if lock.name == "triton"] == [f"=={COMPILER}"]
