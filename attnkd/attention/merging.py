@@ -32,7 +32,9 @@ def merge_attention(probs: Tensor, merge: str, temperature: float = 1.0) -> Tens
     check_choice("merge", merge, MERGES[1:])
     check_temperature(temperature)
     work = probs if probs.dtype == torch.float64 else probs.float()
-    return softmax_or_zero(merge_logits(work.log() / temperature, merge))
+    zero = work == 0  # no logarithm, and none of its infinite gradient
+    log_p = torch.where(zero, -math.inf, torch.where(zero, 1.0, work).log())
+    return softmax_or_zero(merge_logits(log_p / temperature, merge))
 
 
 def merge_logits(logits: Tensor, merge: str) -> Tensor:

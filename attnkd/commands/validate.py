@@ -1,8 +1,9 @@
-"""`attnkd validate`: the kernels against the float64 reference, on this machine."""
+"""`attnkd validate`: the implementations against a float64 oracle, and the methods against the textbook, on this machine."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,17 +20,29 @@ from attnkd.attention import dispatch
 from attnkd.attention.api import attention_divergence, attention_rows
 from attnkd.attention.chunked.sweep import logits_in_a_block
 from attnkd.commands.info import devices, versions
+from attnkd.attention.merging import merge_attention
+from attnkd.attention.resample import resample_attention
 from attnkd.relation.api import relation_row_loss
-from attnkd.testing import cases
+from attnkd.testing import cases, generate
 from attnkd.testing.cases import Case
-from attnkd.testing.proof import prove, prove_relation, prove_rows
+from attnkd.testing.proof import prove, prove_merge, prove_relation, prove_resample, prove_rows
 from attnkd.testing.tolerance import Result
 
-PROOFS = {"rows": prove_rows, "relation": prove_relation}
-EPILOG = """Every case compares the outputs and all gradients with the float64 reference on the same inputs; the allowed error is a
-small multiple of what plain PyTorch's rounding causes. Each case also runs twice (results must be bitwise equal) and must
-keep the memory promise: no more than its results and, for a few rows, those rows. Exit status 1 if anything fails, with the
-command that runs the failing case alone."""
+if TYPE_CHECKING:
+    from attnkd.testing.method_cases import MethodCase
+
+PROOFS = {"rows": prove_rows, "relation": prove_relation, "merge": prove_merge, "resample": prove_resample}
+OTHERS = {"relation": relation_row_loss, "merge": merge_attention, "resample": resample_attention}
+METHOD_EVERY = 8
+"""One in so many random cases is a training step of a method."""
+SHRINKING = 100
+"""How many simpler cases are tried to find the smallest that fails."""
+EPILOG = """Every case compares the outputs and all gradients with an oracle that is written from the papers and computes in float64 on
+the same inputs; the allowed error is a small multiple of what plain PyTorch's rounding causes. Each case also runs twice (results
+must be bitwise equal) and, but for the reference, must keep the memory promise: no more than its results and, for a few rows, those
+rows. The methods (--methods, and one in eight random cases) compare a training step's losses and all parameters' gradients with the
+papers' equations on attention maps that are written out. Exit status 1 if anything fails, with the command that runs the failing
+case alone, and one for the smallest case that fails like it."""
 
 
 @dataclass
@@ -54,13 +67,14 @@ class Outcome:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument(
-        "--impl", choices=("triton", "chunked"), default="triton", help="what to validate (default: triton)"
+        "--impl", choices=generate.IMPLS, default="triton", help="what to validate (default: triton)"
     )
     parser.add_argument(
         "--cases", type=int, metavar="N", help="random cases after the fixed ones (default: 100, --quick: 10)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random cases (default: 0)")
     parser.add_argument("--quick", action="store_true", help="every seventh fixed case only")
+    parser.add_argument("--methods", action="store_true", help="the methods only")
     parser.add_argument("--minutes", type=float, metavar="M", help="fuzz: keep drawing random cases for M minutes")
     parser.add_argument("--case", metavar="SPEC", help="run one case, as a failure prints it")
     parser.add_argument("--device", help="where to run (default: cuda when there is one)")
@@ -70,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.minutes is not None and args.minutes <= 0:
         raise SystemExit(f"attnkd validate: --minutes: expected a number above 0, got {args.minutes:g}")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that measures memory reports every start and stop
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     interpreted = args.impl == "triton" and device.type != "cuda"
     if interpreted and not dispatch.interpreting():
@@ -87,11 +102,14 @@ def run(args: argparse.Namespace) -> int:
         )
     outcomes = []
     todo = _selection(args, small=interpreted)
-    for case in _with_progress(todo, args):
+    for case in _with_progress(todo):
         outcome = examine(case, args.impl, device)
         outcomes.append(outcome)
         if not outcome.ok:
             print(f"FAIL {outcome.failure}\n     {_command(args, case)}", file=sys.stderr)
+            if args.case is None and isinstance(case, Case):
+                smallest = _smallest(case, args.impl, device)
+                print(f"     the smallest: {_command(args, smallest)}", file=sys.stderr, flush=True)
     print(table(outcomes))
     if args.json:
         _write_json(args.json, outcomes, device)
@@ -100,22 +118,31 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def examine(case: Case, impl: str, device: torch.device) -> Outcome:
+def examine(case: Case | MethodCase, impl: str, device: torch.device) -> Outcome:
     """Run one case: errors, determinism, memory. A case that raises is a failure, not a crash."""
+    first: list[Tensor] = []
+    second: list[Tensor] = []
+    memory = promise = 0
     try:
-        arguments = case.arguments(device)
-        results = PROOFS.get(case.operation, prove)(impl, seed=case.seed, **arguments)
-        worst = max(results, key=lambda r: r.ratio)
-        first, memory = _measured(case, impl, arguments, device)
-        second, _ = _measured(case, impl, arguments, device)
+        if not isinstance(case, Case):
+            from attnkd.testing.method_cases import prove_method
+
+            results = prove_method(case, impl, device)
+        else:
+            arguments = case.arguments(device)
+            results = PROOFS.get(case.operation, prove)(impl, seed=case.seed, **arguments)
+            first, memory = _measured(case, impl, arguments, device)
+            second, _ = _measured(case, impl, arguments, device)
+            if impl != "reference" and case.operation not in ("merge", "resample"):
+                promise = memory_promise(case, first, logits_in_a_block(device) if impl == "chunked" else 0)
     except Exception as error:
         return Outcome(str(case), 0.0, 0.0, float("inf"), "", False, 0, 0, f"{type(error).__name__}: {error}")
+    worst = max(results, key=lambda r: r.ratio)
     same = all(torch.equal(a, b) or _same_nan(a, b) for a, b in zip(first, second, strict=True))
-    promise = memory_promise(case, first, logits_in_a_block(device) if impl == "chunked" else 0)
     failure = "; ".join(str(r) for r in results if not r.ok)
     if not same:
         failure = "; ".join(filter(None, (failure, "two runs differ")))
-    if memory > promise:
+    if promise and memory > promise:
         failure = "; ".join(filter(None, (failure, f"{memory:,} bytes allocated, promised {promise:,}")))
     return Outcome(str(case), worst.error, worst.allowed, worst.ratio, _short(worst), same, memory, promise, failure)
 
@@ -126,13 +153,16 @@ def memory_promise(case: Case, results: list[Tensor], block: int) -> int:
     that, but for an implementation that works on blocks of ``block`` logits: it has eight fp32 buffers of that size, or of the
     logits that there are.
     """
+    wide = 2 if "fp64" in (case.dtype, case.teacher_dtype) else 1
     total = 3 * sum(x.numel() * max(x.element_size(), 4) for x in results)
     heads = max(case.H, case.Ht)
-    total += 128 * case.B * heads * (case.M + case.N) + (1 << 20)
-    total += 8 * 4 * min(block, case.B * heads * case.M * case.N)
+    total += wide * 128 * case.B * heads * (case.M + case.N) + (1 << 20)
+    total += wide * 8 * 4 * min(block, case.B * heads * case.M * case.N)
+    for mask in (case.mask, case.teacher_mask):  # which keys a stored mask hides, a few bytes an element
+        total += 0 if mask == "none" else 8 * case.B * heads * case.M * case.N
     if case.operation != "map":
-        total += 6 * 4 * case.B * 2 * heads * case.M * case.N
-        total += 8 * case.B * heads * case.M * (case.D + case.Dt) * (1 + case.N // 4)  # partial sums of split rows
+        total += wide * 6 * 4 * case.B * 2 * heads * case.M * case.N
+        total += wide * 8 * case.B * heads * case.M * (case.D + case.Dt) * (1 + case.N // 4)  # partial sums of split rows
     return total
 
 
@@ -140,40 +170,72 @@ def table(outcomes: list[Outcome]) -> str:
     """A line for each operation, dtype and merge: cases, worst error, allowed error, their ratio."""
     groups: dict[tuple[str, str, str], list[Outcome]] = {}
     for outcome in outcomes:
-        case = cases.parse(outcome.case)
-        groups.setdefault((case.operation, case.dtype, str(case.merge)), []).append(outcome)
+        groups.setdefault(_group(outcome.case), []).append(outcome)
     lines = [
-        f"{'operation':<10}{'dtype':<7}{'merge':<8}{'cases':>6}{'worst error':>14}{'allowed':>11}{'ratio':>8}  result"
+        f"{'operation':<16}{'dtype':<7}{'merge':<8}{'cases':>6}{'worst error':>14}{'allowed':>11}{'ratio':>8}  result"
     ]
     for (operation, dtype, merge), members in groups.items():
         worst = max(members, key=lambda o: o.ratio)
         failed = sum(not o.ok for o in members)
         verdict = f"{failed} FAILED" if failed else "ok"
         numbers = f"{worst.error:>14.2e}{worst.allowed:>11.2e}{worst.ratio:>8.2f}"
-        lines.append(f"{operation:<10}{dtype:<7}{merge:<8}{len(members):>6}{numbers}  {verdict:<9} {worst.worst}")
+        lines.append(f"{operation:<16}{dtype:<7}{merge:<8}{len(members):>6}{numbers}  {verdict:<9} {worst.worst}")
     return "\n".join(lines)
 
 
-def _selection(args: argparse.Namespace, small: bool) -> Iterable[Case]:
+def _group(text: str) -> tuple[str, str, str]:
+    """What a line of the table is about."""
+    if text.startswith("method="):
+        return text.removeprefix("method=").partition(",")[0], "", ""
+    case = cases.parse(text)
+    return case.operation, case.dtype, "" if case.operation in ("relation", "resample") else str(case.merge)
+
+
+def _selection(args: argparse.Namespace, small: bool) -> Iterable[Case | MethodCase]:
     if args.case is not None:
         try:
+            if args.case.startswith("method="):
+                from attnkd.testing.method_cases import parse_method
+
+                return [parse_method(args.case)]
             return [cases.parse(args.case)]
         except ValueError as error:
             raise SystemExit(f"attnkd validate: --{error}") from None
-    rng = random.Random(args.seed)
+    drawn = _random(random.Random(args.seed), args.impl, small, args.methods)
     if args.minutes is not None:
-        return _until(time.monotonic() + 60 * args.minutes, rng, args.impl, small)
-    chosen = list(cases.fixed(args.impl, small))[:: 7 if args.quick else 1]
+        return _until(time.monotonic() + 60 * args.minutes, drawn)
+    chosen = [] if args.methods else list(generate.fixed(args.impl, small))[:: 7 if args.quick else 1]
     count = args.cases if args.cases is not None else (10 if args.quick else 100)
-    return chosen + [cases.draw(rng, args.impl, small) for _ in range(count)]
+    return chosen + list(itertools.islice(drawn, count))
 
 
-def _until(end: float, rng: random.Random, impl: str, small: bool) -> Iterator[Case]:
+def _random(rng: random.Random, impl: str, small: bool, methods: bool) -> Iterator[Case | MethodCase]:
+    """Random cases without end."""
+    for turn in itertools.count(1):
+        if methods or turn % METHOD_EVERY == 0:
+            from attnkd.testing.method_cases import draw_method
+
+            yield draw_method(rng)
+        else:
+            yield generate.draw(rng, impl, small)
+
+
+def _until(end: float, drawn: Iterator[Case | MethodCase]) -> Iterator[Case | MethodCase]:
     while time.monotonic() < end:
-        yield cases.draw(rng, impl, small)
+        yield next(drawn)
 
 
-def _with_progress(todo: Iterable[Case], args: argparse.Namespace) -> Iterable[Case]:
+def _smallest(case: Case, impl: str, device: torch.device) -> Case:
+    """A simpler case that fails too, found in not too many tries."""
+    tries = iter(range(SHRINKING))
+
+    def fails(simpler: Case) -> bool:
+        return next(tries, None) is not None and generate.exists(simpler, impl) and not examine(simpler, impl, device).ok
+
+    return generate.smallest(case, fails)
+
+
+def _with_progress(todo: Iterable[Case | MethodCase]) -> Iterable[Case | MethodCase]:
     from tqdm.auto import tqdm
 
     return tqdm(todo, desc="validate", unit="case", leave=False, disable=None)
@@ -181,7 +243,7 @@ def _with_progress(todo: Iterable[Case], args: argparse.Namespace) -> Iterable[C
 
 def _measured(case: Case, impl: str, arguments: dict[str, Any], device: torch.device) -> tuple[list[Tensor], int]:
     """Loss and gradients of a plain call, and the bytes it allocated at its peak (interpreter: in all)."""
-    names = [n for n in ("student_query", "student_key", "student_features") if n in arguments]
+    names = [n for n in ("student_query", "student_key", "student_features", "probs", "rows") if n in arguments]
     leaves = {n: arguments[n].detach().requires_grad_() for n in names}
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -198,14 +260,15 @@ def _measured(case: Case, impl: str, arguments: dict[str, Any], device: torch.de
 
 
 def _call(case: Case, impl: str, arguments: dict[str, Any], leaves: list[Tensor]) -> list[Tensor]:
-    if case.operation == "relation":
-        out = loss = relation_row_loss(**arguments, impl=impl)
+    if case.operation in OTHERS:
+        options: dict[str, Any] = {"impl": impl} if case.operation == "relation" else {}
+        out = OTHERS[case.operation](**arguments, **options)
     elif case.operation == "rows":
         renamed = {n.removeprefix("student_"): a for n, a in arguments.items()}
         out = attention_rows(**renamed, impl=impl)
-        loss = out.square().sum()
     else:
-        out = loss = attention_divergence(**arguments, impl=impl)
+        out = attention_divergence(**arguments, impl=impl)
+    loss = out.square().sum() if case.operation in ("rows", "merge", "resample") else out.sum()
     return [out.detach(), *torch.autograd.grad(loss, leaves)]
 
 
@@ -228,7 +291,7 @@ def _short(result: Result) -> str:
     return f"{result.name.split()[-1]} ({result.why})"
 
 
-def _command(args: argparse.Namespace, case: Case) -> str:
+def _command(args: argparse.Namespace, case: Case | MethodCase) -> str:
     device = f" --device {args.device}" if args.device else ""
     return f"attnkd validate --impl {args.impl}{device} --case {case}"
 
@@ -239,8 +302,7 @@ def _again_in_the_interpreter() -> int:
         raise SystemExit(
             "attnkd validate: triton is not installed; `--impl chunked` validates the plain PyTorch implementation"
         )
-    # The other two silence the profiler that measures memory.
-    os.environ |= {"TRITON_INTERPRET": "1", "KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    os.environ |= {"TRITON_INTERPRET": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "attnkd", *sys.argv[1:]])
 
