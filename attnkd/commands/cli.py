@@ -16,7 +16,10 @@ COMMANDS = {
         "attnkd.commands.maps",
         "where teacher and student look: every head, merged and rolled out, with the KL of each",
     ),
-    "validate": ("attnkd.commands.validate", "the implementations against a float64 oracle, the methods against the textbook, on this machine"),
+    "validate": (
+        "attnkd.commands.validate",
+        "the implementations against a float64 oracle, the methods against the textbook, on this machine",
+    ),
     "select": (
         "attnkd.methods.selection",
         "list the images of a folder that are worth distilling a teacher on (Attention Probe)",

@@ -19,9 +19,9 @@ from torch import Tensor
 from attnkd.attention import dispatch
 from attnkd.attention.api import attention_divergence, attention_rows
 from attnkd.attention.chunked.sweep import logits_in_a_block
-from attnkd.commands.info import devices, versions
 from attnkd.attention.merging import merge_attention
 from attnkd.attention.resample import resample_attention
+from attnkd.commands.info import devices, versions
 from attnkd.relation.api import relation_row_loss
 from attnkd.testing import cases, generate
 from attnkd.testing.cases import Case
@@ -66,9 +66,7 @@ class Outcome:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument(
-        "--impl", choices=generate.IMPLS, default="triton", help="what to validate (default: triton)"
-    )
+    parser.add_argument("--impl", choices=generate.IMPLS, default="triton", help="what to validate (default: triton)")
     parser.add_argument(
         "--cases", type=int, metavar="N", help="random cases after the fixed ones (default: 100, --quick: 10)"
     )
@@ -162,7 +160,9 @@ def memory_promise(case: Case, results: list[Tensor], block: int) -> int:
         total += 0 if mask == "none" else 8 * case.B * heads * case.M * case.N
     if case.operation != "map":
         total += wide * 6 * 4 * case.B * 2 * heads * case.M * case.N
-        total += wide * 8 * case.B * heads * case.M * (case.D + case.Dt) * (1 + case.N // 4)  # partial sums of split rows
+        total += (
+            wide * 8 * case.B * heads * case.M * (case.D + case.Dt) * (1 + case.N // 4)
+        )  # partial sums of split rows
     return total
 
 
@@ -230,7 +230,9 @@ def _smallest(case: Case, impl: str, device: torch.device) -> Case:
     tries = iter(range(SHRINKING))
 
     def fails(simpler: Case) -> bool:
-        return next(tries, None) is not None and generate.exists(simpler, impl) and not examine(simpler, impl, device).ok
+        return (
+            next(tries, None) is not None and generate.exists(simpler, impl) and not examine(simpler, impl, device).ok
+        )
 
     return generate.smallest(case, fails)
 

@@ -183,7 +183,9 @@ class _Draw:
     def teacher_mask(self, spec: str, student: Tensor | None) -> Tensor | None:
         if spec == "same":
             return student
-        return self.mask(self.case.mask if spec == "within" else spec, self.case.Ht, student if spec == "within" else None)
+        return self.mask(
+            self.case.mask if spec == "within" else spec, self.case.Ht, student if spec == "within" else None
+        )
 
     def probs(self, target: str, shape: tuple[int, ...], mask: Tensor | None) -> Tensor:
         probs = (2 * self.normal(*shape)).softmax(-1)
@@ -239,7 +241,9 @@ def parse(text: str) -> Case:
     ):  # fmt: skip
         kind, _, named = getattr(case, name).partition("@")
         if kind not in choices or not set(named) <= set(dims):
-            raise ValueError(f"case: expected {name} to be one of {choices} @ some of {dims}, got {getattr(case, name)!r}")
+            raise ValueError(
+                f"case: expected {name} to be one of {choices} @ some of {dims}, got {getattr(case, name)!r}"
+            )
     for name in ("grid", "to"):
         try:
             _grid(getattr(case, name))

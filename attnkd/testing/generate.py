@@ -84,7 +84,9 @@ def fixed(impl: str, small: bool) -> Iterator[Case]:
         if operation in ("row", "map", "rows"):
             variants += _mask_turns(plain)
         if operation in ("row", "map"):
-            variants += [{"target": x} for x in TARGETS[1:]] + [{"weight": f"{x}@HM", "reduction": "mean"} for x in WEIGHTS[1:]]
+            variants += [{"target": x} for x in TARGETS[1:]] + [
+                {"weight": f"{x}@HM", "reduction": "mean"} for x in WEIGHTS[1:]
+            ]
         if operation in ("row", "map", "relation"):
             variants += [{"reduction": x} for x in REDUCTIONS[1:]]
         if operation == "relation":
@@ -107,11 +109,11 @@ def draw(rng: random.Random, impl: str, small: bool) -> Case:
 
 def _draw(rng: random.Random, small: bool) -> Case:
     operation = rng.choices(OPERATIONS, (6, 4, 2, 2, 1, 1))[0]
-    merge, H = rng.choice(MERGES), rng.randint(1, 4)
+    merge, H = rng.choice(MERGES), rng.randint(1, 3 if small else 4)
     common = {
         "operation": operation, "dtype": rng.choices(list(DTYPES), (4, 3, 4, 1))[0], "layout": rng.choice(LAYOUTS),
-        "B": rng.randint(1, 3), "H": H, "Ht": H, "D": rng.choice((*HEAD_DIMS, rng.randint(1, 100))),
-        "N": rng.choice((*KEYS, *(() if small else LONG), rng.randint(1, 70 if small else 1100))),
+        "B": rng.randint(1, 2 if small else 3), "H": H, "Ht": H, "D": rng.choice((*HEAD_DIMS, rng.randint(1, 100))),
+        "N": rng.choice((*KEYS, *(() if small else LONG), rng.randint(1, 50 if small else 1100))),
         "M": _some_rows(rng, operation, small), "seed": rng.randrange(10**6),
     }  # fmt: skip
     Dt = common["D"] if rng.random() < 0.5 else rng.choice((*HEAD_DIMS, rng.randint(1, 100)))
@@ -122,7 +124,11 @@ def _draw(rng: random.Random, small: bool) -> Case:
     if operation == "resample":
         grid, to = (f"{rng.randint(1, 9)}x{rng.randint(1, 9)}" for _ in range(2))
         return Case(**common, grid=grid, to=to, mode=rng.choice(MODES))
-    options = common | {"merge": merge, "temperature": rng.choice((0.5, 1.0, 4.0, 10.0)), "std": rng.choice((0.3, 1.0, 3.0))}
+    options = common | {
+        "merge": merge,
+        "temperature": rng.choice((0.5, 1.0, 4.0, 10.0)),
+        "std": rng.choice((0.3, 1.0, 3.0)),
+    }
     if operation == "merge":
         return Case(**options, target=rng.choice(("probs", "sparse")))
     mask = _some_mask(rng)
@@ -169,7 +175,7 @@ def _simpler(case: Case) -> Iterator[Case]:
 
 def _some_rows(rng: random.Random, operation: str, small: bool) -> int:
     if operation == "map":
-        return rng.choice((MAX_ROWS + 1, rng.randint(MAX_ROWS + 1, 40 if small else 300)))
+        return rng.choice((MAX_ROWS + 1, rng.randint(MAX_ROWS + 1, 30 if small else 300)))
     if operation == "relation":
         return rng.randint(1, 4)
     return rng.choice((1, 1, 2, 3, MAX_ROWS - 1, MAX_ROWS))
@@ -192,7 +198,9 @@ def _mask_turns(case: Case) -> list[dict[str, Any]]:
     found = [{"mask": f"{kind}@{dims}"} for kind, dims in
              (("bias", "HMN"), ("hide", "BN"), ("deadhide", "HMN"), ("bias", "MN"), ("hide", "BHMN"))]  # fmt: skip
     for dims in ("BN", "MN") if merged else ("BN", "BHMN", "H"):
-        found += [{"mask": f"{kind}@{dims}", "teacher_mask": "none" if alone else "within"} for kind in ("bool", "deadbool")]
+        found += [
+            {"mask": f"{kind}@{dims}", "teacher_mask": "none" if alone else "within"} for kind in ("bool", "deadbool")
+        ]
     if not alone:
         found += [{"mask": "hide@BN", "teacher_mask": "same"}, {"teacher_mask": "bias@MN"}]
     return [{}, *found]

@@ -195,7 +195,12 @@ def _ssta(setting: _Setting) -> _Trial:
         model, twin = setting.model(KINDS, n, frozen=True)
         chosen = None if rng.random() < 0.4 and divergence != "logit_mse" else [rng.randrange(n) for _ in blocks]
         theirs, pairs = setting.paired(student, model, blocks)
-        options |= {name: model, f"{name}_blocks": theirs, f"{name}_heads": chosen or "average", weight: setting.weight()}
+        options |= {
+            name: model,
+            f"{name}_blocks": theirs,
+            f"{name}_heads": chosen or "average",
+            weight: setting.weight(),
+        }
         teachers[name] = (twin, options[weight], student_heads[role], pairs, chosen)
     task = SSTA(
         student, blocks=blocks, student_heads=student_heads, alpha=alpha, stop_epoch=rng.choice((None, 3)),
@@ -220,7 +225,10 @@ def _attention_probe(setting: _Setting) -> _Trial:
     listed = sorted({math.ceil(k * depth / 3) - 1 for k in (1, 2, 3)}) if blocks is None else blocks
     teacher_blocks, pairs = setting.paired(student, teacher, listed)
     weights = tuple(setting.weight() for _ in range(3))
-    common = {"temperature": rng.choice((1.0, 4.0)), "normalize_dim": rng.choice((-1, -2)) if setting.impl != "triton" else -1}
+    common = {
+        "temperature": rng.choice((1.0, 4.0)),
+        "normalize_dim": rng.choice((-1, -2)) if setting.impl != "triton" else -1,
+    }
     accuracy = round(rng.uniform(0.5, 0.99), 2)
     task = AttentionProbe(
         student, teacher, accuracy, blocks=blocks, teacher_blocks=teacher_blocks, kd_weight=weights[0],

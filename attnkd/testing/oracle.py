@@ -185,7 +185,11 @@ def row_divergence(log_s: Tensor, log_t: Tensor, kind: str) -> tuple[Tensor, Ten
 
 
 def resample_attention(
-    rows: Tensor, teacher_grid: tuple[int, int], student_grid: tuple[int, int], mode: str = "bicubic", floor: float = 1e-5
+    rows: Tensor,
+    teacher_grid: tuple[int, int],
+    student_grid: tuple[int, int],
+    mode: str = "bicubic",
+    floor: float = 1e-5,
 ) -> Tensor:
     """As :func:`attnkd.resample_attention`: float64 [B, H, M, 1 + patches of student_grid]."""
     rows = rows.double()

@@ -27,6 +27,8 @@ LOGARITHMIC = ("forward_kl", "reverse_kl", "js", "cross_entropy")
 HONEST_ULPS = {2: 1, 4: 16, 8: 256}
 """By the bytes of a result: its error in ulp where nothing simpler exists to measure what is honest. Half precision is rounded once
 from float32, float32 has short sums, and in float64 the oracle rounds as well."""
+LOGITS = 256.0
+"""Logits beyond this are no excuse for a gradient: eager's own error alone is."""
 ZERO = 1e-10
 """A gradient below this fraction of the upstream gradients' sum is zero by right, and what is left of it the oracle's rounding."""
 
@@ -96,12 +98,15 @@ def prove(impl: str, *, seed: int = 0, **arguments: Any) -> list[Result]:
         eager=None if impl == "reference" else eager,
         seed=seed,
         scale=scale,
+        squares=kind in ("mse", "logit_mse"),
+        terms=_terms(exact, _weight_of_a_row(alive, weight, reduction)),
     )
 
 
 def prove_rows(impl: str, *, seed: int = 0, **arguments: Any) -> list[Result]:
     """The same for :func:`attnkd.attention_rows`, whose arguments may carry the student's names."""
     arguments = {name.removeprefix("student_"): value for name, value in arguments.items()}
+    exact = {f"student_{n}": _held(n, a, torch.float64, "cpu") for n, a in arguments.items()}
 
     def eager(precision: torch.dtype) -> Callable[..., Tensor]:
         def rows(**given: Any) -> Tensor:
@@ -118,6 +123,7 @@ def prove_rows(impl: str, *, seed: int = 0, **arguments: Any) -> list[Result]:
         truth=oracle.attention_rows,
         eager=None if impl == "reference" else eager,
         seed=seed,
+        terms={name.removeprefix("student_"): size for name, size in _terms(exact, 1.0).items()},
     )
 
 
@@ -140,6 +146,7 @@ def prove_relation(impl: str, *, seed: int = 0, **arguments: Any) -> list[Result
         truth=oracle.relation_row_loss,
         eager=None if impl == "reference" else eager,
         seed=seed,
+        squares=True,
     )
 
 
@@ -172,6 +179,8 @@ def _judge(
     eager: Callable[[torch.dtype], Callable[..., Tensor]] | None,
     seed: int,
     scale: float = 0.0,
+    squares: bool = False,
+    terms: dict[str, float] | None = None,
 ) -> list[Result]:
     """Value and gradients of ``run`` against ``truth``, both called with ``arguments``.
 
@@ -179,6 +188,10 @@ def _judge(
         names: the arguments to differentiate; those that are floating point tensors are.
         eager: the same in plain PyTorch, in a precision. None: plain PyTorch itself is judged, by rounding alone.
         scale: as in :func:`attnkd.testing.tolerance.compare`, of the value.
+        squares: the value is made of squared differences of numbers of order one. An ulp of those in a difference x changes x² by
+            2x ulp.
+        terms: by argument, the size of the numbers whose differences its gradient is, for an upstream gradient of 1. They are
+            known to a float32 ulp, whatever the result's type.
     """
     names = tuple(n for n in names if isinstance(arguments.get(n), Tensor) and arguments[n].is_floating_point())
     dtype, loss_dtype = arguments[names[0]].dtype, torch.promote_types(arguments[names[0]].dtype, torch.float32)
@@ -207,11 +220,51 @@ def _judge(
     if result.shape == value.shape and torch.equal(result.isnan().cpu(), nan):
         value, plain_value, result = (torch.where(nan.to(x.device), 0.0, x) for x in (value, plain_value, result))
     value = value.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)  # a missing NaN is an infinity missed
+    if squares:
+        scale = 2.0 * math.sqrt(_largest(value[value.isfinite()]))
     results = [compare(f"{label} value", result, value, plain_value, scale=scale)]
     for name, grad, exact_grad, plain in zip(names, grads, exact_grads, plain_grads, strict=True):
-        size = 0.0 if exact_grad.any() else 4 * whole * boost  # of the numbers that cancelled
+        if exact_grad.any():
+            size = (terms or {}).get(name, 0.0) * _largest(upstream) * boost
+            size *= torch.finfo(torch.float32).eps / torch.finfo(plain.dtype).eps
+        else:
+            size = 4 * whole * boost  # zero by right: everything cancelled
         results.append(compare(f"{label} d{name}", grad, exact_grad, plain, scale=size))
     return results
+
+
+def _terms(arguments: dict[str, Any], weight: float) -> dict[str, float]:
+    """How large the numbers are whose differences the gradients of q, k and mask are, for rows of that weight.
+
+    dq_i = scale/T Σ_j (…)k_j, where (…) is a difference of probabilities of order one. A probability is e^(z − lse), with an error
+    of z ulp.
+    """
+    temperature, merge = arguments.get("temperature", 1.0), arguments.get("merge")
+    logits = 0.0
+    for side in ("student", "teacher"):
+        if arguments.get(f"{side}_query") is None:
+            continue
+        query, key, scale, mask = (arguments.get(f"{side}_{name}") for name in ("query", "key", "scale", "mask"))
+        z = oracle.scores(query, key, scale, mask)  # type: ignore[arg-type]
+        z = torch.where(z == oracle.NOTHING, 0.0, z)
+        logits = max(logits, _largest(z.sum(1) if merge == "logsum" else z) / temperature)
+    query, key, scale = (arguments.get(f"student_{name}") for name in ("query", "key", "scale"))
+    assert query is not None and key is not None
+    scale = query.shape[-1] ** -0.5 if scale is None else abs(scale)
+    size = weight / temperature * max(1.0, min(logits, LOGITS) / 4)
+    return {
+        "student_query": size * scale * _largest(key),
+        "student_key": size * scale * _largest(query),
+        "student_mask": size,
+    }
+
+
+def _weight_of_a_row(alive: Tensor, weight: Tensor | None, reduction: str) -> float:
+    """The largest factor that a row has in the reduced loss."""
+    rows = torch.ones(alive.shape, dtype=torch.float64, requires_grad=True)
+    loss = oracle.reduce_rows(rows, alive, None if weight is None else weight.cpu(), reduction)
+    (factors,) = torch.autograd.grad(loss.sum(), rows)
+    return _largest(factors[factors.isfinite()])
 
 
 def _largest(tensor: Tensor) -> float:

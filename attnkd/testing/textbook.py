@@ -242,7 +242,9 @@ def attn_distill(
 
     parts = []
     for i, j in pairs:
-        z_s, z_t = (_keep(z, model.prefix, True)[:, :, :1] for z, model in ((s.scores[i], student), (t.scores[j], teacher)))
+        z_s, z_t = (
+            _keep(z, model.prefix, True)[:, :, :1] for z, model in ((s.scores[i], student), (t.scores[j], teacher))
+        )
         log_s = oracle.log_merged(z_s, merge, temperature)
         if not resized:
             log_t = oracle.log_merged(z_t, merge, temperature)

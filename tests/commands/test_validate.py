@@ -10,32 +10,42 @@ import torch
 
 from attnkd.attention.chunked import sweep as chunked_sweep
 from attnkd.commands import cli, validate
-from attnkd.testing import cases
+from attnkd.testing import cases, generate
 
 HAS_GPU = torch.cuda.is_available()
 
 
 def test_every_case_has_a_line_that_brings_it_back():
     rng = random.Random(0)
-    drawn = list(cases.fixed("triton", small=True)) + [cases.draw(rng, "triton", small=False) for _ in range(200)]
+    drawn = list(generate.fixed("triton", small=True)) + [
+        generate.draw(rng, "chunked", small=False) for _ in range(200)
+    ]
     assert all(cases.parse(str(case)) == case for case in drawn)
     assert len({str(case) for case in drawn}) > 0.95 * len(drawn)
 
 
-@pytest.mark.parametrize("impl", ["triton", "chunked"])
+@pytest.mark.parametrize("impl", generate.IMPLS)
 def test_fixed_cases_cover_what_is_promised(impl):
-    fixed = list(cases.fixed(impl, small=True))
-    for operation in cases.OPERATIONS:
+    fixed = list(generate.fixed(impl, small=True))
+    for operation in ("row", "map", "rows", "relation"):
         for dtype in cases.DTYPES:
             here = [c for c in fixed if (c.operation, c.dtype) == (operation, dtype)]
+            if impl == "triton" and dtype == "fp64":
+                assert not here
+                continue
             assert {c.layout for c in here} == set(cases.LAYOUTS)
             if operation == "relation":
+                assert {c.normalize_dim for c in here} == ({-1} if impl == "triton" else {-1, -2})
                 continue
-            assert {c.mask for c in here} == set(cases.MASKS)
+            assert {c.mask.partition("@")[0] for c in here} == set(cases.MASKS)
+            rows_only = impl == "triton" and operation == "map"
+            assert {c.merge for c in here} == set(cases.MERGES) - ({"max", "min"} if rows_only else set())
             if operation != "rows":
                 assert {c.divergence for c in here} == set(cases.DIVERGENCES)
-            if operation != "map" or impl == "chunked":
-                assert {c.merge for c in here} == set(cases.MERGES)
+                assert {c.target for c in here} == ({"keys"} if rows_only else set(cases.TARGETS))
+                assert {c.reduction for c in here} == set(cases.REDUCTIONS)
+    others = {c.operation for c in fixed} - {"row", "map", "rows", "relation"}
+    assert others == (set() if impl == "triton" else {"merge", "resample"})
 
 
 @pytest.mark.parametrize(
@@ -44,6 +54,8 @@ def test_fixed_cases_cover_what_is_promised(impl):
         ("M=two", "expected M to be a int"),
         ("heads=3", "expected fields among"),
         ("dtype=int8", "expected dtype to be one of"),
+        ("mask=bool@X", "expected mask to be one of"),
+        ("operation=resample,grid=3", "expected grid like 3x4"),
     ],
 )
 def test_bad_cases_are_refused(text, message):
@@ -97,6 +109,32 @@ def test_fails_on_a_broken_kernel_and_prints_how_to_run_it_again(monkeypatch, ca
     assert cli.main(["validate", "--case", "N=40,D=32,Dt=32"]) == 0
 
 
+def test_a_failing_draw_shrinks_and_both_commands_are_printed(monkeypatch, capsys):
+    from attnkd.attention.chunked import divergence
+
+    honest = divergence._KINDS["js"]
+    monkeypatch.setitem(
+        divergence._KINDS, "js", lambda s, t, need: tuple(x if x is None else 1.1 * x for x in honest(s, t, need))
+    )
+    assert cli.main(["validate", "--impl", "chunked", "--device", "cpu", "--seed", "203", "--minutes", "0.0001"]) == 1
+    lines = [line.strip() for line in capsys.readouterr().err.splitlines() if "attnkd validate" in line]
+    failed, smallest = lines[:2]
+    assert "divergence=js" in failed and smallest.startswith(
+        "the smallest: attnkd validate --impl chunked --device cpu --case"
+    )
+    spec = smallest.split("--case ")[1]
+    assert cli.main(["validate", "--impl", "chunked", "--device", "cpu", "--case", spec]) == 1
+    monkeypatch.undo()
+    assert cli.main(["validate", "--impl", "chunked", "--device", "cpu", "--case", spec]) == 0
+
+
+def test_a_method_alone(capsys):
+    assert cli.main(["validate", "--impl", "chunked", "--device", "cpu", "--case", "method=SSTA,seed=5"]) == 0
+    assert "SSTA" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"expected method=\(HeadKD"):
+        cli.main(["validate", "--case", "method=KD,seed=5", "--impl", "chunked"])
+
+
 def test_blocks_of_logits_are_part_of_the_memory_promise(monkeypatch):
     """As on a GPU, or a CPU with many cores: one block of the chunked implementation holds every logit there is."""
     monkeypatch.setattr(chunked_sweep, "CPU_BLOCK", chunked_sweep.DEVICE_BLOCK)
@@ -112,7 +150,7 @@ def test_without_a_gpu_it_starts_over_in_the_interpreter():
     import os
 
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "attnkd", "validate", "--minutes", "0.02", "--seed", "3"]
+    command = [sys.executable, "-m", "attnkd", "validate", "--minutes", "0.001", "--seed", "9"]
     environment["PYTHONPATH"] = os.pathsep.join(["kernels", *sys.path])
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
