@@ -9,7 +9,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,11 @@ if TYPE_CHECKING:
     from attnkd.testing.method_cases import MethodCase
 
 PROOFS = {"rows": prove_rows, "relation": prove_relation, "merge": prove_merge, "resample": prove_resample}
-OTHERS = {"relation": relation_row_loss, "merge": merge_attention, "resample": resample_attention}
+OTHERS: dict[str, Callable[..., Tensor]] = {
+    "relation": relation_row_loss,
+    "merge": merge_attention,
+    "resample": resample_attention,
+}
 METHOD_EVERY = 8
 """One in so many random cases is a training step of a method."""
 SHRINKING = 100
@@ -221,8 +225,10 @@ def _random(rng: random.Random, impl: str, small: bool, methods: bool) -> Iterat
 
 
 def _until(end: float, drawn: Iterator[Case | MethodCase]) -> Iterator[Case | MethodCase]:
-    while time.monotonic() < end:
-        yield next(drawn)
+    for case in drawn:
+        yield case
+        if time.monotonic() >= end:
+            return
 
 
 def _smallest(case: Case, impl: str, device: torch.device) -> Case:

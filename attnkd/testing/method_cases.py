@@ -166,7 +166,7 @@ def _head_kd(setting: _Setting) -> _Trial:
     else:
         options["teacher_heads"] = [rng.sample(range(n), m) for _ in blocks]
         heads = [(list(range(m)), chosen) for chosen in options["teacher_heads"]]
-    common = {
+    common: dict[str, Any] = {
         "divergence": rng.choice(DIVERGENCES), "alpha": round(rng.uniform(0.1, 0.9), 2), "temperature": rng.choice((1.0, 2.5)),
         "wrong_teacher_weight": rng.choice((1.0, 0.3)), "wrong_student_weight": rng.choice((1.0, 0.6)),
     }  # fmt: skip
@@ -185,10 +185,10 @@ def _ssta(setting: _Setting) -> _Trial:
     rng = setting.rng
     m = rng.randint(2, 4)
     student, plain = setting.model(KINDS, m)
-    blocks, student_heads = setting.blocks(len(student.blocks)), tuple(rng.sample(range(m), 2))
+    blocks, (first, second) = setting.blocks(len(student.blocks)), rng.sample(range(m), 2)
     divergence, temperature, alpha = rng.choice(DIVERGENCES), rng.choice((1.0, 2.5)), setting.weight()
     options: dict[str, Any] = {}
-    teachers = {}
+    teachers: dict[str, Any] = {}
     both = (("teacher", "beta"), ("assistant", "lam"))
     for name, weight in rng.choice((both, both[:1], both[1:])):
         n, role = rng.randint(1, 4), int(name == "assistant")
@@ -201,9 +201,9 @@ def _ssta(setting: _Setting) -> _Trial:
             f"{name}_heads": chosen or "average",
             weight: setting.weight(),
         }
-        teachers[name] = (twin, options[weight], student_heads[role], pairs, chosen)
+        teachers[name] = (twin, options[weight], (first, second)[role], pairs, chosen)
     task = SSTA(
-        student, blocks=blocks, student_heads=student_heads, alpha=alpha, stop_epoch=rng.choice((None, 3)),
+        student, blocks=blocks, student_heads=(first, second), alpha=alpha, stop_epoch=rng.choice((None, 3)),
         temperature=temperature, divergence=divergence, impl=setting.impl, input_norm=INPUT_NORM, verbose=False, **options,
     )  # fmt: skip
     task.set_epoch(1)
@@ -224,8 +224,8 @@ def _attention_probe(setting: _Setting) -> _Trial:
     blocks = None if rng.random() < 0.3 else setting.blocks(depth)
     listed = sorted({math.ceil(k * depth / 3) - 1 for k in (1, 2, 3)}) if blocks is None else blocks
     teacher_blocks, pairs = setting.paired(student, teacher, listed)
-    weights = tuple(setting.weight() for _ in range(3))
-    common = {
+    weights = setting.weight(), setting.weight(), setting.weight()
+    common: dict[str, Any] = {
         "temperature": rng.choice((1.0, 4.0)),
         "normalize_dim": rng.choice((-1, -2)) if setting.impl != "triton" else -1,
     }
@@ -255,7 +255,7 @@ def _attn_distill(setting: _Setting) -> _Trial:
     teacher, plain_teacher = setting.model(WITH_CLS, n, patch=rng.choice((8, 4)), frozen=True)
     blocks = setting.blocks(len(student.blocks))
     teacher_blocks, pairs = setting.paired(student, teacher, blocks)
-    weights = tuple(setting.weight() for _ in range(4))
+    weights = setting.weight(), setting.weight(), setting.weight(), setting.weight()
     given = rng.choice((None, 1.0, 3.0))
     temperature = (10.0 if merge == "logsum" else 1.0) if given is None else given
     mode = rng.choice(MODES)
@@ -284,10 +284,14 @@ def _gradients(mine: nn.Module, plain: nn.Module) -> list[tuple[str, Tensor, Ten
     theirs = dict(plain.named_parameters())
     found = []
     for name, parameter in mine.named_parameters():
-        pair = (torch.zeros_like(p) if p.grad is None else p.grad for p in (parameter, theirs.pop(name)))
-        found.append((name, *pair))
+        plain_parameter = theirs.pop(name)
+        found.append((name, _gradient(parameter), _gradient(plain_parameter)))
     assert not theirs
     return found
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def _judge(name: str, error: float, allowed: float) -> Result:
