@@ -1,6 +1,6 @@
 """`python -m benchmarks aot`: every kernel compiled for every target, without a GPU, and held to what it should use.
 
-The rules stand in :mod:`benchmarks.gate`, the calls in :mod:`benchmarks.launches`. This process only schedules: compilation runs in
+The rules stand in :mod:`benchmarks.gate`, the calls in :mod:`benchmarks.sweep`. This process only schedules: compilation runs in
 spawned processes.
 """
 
@@ -101,29 +101,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints a table and what failed; 1 when something did."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from tqdm import tqdm
 
-    from benchmarks import launches
+    from benchmarks import sweep
 
-    calls = list(dict.fromkeys(launches.everything() if args.full else launches.representative()))
+    calls = list(dict.fromkeys(sweep.everything() if args.full else sweep.representative()))
     calls = [call for call in calls if args.match in call.name]
     if not calls:
         print(f"no call's name contains {args.match!r}", file=sys.stderr)
         return 2
     records = []
-    columns = (
-        TextColumn("compiling"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(calls) * len(args.targets))
+    with tqdm(total=len(calls) * len(args.targets), unit="call", leave=False, disable=None) as bar:
         for record in gate(calls, args.targets, args.jobs):
             if "progress" in record:
-                progress.update(task, advance=1, description=" ".join(reversed(record["progress"])))
+                bar.set_description(" ".join(reversed(record["progress"])))
+                bar.update()
             else:
                 records.append(record)
     if args.json:

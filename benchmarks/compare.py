@@ -106,7 +106,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[Change]
     changes, broken, gone = [], [], []
     for key, record in old.items():
         label = " ".join(_word(record.get(name)) for name in fields)
-        ours = is_ours(record)
+        ours = schema.is_ours(record)
         if key not in new:
             gone += [label] if ours else []
             continue
@@ -118,12 +118,6 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[Change]
             if a is not None and b is not None:
                 changes.append(Change(label, metric, a, b, ours))
     return changes, broken, gone
-
-
-def is_ours(record: dict[str, Any]) -> bool:
-    """Records without an implementation (bytes of our kernels) are ours; 'off' is our training step without its loss."""
-    name = record.get("implementation", record.get("variant", "ours"))
-    return name.startswith(("ours", "chunked", "off"))
 
 
 def percent(text: str) -> float:

@@ -26,8 +26,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from benchmarks.calls import Call
 from benchmarks.gate import SHARED
-from benchmarks.launches import Call
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

@@ -14,57 +14,53 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks import baselines, schema
+from benchmarks import opponents, schema
+from benchmarks.calls import DIVERGENCES, Attention, gradients
 from benchmarks.machine import ROOT, describe, headline
 from benchmarks.timing import summarise
 
 IMPLEMENTATIONS = ("eager", "chunked")
-DIVERGENCES = ("forward_kl", "reverse_kl", "js", "cross_entropy", "mse", "logit_mse")
 HEADS, HEAD_DIM = 6, 64
 
 
-@dataclass(frozen=True)
-class Case:
-    """One comparison of B images, H heads, ``rows`` query rows (0: all) and N keys of 64 dims."""
-
-    group: str
-    batch: int
-    tokens: int
-    rows: int = 0
-    divergence: str = "forward_kl"
-    merge: str | None = None
-
-    @property
-    def label(self) -> str:
-        what = "whole map" if self.rows == 0 else f"{self.rows} row{'s' if self.rows > 1 else ''}"
-        return f"{what:<9} B {self.batch:<3} N {self.tokens:<5} {self.merge or 'per head':<9} {self.divergence}"
-
-
-def cases(quick: bool) -> Iterator[Case]:
+def calls(quick: bool) -> Iterator[tuple[str, Attention]]:
+    """(group, call): B images, 6 heads of 64 dims, N keys, one query row, some, or all (0)."""
+    base = Attention(heads=HEADS, dim=HEAD_DIM, dtype="float32")
     if quick:
-        yield Case("divergences", 2, 197)
-        yield Case("divergences", 2, 197, divergence="js")
-        yield Case("rows", 16, 197, rows=1, merge="logsum")
+        yield "divergences", replace(base, rows=0, batch=2)
+        yield "divergences", replace(base, rows=0, batch=2, divergence="js")
+        yield "rows", replace(base, batch=16, merge="logsum")
         return
     for tokens in (197, 577, 1025):
         for divergence in DIVERGENCES:
-            yield Case("divergences", 8, tokens, divergence=divergence)
+            yield "divergences", replace(base, rows=0, batch=8, keys=tokens, divergence=divergence)
     for merged in ("logsum", "mean", "max"):
-        yield Case("merges", 8, 577, merge=merged)
+        yield "merges", replace(base, rows=0, batch=8, keys=577, merge=merged)
     for tokens in (512, 1024, 2048, 4096):
-        yield Case("growth", 1, tokens)
+        yield "growth", replace(base, rows=0, batch=1, keys=tokens)
     for tokens in (197, 1025):
-        yield Case("rows", 64, tokens, rows=1)
+        row = replace(base, batch=64, keys=tokens)
+        yield "rows", row
         for merged in ("logsum", "mean"):
-            yield Case("rows", 64, tokens, rows=1, merge=merged)
-        yield Case("rows", 64, tokens, rows=16)
+            yield "rows", replace(row, merge=merged)
+        yield "rows", replace(row, rows=16)
+
+
+def describe_call(group: str, call: Attention) -> dict[str, Any]:
+    """The fields of a record that say what was measured."""
+    sizes = {"batch": call.batch, "tokens": call.keys, "rows": call.rows}
+    return {"group": group, **sizes, "divergence": call.divergence, "merge": call.merge}
+
+
+def label(r: dict[str, Any]) -> str:
+    what = "whole map" if r["rows"] == 0 else f"{r['rows']} row{'s' if r['rows'] > 1 else ''}"
+    return f"{what:<9} B {r['batch']:<3} N {r['tokens']:<5} {r['merge'] or 'per head':<9} {r['divergence']}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,23 +98,23 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.clock == "wall" and os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
         print(f"This machine is busy (load {os.getloadavg()[0]:.1f}): times are too long.", file=sys.stderr)
-    chosen = [case for case in cases(args.quick) if args.only in f"{case.group} {case.label}"]
-    records, failed = [], False
-    progress = tqdm([(case, name) for case in chosen for name in IMPLEMENTATIONS], unit="process", leave=False)
-    for case, name in progress:
-        progress.set_description(case.label)
-        record = _in_fresh_process({"case": asdict(case), "implementation": name, **settings})
-        records.append({**asdict(case), "implementation": name, **record})
-        failed |= record["status"] not in ("ok", "OOM")
+    todo = [(describe_call(group, call), call) for group, call in calls(args.quick)]
+    todo = [(what, call) for what, call in todo if args.only in f"{what['group']} {label(what)}"]
+    records: list[dict[str, Any]] = []
+    progress = tqdm([(*each, name) for each in todo for name in IMPLEMENTATIONS], unit="process", leave=False)
+    for what, call, name in progress:
+        progress.set_description(label(what))
+        measured = _in_fresh_process({"call": asdict(call), "implementation": name, **settings})
+        records.append({**what, "implementation": name, **measured})
         if name == IMPLEMENTATIONS[-1]:
             with tqdm.external_write_mode():
-                _print(case, records[-2], records[-1], first=len(records) == 2)
+                _print(records[-2], records[-1], first=len(records) == 2)
     if args.json:
         schema.save(args.json, schema.document("cpu", machine, "cpu", settings, records))
-    return int(failed)
+    return int(any(record["status"] not in ("ok", "OOM") for record in records))
 
 
-def _print(case: Case, eager: dict[str, Any], chunked: dict[str, Any], first: bool) -> None:
+def _print(eager: dict[str, Any], chunked: dict[str, Any], first: bool) -> None:
     if first:
         print(f"{'':<51} {'eager':>18} {'chunked':>18} {'faster':>7} {'memory':>7}", flush=True)
     cells = []
@@ -129,7 +125,7 @@ def _print(case: Case, eager: dict[str, Any], chunked: dict[str, Any], first: bo
     if eager["status"] == chunked["status"] == "ok":
         cells.append(f"{eager['ms']['fastest'] / chunked['ms']['fastest']:6.2f}x")
         cells.append(f"{chunked['extra_mib'] / max(eager['extra_mib'], 1e-3):7.1%}")
-    print(f"{case.label:<51}", *cells, chunked.get("detail", ""), flush=True)
+    print(f"{label(eager):<51}", *cells, chunked.get("detail", ""), flush=True)
 
 
 def _in_fresh_process(request: dict[str, Any]) -> dict[str, Any]:
@@ -148,12 +144,12 @@ def _in_fresh_process(request: dict[str, Any]) -> dict[str, Any]:
 
 def _measure(request: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(request["threads"])
-    case, name = Case(**request["case"]), request["implementation"]
+    call, name = Attention(**request["call"]), request["implementation"]
     clock = time.perf_counter if request["clock"] == "wall" else time.process_time
     try:
-        small = replace(case, batch=2, tokens=17, rows=min(case.rows, 1))
+        small = replace(call, batch=2, keys=17, rows=min(call.rows, 1))
         _step(small, name)()  # loads libraries and starts threads, which are not the step's
-        step = _step(case, name)
+        step = _step(call, name)
         extra = _extra_bytes(step)
         samples: list[float] = []
         end = time.perf_counter() + request["seconds"]
@@ -164,53 +160,35 @@ def _measure(request: dict[str, Any]) -> dict[str, Any]:
     except RuntimeError as error:
         return {"status": "OOM" if "allocate" in str(error) else "error", "detail": str(error).splitlines()[0]}
     # Only now, since what it leaves in the allocator would hide part of the step's memory.
-    if name == "chunked" and (wrong := _wrong(case)):
+    if name == "chunked" and (wrong := _wrong(call)):
         return {"status": "FAIL", "detail": wrong}
     timing = summarise(samples).as_dict() | {"fastest": round(min(samples), 3)}
     return {"status": "ok", "ms": timing, "extra_mib": round(extra / 2**20, 2)}
 
 
-def _step(case: Case, name: str) -> Callable[[], None]:
+def _step(call: Attention, name: str) -> Callable[[], None]:
     """One forward and backward on views of packed qkv projections, the layout of timm's blocks."""
-    torch.manual_seed(0)
-    tensors = []
-    for _ in ("student", "teacher"):
-        packed = torch.randn(case.batch, case.tokens, 3, HEADS, HEAD_DIM)
-        query, key, _ = packed.permute(2, 0, 3, 1, 4).unbind(0)
-        tensors += [query[:, :, : case.rows or case.tokens], key]
-    student = [x.requires_grad_() for x in tensors[:2]]
-    if name == "chunked":
-        loss = _chunked(case)
-    else:
-        loss = baselines.divergence(baselines.matmul_scores, case.merge, case.divergence, 1.0)
+    given = call.tensors()
+    eager = opponents.divergence(opponents.matmul_scores, call.merge, call.divergence, call.temperature)
 
     def step() -> None:
-        torch.autograd.grad(loss(*tensors), student)
+        gradients(call.results(given, "chunked") if name == "chunked" else (eager(**given),), given)
 
     return step
 
 
-def _chunked(case: Case) -> Callable[..., Tensor]:
-    from attnkd import attention_divergence
+def _wrong(call: Attention) -> str:
+    """What the judge says against chunked on this call in small; '' when nothing."""
+    from benchmarks import judge
+    from benchmarks.operations import Implementation
 
-    def loss(*tensors: Tensor) -> Tensor:
-        return attention_divergence(
-            *tensors, merge=case.merge, divergence=case.divergence, reduction="batchmean", impl="chunked"
-        )
-
-    return loss
-
-
-def _wrong(case: Case) -> str:
-    """What the oracle says against chunked on this case in small; '' when nothing."""
-    from attnkd.testing.proof import prove
-
-    torch.manual_seed(0)
-    shapes = [(2, 3, min(case.rows or 65, 65), 64), (2, 3, 65, 64)] * 2
-    names = ("student_query", "student_key", "teacher_query", "teacher_key")
-    arguments: dict[str, Any] = {n: torch.randn(s) for n, s in zip(names, shapes, strict=True)}
-    results = prove("chunked", **arguments, merge=case.merge, divergence=case.divergence)
-    return "; ".join(str(result) for result in results if not result.ok)
+    small = replace(call, batch=2, heads=3, keys=65, rows=min(call.rows, 65))
+    given = small.tensors()
+    expected = judge.truth(small)
+    outputs = small.results(given, "chunked")
+    chunked = Implementation("chunked", small.results, ours=True)
+    found = expected.judge(chunked, outputs, gradients(outputs, given, [g.float() for g in expected.upstream]))
+    return "; ".join(str(result) for result in found if not result.ok)
 
 
 def _extra_bytes(step: Callable[[], None]) -> int:

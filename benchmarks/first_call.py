@@ -6,7 +6,6 @@ once with what the first one left. Run as `python -m benchmarks.first_call`, thi
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -30,61 +29,42 @@ TIMEOUT_S = 300
 
 
 def measure_first_calls(
-    device: str, shape: str, dtype: str, operations: set[str] | None, smoke: bool
+    device: str, shape: str, dtype: str, operations: set[str], smoke: bool
 ) -> Iterator[dict[str, Any]]:
     """Records with import_s, first_call_s (forward and backward) and second_call_ms, for cold and warm caches.
 
     A smoke run measures one case on the tiny shape and drops the numbers.
     """
     for operation, implementation in CASES[:1] if smoke else CASES:
-        if operations is not None and operation not in operations:
+        if operation not in operations:
             continue
         with tempfile.TemporaryDirectory() as folder:
             caches = {"TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
             for cache in ("cold", "warm"):
-                identity = {
-                    "operation": operation,
-                    "implementation": implementation,
-                    "cache": cache,
-                    "shape": shape,
-                    "dtype": dtype,
-                }
-                command = [
-                    sys.executable,
-                    "-m",
-                    "benchmarks.first_call",
-                    operation,
-                    implementation,
-                    shape,
-                    dtype,
-                    device,
-                ]
-                try:
-                    done = subprocess.run(
-                        command, cwd=ROOT, env=os.environ | caches, capture_output=True, text=True, timeout=TIMEOUT_S
-                    )
-                except subprocess.TimeoutExpired:
-                    yield identity | {"status": "error", "detail": f"no answer within {TIMEOUT_S} s"}
-                    continue
-                if done.returncode:
-                    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                    yield identity | {"status": "error", "detail": last[:200]}
-                    continue
-                numbers = json.loads(done.stdout.strip().splitlines()[-1])
-                yield identity | {"status": "ok"} | ({} if smoke else numbers)
+                request = {"operation": operation, "implementation": implementation, "shape": shape, "dtype": dtype}
+                numbers = _in_fresh_process(request | {"device": device}, os.environ | caches)
+                dropped = smoke and numbers["status"] == "ok"
+                yield request | {"cache": cache} | ({"status": "ok"} if dropped else numbers)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """One process: import, make inputs, call twice, print the numbers as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.first_call")
-    for name in ("operation", "implementation", "shape", "dtype", "device"):
-        parser.add_argument(name)
-    args = parser.parse_args(argv)
+def _in_fresh_process(request: dict[str, str], environment: dict[str, str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.first_call", json.dumps(request)]
+    options: dict[str, Any] = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+    try:
+        done = subprocess.run(command, **options, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return {"status": "error", "detail": f"no answer within {TIMEOUT_S} s"}
+    if done.returncode:
+        return {"status": "error", "detail": (done.stderr.strip().splitlines() or ["no message"])[-1][:200]}
+    return {"status": "ok"} | json.loads(done.stdout.strip().splitlines()[-1])
 
+
+def _measure(request: dict[str, str]) -> dict[str, float]:
+    """In a process of its own: import, make the tensors, call twice."""
     import torch
 
     start = time.perf_counter()
-    if args.device == "cpu":
+    if request["device"] == "cpu":
         from attnkd.testing import interpreter
 
         interpreter.install()
@@ -92,35 +72,24 @@ def main(argv: list[str] | None = None) -> int:
 
     attnkd.attention_divergence  # noqa: B018
     import_s = time.perf_counter() - start
-    from benchmarks import cases, measure, registry
+    from benchmarks import measure, shapes
+    from benchmarks.operations import OPERATIONS
 
-    device = torch.device("cpu") if args.device == "cpu" else use_gpu(args.device)
-    operation = registry.OPERATIONS[args.operation]
-    shape = cases.SMOKE if args.shape == cases.SMOKE.name else cases.find_shape(args.shape)
-    dtype = getattr(torch, args.dtype)
-    inputs = cases.make_inputs(shape, dtype, device, operation.leaves, operation.merged, seed=0)
-    implementation = next(i for i in operation.implementations if i.name == args.implementation)
-    upstream = [torch.ones(size, device=device) for size in operation.results(shape)]
+    device = torch.device("cpu") if request["device"] == "cpu" else use_gpu(request["device"])
+    operation = OPERATIONS[request["operation"]]
+    call = operation.call.at(shapes.find_shape(request["shape"]), getattr(torch, request["dtype"]))
+    implementation = next(i for i in operation.implementations if i.name == request["implementation"])
+    run = measure.Run(call, implementation, measure.Settings(device))
     measure.synchronize(device)
-    calls = []
-    run = None
+    seconds = []
     for _ in range(2):
         start = time.perf_counter()
-        run = run or measure.Run(operation, implementation, inputs, measure.Settings(device))
-        run.once(upstream)
+        run.once()
         measure.synchronize(device)
-        calls.append(time.perf_counter() - start)
-    print(
-        json.dumps(
-            {
-                "import_s": round(import_s, 3),
-                "first_call_s": round(calls[0], 4),
-                "second_call_ms": round(calls[1] * 1e3, 4),
-            }
-        )
-    )
-    return 0
+        seconds.append(time.perf_counter() - start)
+    numbers = {"import_s": import_s, "first_call_s": seconds[0], "second_call_ms": seconds[1] * 1e3}
+    return {name: round(value, 4) for name, value in numbers.items()}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    print(json.dumps(_measure(json.loads(sys.argv[1]))))

@@ -16,6 +16,10 @@ from attnkd.commands.info import versions
 ROOT = Path(__file__).resolve().parent.parent
 
 
+class DeviceLost(RuntimeError):
+    """The device answers no more; nothing that is measured after this would mean anything."""
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """The facts that a result file is stamped with, for a GPU or the CPU."""
     facts: dict[str, Any] = {

@@ -6,7 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,14 +15,13 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from triton.errors import TritonError
 
-from benchmarks import cases, judge
-from benchmarks.cases import Inputs, Shape
-from benchmarks.registry import Implementation, Operation
+from attnkd.testing.tolerance import Result
+from benchmarks import judge, shapes
+from benchmarks.calls import Call, gradients
+from benchmarks.machine import DeviceLost
+from benchmarks.operations import Implementation, Operation
+from benchmarks.shapes import Shape
 from benchmarks.timing import Clock, GpuClock, host_us, measure
-
-
-class DeviceLost(RuntimeError):
-    """The device answers no more; nothing that is measured after this would mean anything."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Settings:
     """
 
     device: torch.device
-    modes: tuple[str, ...] = cases.MODES
+    modes: tuple[str, ...] = shapes.MODES
     clock: Clock | None = None
     report: bool = True
     budget_ms: float = 200.0
@@ -44,40 +43,33 @@ class Settings:
 
 
 class Run:
-    """An implementation on given inputs, as functions to time."""
+    """An implementation of a call, as functions to time; every implementation gets the same random tensors."""
 
-    def __init__(
-        self,
-        operation: Operation,
-        implementation: Implementation,
-        inputs: Inputs,
-        settings: Settings,
-        train: bool = True,
-    ) -> None:
-        rows = inputs.shape.tokens if implementation.all_queries else operation.rows(inputs.shape)
-        named = inputs.leaves(operation.leaves, rows)
-        self.leaves = [leaf.requires_grad_(train) for leaf in named.values()]
-        self.tensors = operation.tensors(named, inputs, rows)
+    def __init__(self, call: Call, implementation: Implementation, settings: Settings, train: bool = True) -> None:
+        options: dict[str, Any] = {"backward": train} | ({"rows": 0} if implementation.all_queries else {})
+        self.given = replace(call, **options).tensors(settings.device)
         self.function = implementation.function
-        self.upstream: list[Tensor] = []
+        self.upstream: list[Tensor] | None = None
         if implementation.compiled:
             torch._dynamo.reset()  # every case is compiled for its own sizes
-            options: dict[str, Any] = {"backend": settings.compile_backend}
+            how: dict[str, Any] = {"backend": settings.compile_backend}
             if settings.compile_backend == "inductor":
-                options["mode"] = settings.compile_mode
-            self.function = torch.compile(self.function, fullgraph=True, dynamic=False, **options)
+                how["mode"] = settings.compile_mode
+            self.function = torch.compile(self.function, fullgraph=True, dynamic=False, **how)
 
     def forward(self) -> tuple[Tensor, ...]:
-        found = self.function(*self.tensors)
+        found = self.function(**self.given)
         return found if isinstance(found, tuple) else (found,)
 
     def backward(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad([x for x in outputs if x.requires_grad], self.leaves, self.upstream)
+        return gradients(outputs, self.given, self.upstream)
 
-    def once(self, upstream: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def once(self, upstream: list[Tensor] | None = None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Results and gradients. Keeps the upstream in the results' dtypes, so that no conversion is timed later."""
         outputs = self.forward()
-        self.upstream = [g.to(x.dtype) for x, g in zip(outputs, upstream, strict=True) if x.requires_grad]
+        if upstream is not None:
+            needed = [x for x in outputs if x.requires_grad]
+            self.upstream = [g.to(x.dtype) for x, g in zip(needed, upstream, strict=True)]
         return outputs, self.backward(outputs)
 
     def mode(self, name: str) -> tuple[Callable[[Any], Any], Callable[[], Any]]:
@@ -95,14 +87,13 @@ def measure_case(
     dtype: torch.dtype,
     settings: Settings,
     implementations: tuple[str, ...] | None = None,
-    seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """Records of every implementation and mode, ours first."""
-    identity = {"operation": operation.name, **cases.describe(shape, dtype)}
+    identity = {"operation": operation.name, **shapes.describe(shape, dtype)}
     chosen = [i for i in operation.implementations if implementations is None or i.name in implementations]
+    call = operation.call.at(shape, dtype)
     try:
-        inputs = cases.make_inputs(shape, dtype, settings.device, operation.leaves, operation.merged, seed)
-        expected = judge.truth(operation, inputs)
+        expected = judge.truth(call, settings.device)
     except (RuntimeError, MemoryError) as error:
         status, detail = failure(error, ours=True, device=settings.device)
         for implementation in chosen:
@@ -110,46 +101,42 @@ def measure_case(
                 names = {"mode": mode, "implementation": implementation.name}
                 yield identity | names | {"status": status, "detail": f"the float64 check itself: {detail}"}
         return
-    work = operation.work(shape, dtype.itemsize)
+    floors, flops = call.floors(), call.flops()
     for implementation in chosen:
-        for record in _measure_implementation(operation, implementation, inputs, dtype, expected, settings):
-            parts = [work[part] for part in ("fwd", "bwd") if record["mode"] in (part, "both")]
-            floor = {"floor_bytes": sum(w.bytes for w in parts), "flops": sum(w.flops for w in parts)}
-            yield identity | record | floor
+        for record in _measure_implementation(call, implementation, expected, settings):
+            passes = [p for p, mode in (("forward", "fwd"), ("backward", "bwd")) if record["mode"] in (mode, "both")]
+            work = {"floor_bytes": sum(floors[p] for p in passes), "flops": sum(flops[p] for p in passes)}
+            yield identity | {"implementation": implementation.name} | record | work
         release(settings.device)
 
 
 def _measure_implementation(
-    operation: Operation,
-    implementation: Implementation,
-    inputs: Inputs,
-    dtype: torch.dtype,
-    expected: judge.Truth,
-    settings: Settings,
+    call: Call, implementation: Implementation, expected: judge.Truth, settings: Settings
 ) -> Iterator[dict[str, Any]]:
     modes = list(settings.modes)
     try:
+        run = Run(call, implementation, settings)
+        synchronize(settings.device)
         start = time.perf_counter()
-        run = Run(operation, implementation, inputs, settings)
-        outputs, gradients = run.once(expected.upstream)
+        outputs, grads = run.once(expected.upstream)
         synchronize(settings.device)
         first_ms = (time.perf_counter() - start) * 1e3
     except Exception as error:
         status, detail = failure(error, implementation.ours, settings.device)
         if status == "unsupported" and "fwd" in modes:
-            record = _forward_only(operation, implementation, inputs, dtype, expected, settings)
+            record = _forward_only(call, implementation, expected, settings)
             if record is not None:
-                yield {"implementation": implementation.name, "mode": "fwd"} | record
+                yield {"mode": "fwd"} | record
                 modes.remove("fwd")
         for mode in modes:
-            yield {"implementation": implementation.name, "mode": mode, "status": status, "detail": detail}
+            yield {"mode": mode, "status": status, "detail": detail}
         return
-    checked = _checked(judge.judge(operation, implementation, dtype, expected, outputs, gradients))
-    del outputs, gradients
+    checked = verdict(expected.judge(implementation, outputs, grads))
+    del outputs, grads
     if settings.clock is not None and settings.report:
         checked["first_call_ms"] = round(first_ms, 3)
     for mode in modes:
-        record = {"implementation": implementation.name, "mode": mode} | checked
+        record = {"mode": mode} | checked
         if checked["status"] == "ok" and settings.clock is not None:
             try:
                 numbers = _numbers(run, mode, settings)
@@ -161,28 +148,23 @@ def _measure_implementation(
 
 
 def _forward_only(
-    operation: Operation,
-    implementation: Implementation,
-    inputs: Inputs,
-    dtype: torch.dtype,
-    expected: judge.Truth,
-    settings: Settings,
+    call: Call, implementation: Implementation, expected: judge.Truth, settings: Settings
 ) -> dict[str, Any] | None:
     """Of an implementation that has no backward on this device: whether its forward is right. It gets no time."""
     try:
-        outputs = Run(operation, implementation, inputs, settings, train=False).forward()
+        outputs = Run(call, implementation, settings, train=False).forward()
     except Exception as error:
         failure(error, implementation.ours, settings.device)
         return None
-    record = _checked(judge.judge(operation, implementation, dtype, expected, outputs, ()))
-    return {"detail": "no backward on this device"} | record
+    return {"detail": "no backward on this device"} | verdict(expected.judge(implementation, outputs, ()))
 
 
-def _checked(verdict: judge.Verdict) -> dict[str, Any]:
-    error = float(f"{verdict.error:.3g}") if math.isfinite(verdict.error) else None
-    return (
-        {"status": "ok", "error": error} if verdict.ok else {"status": "FAIL", "error": error, "detail": verdict.detail}
-    )
+def verdict(results: list[Result]) -> dict[str, Any]:
+    """Status and error of a record: the error that came closest to what is allowed, and all that are beyond it."""
+    worst = max(results, key=lambda result: result.ratio)
+    error = float(f"{worst.error:.3g}") if math.isfinite(worst.error) else None
+    wrong = "; ".join(str(result) for result in results if not result.ok)
+    return {"status": "FAIL", "error": error, "detail": wrong} if wrong else {"status": "ok", "error": error}
 
 
 def _numbers(run: Run, mode: str, settings: Settings) -> dict[str, Any]:

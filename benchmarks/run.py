@@ -41,10 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--suite", nargs="+", choices=SUITES, default=list(SUITES), help="what to measure (default: all)"
     )
     parser.add_argument(
-        "--operations", **several, help="names, 'headline' (default) or 'all'; see benchmarks/registry.py"
+        "--operations", **several, help="names, 'headline' (default) or 'all'; see benchmarks/operations.py"
     )
     parser.add_argument(
-        "--shapes", **several, help="names of benchmarks/cases.py (default: deit_small vit_base_384; --full: all)"
+        "--shapes", **several, help="names of benchmarks/shapes.py (default: deit_small vit_base_384; --full: all)"
     )
     parser.add_argument(
         "--full", action="store_true", help="every shape, every point and opponent of the scaling curves: about an hour"
@@ -76,14 +76,9 @@ def run(args: argparse.Namespace) -> int:
         return 2
     if not has_gpu:
         prepare_interpreter()
-    from rich.console import Console
-
-    from benchmarks import machine, schema
-    from benchmarks.compare import is_ours
-    from benchmarks.measure import DeviceLost
-
-    if not has_gpu:
         torch.set_num_threads(1)
+    from benchmarks import machine, schema
+
     torch.set_float32_matmul_precision("highest")
     try:
         device = machine.use_gpu(args.device) if has_gpu else torch.device("cpu")
@@ -91,42 +86,37 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"run: {error}", file=sys.stderr)
         return 2
-    console = Console(highlight=False, markup=False, soft_wrap=True)
     facts = machine.describe(device)
-    console.print(machine.headline(facts))
+    print(machine.headline(facts))
     if args.smoke:
-        console.print("smoke: tiny shapes, correctness only; no times")
+        print("smoke: tiny shapes, correctness only; no times")
     ceilings: dict[str, float] = {}
     if settings.clock is not None and settings.report:
         from benchmarks.ceilings import measure_ceilings
 
         ceilings = measure_ceilings(device, _dtypes(args))
-        console.print("measured here: " + ", ".join(f"{name} {value:.0f}" for name, value in ceilings.items()))
-    bad, lost = 0, None
+        print("measured here: " + ", ".join(f"{name} {value:.0f}" for name, value in ceilings.items()))
+    bad = 0
     for suite, cases in todo.items():
         folder = args.output or schema.default_path(suite, facts).parent
-        name = suite if args.output or not _selected(args) else f"{suite}-selection"
+        path = folder / f"{suite if args.output or not _selected(args) else f'{suite}-selection'}.json"
         options = {"ceilings": ceilings, "compile_mode": args.compile_mode, "budget_ms": args.budget_ms}
         command = shlex.join(["python", "-m", "benchmarks", *_command(args, suite)])
         result = schema.document(suite, facts, command, options, [])
-        console.print(f"\n== {suite}")
+        print(f"\n== {suite}")
         try:
-            for record in _with_progress(console, suite, cases, ceilings):
+            for record in _records(suite, cases, ceilings):
                 result["records"].append(record)
-                bad += record["status"] in ("FAIL", "error") and is_ours(record)
-                if not args.smoke:
-                    schema.save(
-                        folder / f"{name}.json", result
-                    )  # after every case: an interrupted run keeps what it has
-        except DeviceLost as error:
-            lost = error
-        if not args.smoke and result["records"]:
-            console.print(f"wrote {_shown(folder / f'{name}.json')}")
-        if lost is not None:
-            console.print(f"stopped, the device does not answer any more: {lost}")
+                bad += record["status"] in ("FAIL", "error") and schema.is_ours(record)
+                if not args.smoke:  # after every case: an interrupted run keeps what it has
+                    schema.save(path, result)
+        except machine.DeviceLost as error:
+            print(f"stopped, the device does not answer any more: {error}")
             return 1
+        if not args.smoke and result["records"]:
+            print(f"wrote {path.relative_to(machine.ROOT) if path.is_relative_to(machine.ROOT) else path}")
     if bad:
-        console.print(f"\n{bad} of ours are wrong or failed")
+        print(f"\n{bad} of ours are wrong or failed")
     return 1 if bad else 0
 
 
@@ -147,9 +137,10 @@ def plan(args: argparse.Namespace, device: torch.device) -> tuple[Settings, dict
     Raises:
         ValueError: an unknown name.
     """
-    from benchmarks import cases, registry, training
+    from benchmarks import shapes, training
     from benchmarks.first_call import measure_first_calls
     from benchmarks.measure import Settings, measure_case
+    from benchmarks.operations import OPERATIONS, Operation, find_operations
     from benchmarks.timing import GpuClock
 
     on_gpu = device.type == "cuda"
@@ -162,22 +153,19 @@ def plan(args: argparse.Namespace, device: torch.device) -> tuple[Settings, dict
         compile_mode=args.compile_mode,
         compile_backend="inductor" if on_gpu else "aot_eager",
     )
-    operations = registry.find_operations(args.operations or (["all"] if args.smoke else ["headline"]))
+    operations = find_operations(args.operations or (["all"] if args.smoke else ["headline"]))
     chosen = tuple(args.implementations) if args.implementations else None
-    known = {i.name for operation in registry.OPERATIONS.values() for i in operation.implementations}
+    known = {i.name for operation in OPERATIONS.values() for i in operation.implementations}
     for name in chosen or ():
         if name not in known and name not in training.VARIANTS:
             raise ValueError(f"implementation: expected one of {', '.join(sorted(known))}, got {name!r}")
-    shapes = [cases.find_shape(name) for name in args.shapes or (cases.SHAPES if args.full else cases.SHORT_SHAPES)]
-    if args.smoke:
-        shapes = [cases.SMOKE]
+    usual_names = shapes.SHAPES if args.full else shapes.SHORT_SHAPES
+    sizes = [shapes.SMOKE] if args.smoke else [shapes.find_shape(name) for name in args.shapes or usual_names]
     if args.batch:
-        shapes = [replace(shape, batch=args.batch) for shape in shapes]
+        sizes = [replace(shape, batch=args.batch) for shape in sizes]
     dtypes = _dtypes(args)
 
-    def case(
-        operation: registry.Operation, shape: cases.Shape, dtype: torch.dtype, how: Settings, usual: Any = None
-    ) -> Case:
+    def case(operation: Operation, shape: shapes.Shape, dtype: torch.dtype, how: Settings, usual: Any = None) -> Case:
         wanted = chosen or usual
         names = tuple(i.name for i in operation.implementations if wanted is None or i.name in wanted)
         label = f"{operation.name} {shape.label} {str(dtype)[6:]}"
@@ -190,24 +178,25 @@ def plan(args: argparse.Namespace, device: torch.device) -> tuple[Settings, dict
             if operation.name not in SCALING:
                 continue
             name, heads, batch = SCALING[operation.name]
-            sweep = [
-                *cases.batch_sweep(cases.find_shape(name), args.full), *cases.token_sweep(heads, batch, args.full)
-            ]  # fmt: skip
+            of_batch, of_tokens = shapes.batch_sweep(name, args.full), shapes.token_sweep(heads, batch, args.full)
             if args.smoke:
-                sweep = [replace(cases.SMOKE, name="deit_small", batch=1), replace(cases.SMOKE, name="n37", tokens=37)]
+                of_batch = [replace(shapes.SMOKE, name="deit_small", batch=1)]
+                of_tokens = [replace(shapes.SMOKE, name="n37", tokens=37)]
             usual = SHORT_SCALING[operation.name]
             if args.full:
                 usual = tuple(i.name for i in operation.implementations if i.name != "chunked")
-            found += [case(operation, shape, dtype, how, usual) for dtype in dtypes for shape in sweep]
+            found += [
+                case(operation, shape, dtype, how, usual) for dtype in dtypes for shape in (*of_batch, *of_tokens)
+            ]
         return found
 
     pairs = training.SMOKE if args.smoke else training.PAIRS
     pairs = [pair for index, pair in enumerate(pairs) if args.pairs is None or index in args.pairs]
     variants = tuple(v for v in chosen if v in training.VARIANTS) if chosen else None
-    first = {"shape": cases.SMOKE.name if args.smoke else "deit_small", "dtype": str(dtypes[0])[6:]}
+    first = {"shape": shapes.SMOKE.name if args.smoke else "deit_small", "dtype": str(dtypes[0])[6:]}
     names = {operation.name for operation in operations}
     makers: dict[str, Callable[[], list[Case]]] = {
-        "operations": lambda: [case(o, s, d, settings) for d in dtypes for s in shapes for o in operations],
+        "operations": lambda: [case(o, s, d, settings) for d in dtypes for s in sizes for o in operations],
         "scaling": scaling,
         "training": lambda: [
             (p.name, lambda p=p: training.measure_pair(p, settings, variants, args.compile_steps)) for p in pairs
@@ -219,22 +208,18 @@ def plan(args: argparse.Namespace, device: torch.device) -> tuple[Settings, dict
     return settings, {suite: makers[suite]() for suite in SUITES if suite in args.suite}
 
 
-def _with_progress(console: Any, suite: str, cases: list[Case], ceilings: dict[str, float]) -> Iterator[dict[str, Any]]:
-    """Runs the cases, prints their lines under a progress bar and yields their records."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+def _records(suite: str, cases: list[Case], ceilings: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """Runs the cases, prints their lines above a progress bar and yields their records."""
+    from tqdm import tqdm
 
-    bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*bar, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(suite, total=len(cases))
-        for label, records in cases:
-            progress.update(task, description=label)
-            printed: list[dict[str, Any]] = []
-            for record in records():
-                for line in _lines(suite, record, printed, ceilings):
-                    console.print(line)
-                printed.append(record)
-                yield record
-            progress.advance(task)
+    for label, records in (bar := tqdm(cases, unit="case", leave=False, disable=None)):
+        bar.set_description(label)
+        printed: list[dict[str, Any]] = []
+        for record in records():
+            for line in _lines(suite, record, printed, ceilings):
+                tqdm.write(line)
+            printed.append(record)
+            yield record
 
 
 def _lines(suite: str, record: dict[str, Any], before: list[dict[str, Any]], ceilings: dict[str, float]) -> list[str]:
@@ -252,7 +237,7 @@ def _lines(suite: str, record: dict[str, Any], before: list[dict[str, Any]], cei
 
 
 def _dtypes(args: argparse.Namespace) -> list[torch.dtype]:
-    from benchmarks.cases import parse_dtype
+    from benchmarks.shapes import parse_dtype
 
     return [parse_dtype(name) for name in args.dtypes or ["bf16"]]
 
@@ -276,9 +261,3 @@ def _command(args: argparse.Namespace, suite: str) -> list[str]:
         if value != default:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return words
-
-
-def _shown(path: Path) -> Path:
-    from benchmarks.machine import ROOT
-
-    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path

@@ -99,6 +99,12 @@ def check(result: Any) -> list[str]:
     return problems
 
 
+def is_ours(record: dict[str, Any]) -> bool:
+    """Records without an implementation (bytes of our kernels) are ours; 'off' is our training step without its loss."""
+    name = record.get("implementation", record.get("variant", "ours"))
+    return name.startswith(("ours", "chunked", "off"))
+
+
 def _check_fields(where: str, value: dict, fields: dict[str, type]) -> list[str]:
     problems = []
     for name, kind in fields.items():

@@ -6,7 +6,7 @@ that left its tensor would raise. Two ratios are told for the forward and the ba
 * **moved**: bytes asked for ÷ floor. Re-reads count in full, though a cache may serve them.
 * **touched**: bytes of the distinct elements asked for ÷ floor. What is above 1 is scratch: written and read again.
 
-The floors are the calls' own (:meth:`benchmarks.launches.Attention.floors`). Kernels are metered, PyTorch's own operations
+The floors are the calls' own (:meth:`benchmarks.calls.Attention.floors`). Kernels are metered, PyTorch's own operations
 (the mean over rows, the sum of partial gradients) are not. Whole maps are bound by arithmetic, not by bytes. A GPU with
 many idle processors splits the keys of a small batch further than the interpreter does, which adds scratch.
 """
@@ -16,26 +16,55 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.launches import Call, gradients, metered
+from benchmarks.calls import Attention, Call, Relation, gradients
+
+
+def metered() -> list[Call]:
+    """Small calls, run element by element in the interpreter by the traffic report."""
+    row = Attention(1, 197, 6, 64, "bfloat16", batch=2)
+    wide = replace(row, merge="logsum", teacher_heads=12)
+    whole = Attention(0, 197, 2, 64, "bfloat16", batch=1)
+    return [
+        row,
+        replace(row, dim=80, dtype="float32"),
+        replace(row, keys=577),
+        replace(row, heads=3, keys=1370, teacher_dim=128),
+        replace(row, rows=4),
+        replace(row, mask="additive"),
+        replace(row, probs=True),
+        wide,
+        replace(wide, keys=577),
+        replace(wide, probs=True, teacher_heads=None),
+        replace(row, merge="mean"),
+        replace(row, divergence="js"),
+        replace(row, divergence="js", keys=577),
+        replace(row, backward=False),
+        replace(row, one_model=True),
+        Relation(197, 192, 384, "bfloat16", batch=2),
+        whole,
+        replace(whole, divergence="js"),
+        replace(whole, merge="logsum"),
+    ]
 
 
 def measure(call: Call) -> list[dict[str, Any]]:
     """One record per pass of the call: launches, bytes per tensor, and the ratios to the floor."""
     from attnkd.testing.traffic import Meter
 
-    given = call.tensors(filled=True)
+    given = call.tensors()
     named = {name: tensor.detach() for name, tensor in given.items()}
     records = []
-    loss = None
+    results = None
     for phase, floor in call.floors().items():
         with Meter(**named) as meter:
-            if loss is None:
-                loss = call.loss(given)
+            if results is None:
+                results = call.results(given)
             else:
-                gradients(loss, given)
+                gradients(results, given)
         tensors = {
             name: {
                 kind + part: int(value)

@@ -28,7 +28,7 @@ class Tunable:
     """One kernel's configuration space.
 
     kernel: the name on the command line.
-    operation, mode: what is timed, an entry of the registry.
+    operation, mode: what is timed, an entry of benchmarks/operations.py.
     shapes: names of shapes, or numbers of tokens N (H 6, B 16).
     space: values of every parameter; the product is searched.
     apply: (configuration, replacements) the module attributes to replace, as (module, attribute, value).
@@ -148,34 +148,32 @@ def run(args: argparse.Namespace) -> int:
         from benchmarks.run import prepare_interpreter
 
         prepare_interpreter()
-    from rich.console import Console
-    from rich.progress import track
+    from tqdm import tqdm
 
-    from benchmarks import cases, machine, schema
+    from benchmarks import machine, schema, shapes
 
     known = {tunable.kernel: tunable for tunable in tunables()}
     try:
         device = machine.use_gpu(args.device) if has_gpu else torch.device("cpu")
-        dtypes = [cases.parse_dtype(name) for name in args.dtypes]
+        dtypes = [shapes.parse_dtype(name) for name in args.dtypes]
         for name in args.kernels or ():
             if name not in known:
                 raise ValueError(f"kernel: expected one of {', '.join(known)}, got {name!r}")
     except ValueError as error:
         print(f"tune: {error}", file=sys.stderr)
         return 2
-    console = Console(highlight=False, markup=False, soft_wrap=True)
     facts = machine.describe(device)
-    console.print(machine.headline(facts))
+    print(machine.headline(facts))
     result = schema.document("tune", facts, "python -m benchmarks tune", {"budget_ms": args.budget_ms}, [])
     todo = [(known[name], dtype) for name in args.kernels or known for dtype in dtypes]
     wrong = 0
-    for tunable, dtype in track(todo, "tuning", console=console, transient=True, disable=not console.is_terminal):
-        for shape in [cases.SMOKE] if args.smoke else [_shape(name) for name in tunable.shapes]:
+    for tunable, dtype in tqdm(todo, unit="kernel", leave=False, disable=None):
+        for shape in [shapes.SMOKE] if args.smoke else [_shape(name) for name in tunable.shapes]:
             records = list(search(tunable, shape, dtype, device, args.budget_ms, args.smoke))
             result["records"] += records
             wrong += sum(record["status"] in ("FAIL", "error") for record in records)
             for line in summary(tunable, shape, records):
-                console.print(line)
+                tqdm.write(line)
             if not args.smoke:
                 schema.save(args.output or schema.default_path("tune", facts), result)
     return 1 if wrong else 0
@@ -185,16 +183,15 @@ def search(
     tunable: Tunable, shape: Any, dtype: torch.dtype, device: torch.device, budget_ms: float, smoke: bool
 ) -> Iterator[dict[str, Any]]:
     """One record a candidate, the committed configuration (config {}) first."""
-    from benchmarks import cases as shapes
-    from benchmarks import judge, measure, registry
+    from benchmarks import judge, measure, shapes
+    from benchmarks.operations import OPERATIONS
     from benchmarks.timing import GpuClock
     from benchmarks.timing import measure as time_it
 
-    operation = registry.OPERATIONS[tunable.operation]
-    ours = operation.implementations[0]
+    operation = OPERATIONS[tunable.operation]
+    ours, call = operation.implementations[0], operation.call.at(shape, dtype)
     settings = measure.Settings(device)
-    inputs = shapes.make_inputs(shape, dtype, device, operation.leaves, operation.merged, seed=0)
-    expected = judge.truth(operation, inputs)
+    expected = judge.truth(call, device)
     clock = GpuClock(device) if device.type == "cuda" else None
     candidates: list[Config] = [{}, *tunable.candidates()]
     if smoke:
@@ -205,11 +202,9 @@ def search(
         }  # fmt: skip
         try:
             with configured(tunable, config):
-                run = measure.Run(operation, ours, inputs, settings)
-                outputs, gradients = run.once(expected.upstream)
-                verdict = judge.judge(operation, ours, dtype, expected, outputs, gradients)
-                record |= {"status": "ok"} if verdict.ok else {"status": "FAIL", "detail": verdict.detail}
-                if verdict.ok and clock is not None:
+                run = measure.Run(call, ours, settings)
+                record |= measure.verdict(expected.judge(ours, *run.once(expected.upstream)))
+                if record["status"] == "ok" and clock is not None:
                     call, setup = run.mode(tunable.mode)
                     timing = time_it(call, setup, clock=clock, budget_ms=1.0 if smoke else budget_ms)
                     record |= {} if smoke else {"ms": timing.as_dict()}
@@ -244,10 +239,6 @@ def summary(tunable: Tunable, shape: Any, records: list[dict[str, Any]]) -> Iter
 
 
 def _shape(name: str | int) -> Any:
-    from benchmarks import cases
+    from benchmarks import shapes
 
-    return (
-        cases.find_shape(name)
-        if isinstance(name, str)
-        else cases.Shape(f"n{name}", f"{name} tokens", 6, 12, name, batch=16)
-    )
+    return shapes.find_shape(name) if isinstance(name, str) else shapes.Shape(f"n{name}", 6, 12, name, batch=16)

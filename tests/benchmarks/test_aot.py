@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import aot, gate, launches
+from benchmarks import aot, gate, sweep
 from tests.benchmarks.aot_toys import Toy
 
 pytest.importorskip("triton")
@@ -31,7 +31,7 @@ def toys():
 
 @pytest.fixture(scope="module")
 def kernels():
-    records = [record for record in aot.gate(launches.representative()) if "progress" not in record]
+    records = [record for record in aot.gate(sweep.representative()) if "progress" not in record]
     assert records
     return records
 
@@ -54,12 +54,12 @@ def test_the_compiler_that_is_held_to_its_code_is_the_locked_one():
 def test_no_kernel_is_forgotten():
     """Every kernel of the package is launched by some call of the full sweep."""
     code = (
-        "import sys; from unittest import mock; from benchmarks import compiled, launches\n"
+        "import sys; from unittest import mock; from benchmarks import compiled, sweep\n"
         "compiled.read = lambda *a: {}\n"
         "run = compiled.JITFunction.run\n"
         "seen = set()\n"
         "compiled.JITFunction.run = lambda self, *a, grid, warmup, **k: seen.add(self.fn.__name__) or mock.Mock(hash='')\n"
-        "for call in launches.everything(): compiled.measure(call, 'sm90')\n"
+        "for call in sweep.everything(): compiled.measure(call, 'sm90')\n"
         "import triton\n"
         "every = {n for m in list(sys.modules.values()) if m.__name__.startswith('attnkd_kernels')\n"
         "         for n, f in vars(m).items() if isinstance(f, triton.JITFunction) and n.endswith('_kernel')}\n"
@@ -169,7 +169,7 @@ def test_what_cannot_run_is_a_fault_with_every_compiler(change, fault, compiler)
 
 
 def test_calls_have_distinct_names():
-    calls = set(launches.everything())
+    calls = set(sweep.everything())
     assert len({call.name for call in calls}) == len(calls)
 
 

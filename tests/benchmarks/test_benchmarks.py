@@ -16,42 +16,48 @@ import pytest
 import torch
 
 from benchmarks import (
-    cases,
-    compare,
     judge,
     machine,
     measure,
     plot,
-    registry,
     report,
     run,
     schema,
+    shapes,
     table,
     timing,
     training,
     tune,
 )
 from benchmarks.__main__ import COMMANDS, main
+from benchmarks.calls import Attention
+from benchmarks.operations import OPERATIONS
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 SETTINGS = measure.Settings(DEVICE, modes=("both",), compile_backend="inductor" if HAS_GPU else "aot_eager")
 
 
-def _problem(name: str, dtype: torch.dtype = torch.float32) -> tuple[registry.Operation, cases.Inputs, judge.Truth]:
-    operation = registry.OPERATIONS[name]
-    inputs = cases.make_inputs(cases.SMOKE, dtype, DEVICE, operation.leaves, operation.merged, seed=0)
-    return operation, inputs, judge.truth(operation, inputs)
+def _judged(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, judge.Truth, tuple, tuple]:
+    """Our implementation of an operation, tiny: what it should give and what it gives."""
+    operation = OPERATIONS[name]
+    ours = operation.implementations[0]
+    expected = judge.truth(operation.call.at(shapes.SMOKE, dtype), DEVICE)
+    return ours, expected, *measure.Run(expected.call, ours, SETTINGS).once(expected.upstream)
+
+
+def _right(results: list) -> bool:
+    return all(result.ok for result in results)
 
 
 # --- every operation and opponent is right -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", registry.OPERATIONS)
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_every_implementation_of_an_operation_is_right(name):
-    operation = registry.OPERATIONS[name]
+    operation = OPERATIONS[name]
     names = tuple(i.name for i in operation.implementations if not i.compiled)
-    records = list(measure.measure_case(operation, cases.SMOKE, torch.bfloat16, SETTINGS, names))
+    records = list(measure.measure_case(operation, shapes.SMOKE, torch.bfloat16, SETTINGS, names))
     assert [r["implementation"] for r in records] == list(names)
     assert {r["status"] for r in records} == {"ok"}, records
     assert operation.implementations[0].name == "ours"
@@ -59,13 +65,13 @@ def test_every_implementation_of_an_operation_is_right(name):
 
 @pytest.mark.parametrize("name, opponent", [("cls_row_logsum", "compile_row"), ("attention_cls_row", "sdpa_compile")])
 def test_compiled_opponents_are_right(name, opponent):
-    (record,) = measure.measure_case(registry.OPERATIONS[name], cases.SMOKE, torch.float32, SETTINGS, (opponent,))
+    (record,) = measure.measure_case(OPERATIONS[name], shapes.SMOKE, torch.float32, SETTINGS, (opponent,))
     assert record["status"] == "ok", record
 
 
 def test_fused_attention_with_both_keys_as_values_is_right():
     settings = dataclasses.replace(SETTINGS, modes=("fwd",))
-    (record,) = measure.measure_case(registry.OPERATIONS["whole_map"], cases.SMOKE, torch.float32, settings, ("flex",))
+    (record,) = measure.measure_case(OPERATIONS["whole_map"], shapes.SMOKE, torch.float32, settings, ("flex",))
     assert record["status"] == "ok", record
 
 
@@ -97,54 +103,92 @@ def _one_nan(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+WRONG = {
+    "zeroed": torch.zeros_like, "negated": torch.neg, "scaled": lambda x: 1.5 * x, "permuted keys": lambda x: x.roll(1, -2),
+    "permuted heads": lambda x: x.flip(1), "permuted images": lambda x: x.flip(0), "one head": _first_head_zeroed,
+    "one key": _last_key_zeroed, "one nan": _one_nan,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("ours", [True, False], ids=["ours", "opponent"])
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        torch.zeros_like, torch.neg, lambda x: 1.5 * x, lambda x: x.roll(1, -2), lambda x: x.flip(1), lambda x: x.flip(0),
-        _first_head_zeroed, _last_key_zeroed, _one_nan,
-    ],
-    ids=["zeroed", "negated", "scaled", "permuted keys", "permuted heads", "permuted images", "one head", "one key", "one nan"],
-)  # fmt: skip
-def test_a_wrong_gradient_does_not_pass_the_gate(wrong, ours, dtype):
-    operation, inputs, expected = _problem("whole_map", dtype)
-    implementation = dataclasses.replace(operation.implementations[0], ours=ours)
-    run = measure.Run(operation, implementation, inputs, SETTINGS)
-    outputs, (dq, dk) = run.once(expected.upstream)
-    assert judge.judge(operation, implementation, dtype, expected, outputs, (dq, dk)).ok
-    assert not judge.judge(operation, implementation, dtype, expected, outputs, (dq, wrong(dk))).ok
-    assert not judge.judge(operation, implementation, dtype, expected, outputs, (wrong(dq), dk)).ok
+def test_a_wrong_gradient_does_not_pass(dtype):
+    ours, expected, outputs, (dq, dk) = _judged("whole_map", dtype)
+    for implementation in (ours, dataclasses.replace(ours, ours=False)):
+        assert _right(expected.judge(implementation, outputs, (dq, dk)))
+        for what, wrong in WRONG.items():
+            assert not _right(expected.judge(implementation, outputs, (dq, wrong(dk)))), what
+            assert not _right(expected.judge(implementation, outputs, (wrong(dq), dk))), what
 
 
-def test_a_wrong_result_does_not_pass_the_gate():
+def test_a_wrong_result_does_not_pass():
     for name in ("cls_row", "attention_rows"):
-        operation, inputs, expected = _problem(name)
-        ours = operation.implementations[0]
-        outputs, gradients = measure.Run(operation, ours, inputs, SETTINGS).once(expected.upstream)
-        assert not judge.judge(operation, ours, torch.float32, expected, [x * 1.01 for x in outputs], gradients).ok
-        assert not judge.judge(operation, ours, torch.float32, expected, [x[..., None] for x in outputs], gradients).ok
+        ours, expected, outputs, grads = _judged(name)
+        assert _right(expected.judge(ours, outputs, grads))
+        assert not _right(expected.judge(ours, [x * 1.01 for x in outputs], grads))
+        assert not _right(expected.judge(ours, [x[..., None] for x in outputs], grads))
+
+
+def test_a_gradient_of_rows_that_are_not_compared_does_not_pass():
+    ours, expected, outputs, (dq, dk) = _judged("cls_row")
+    of_maps = dataclasses.replace(ours, all_queries=True)
+    padded = torch.nn.functional.pad(dq, (0, 0, 0, shapes.SMOKE.tokens - 1))
+    assert _right(expected.judge(of_maps, outputs, (padded, dk)))
+    padded[0, 0, 3, 0] = 1e-3
+    assert not _right(expected.judge(of_maps, outputs, (padded, dk)))
+
+
+def test_only_ties_may_take_another_head():
+    ours, expected, outputs, (dq, dk) = _judged("cls_row_max")
+    moved = dk.clone()
+    moved[0, 0, 3] = 0  # one key of 84
+    assert _right(expected.judge(ours, outputs, (dq, moved)))
+    moved[:, :, 3:9] = 0
+    assert not _right(expected.judge(ours, outputs, (dq, moved)))
+    assert not _right(expected.judge(ours, outputs, (dq, _one_nan(dk))))
 
 
 def test_the_truth_is_the_same_in_slices(monkeypatch):
     for name in ("whole_map", "cls_row_logsum", "attention_whole_map", "relation_row"):
-        operation, inputs, whole = _problem(name)
+        call = OPERATIONS[name].call.at(shapes.SMOKE, torch.float32)
+        whole = judge.truth(call, DEVICE)
         monkeypatch.setattr(judge, "CHUNK", 1)  # one image and one query row at a time
-        sliced = judge.truth(operation, inputs)
+        sliced = judge.truth(call, DEVICE)
         monkeypatch.undo()
-        for a, b in zip(whole.outputs + whole.gradients, sliced.outputs + sliced.gradients, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        oracles = [
+            [x[0] for x in (*truth.results, *truth.gradients.values())] + [truth.results[0][2]]
+            for truth in (whole, sliced)
+        ]
+        for a, b in zip(*oracles, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_a_wrong_case_gets_no_time_and_fails_the_run(capsys, monkeypatch, tmp_path):
-    right = registry.OPERATIONS["cls_row"]
-    wrong = dataclasses.replace(right.implementations[0], function=lambda *x: 2 * right.implementations[0].function(*x))
-    broken = dataclasses.replace(right, implementations=(wrong,))
+    class Wrong(Attention):
+        def results(self, given, impl="triton"):
+            return (2 * super().results(given, impl)[0],)
+
+    broken = dataclasses.replace(OPERATIONS["cls_row"], call=Wrong())
     settings = dataclasses.replace(SETTINGS, clock=timing.HostClock())
-    (record,) = measure.measure_case(broken, cases.SMOKE, torch.float32, settings)
+    (record,) = measure.measure_case(broken, shapes.SMOKE, torch.float32, settings, ("ours",))
     assert record["status"] == "FAIL" and "ms" not in record and "result 0" in record["detail"]
-    monkeypatch.setitem(registry.OPERATIONS, "cls_row", broken)
-    assert main(["run", "--smoke", "--suite", "operations", "--operations", "cls_row", "--modes", "both"]) == 1
+    monkeypatch.setitem(OPERATIONS, "cls_row", broken)
+    assert (
+        main(
+            [
+                "run",
+                "--smoke",
+                "--suite",
+                "operations",
+                "--operations",
+                "cls_row",
+                "--modes",
+                "both",
+                "--implementations",
+                "ours",
+            ]
+        )
+        == 1
+    )
     assert "FAIL" in capsys.readouterr().out
 
 
@@ -153,14 +197,12 @@ def test_a_wrong_case_gets_no_time_and_fails_the_run(capsys, monkeypatch, tmp_pa
 
 def test_a_right_case_is_timed():
     settings = dataclasses.replace(
-        SETTINGS, modes=cases.MODES, clock=timing.HostClock(), budget_ms=1.0, count_launches=False
+        SETTINGS, modes=shapes.MODES, clock=timing.HostClock(), budget_ms=1.0, count_launches=False
     )
     if HAS_GPU:
         settings = dataclasses.replace(settings, clock=timing.GpuClock(DEVICE), count_launches=True)
-    records = list(
-        measure.measure_case(registry.OPERATIONS["cls_row"], cases.SMOKE, torch.float32, settings, ("eager_row",))
-    )
-    assert [r["mode"] for r in records] == list(cases.MODES)
+    records = list(measure.measure_case(OPERATIONS["cls_row"], shapes.SMOKE, torch.float32, settings, ("eager_row",)))
+    assert [r["mode"] for r in records] == list(shapes.MODES)
     for record in records:
         assert 0 < record["ms"]["p20"] <= record["ms"]["median"] <= record["ms"]["p80"]
         assert record["ms"]["samples"] >= timing.MIN_SAMPLES
@@ -203,13 +245,12 @@ def test_percentiles():
 
 def test_the_least_work_of_a_class_token_row():
     """Student and teacher keys once, dk once: three units, and little else."""
-    shape = cases.SHAPES["deit_small"]
-    work = registry.OPERATIONS["cls_row"].work(shape, 2)
+    shape = shapes.SHAPES["deit_small"]
+    row, whole = (OPERATIONS[name].call.at(shape, torch.bfloat16) for name in ("cls_row", "whole_map"))
     unit = shape.batch * shape.heads * shape.tokens * shape.head_dim * 2
-    assert 3.0 < (work["fwd"].bytes + work["bwd"].bytes) / unit < 3.2
-    whole = registry.OPERATIONS["whole_map"].work(shape, 2)
-    assert whole["fwd"].flops == 2 * 2 * shape.batch * shape.heads * shape.tokens**2 * shape.head_dim
-    assert whole["bwd"].flops == whole["fwd"].flops
+    assert 3.0 < sum(row.floors().values()) / unit < 3.2
+    assert whole.flops()["forward"] == 2 * 2 * shape.batch * shape.heads * shape.tokens**2 * shape.head_dim
+    assert whole.flops()["backward"] == whole.flops()["forward"]
 
 
 def test_rates_and_speed_up():
@@ -282,7 +323,7 @@ def _made_up() -> dict[str, dict[str, Any]]:
 def test_committed_results_follow_the_schema(path):
     result = schema.load(path)
     assert result["kind"] == path.stem.removesuffix("-selection")
-    assert not [r for r in result["records"] if r.get("status") == "FAIL" and compare.is_ours(r)]
+    assert not [r for r in result["records"] if r.get("status") == "FAIL" and schema.is_ours(r)]
 
 
 def test_results_survive_the_file(tmp_path):
@@ -423,7 +464,7 @@ def test_every_figure_can_be_drawn(tmp_path, capsys):
 
 
 def test_every_implementation_has_a_style_of_its_own():
-    for operation in registry.OPERATIONS.values():
+    for operation in OPERATIONS.values():
         styles = [plot._style(i.name) for i in operation.implementations]
         assert len(set(styles)) == len(styles)
         assert len({colour for colour, _, _ in styles}) == len(styles)
@@ -442,7 +483,8 @@ def test_the_roofline_is_the_larger_floor():
 @pytest.mark.parametrize("tunable", [pytest.param(t, id=t.kernel) for t in tune.tunables()])
 def test_the_search_reaches_the_launch_and_leaves_nothing_behind(tunable):
     """What the search replaces is what the launcher reads."""
-    operation, inputs, expected = _problem(tunable.operation)
+    operation = OPERATIONS[tunable.operation]
+    expected = judge.truth(operation.call.at(shapes.SMOKE, torch.float32), DEVICE)
     config = tunable.candidates()[0]
     replaced = [(importlib.import_module(module), attribute) for module, attribute, _ in tunable.apply(config)]
     usual = [getattr(module, attribute) for module, attribute in replaced]
@@ -450,9 +492,9 @@ def test_the_search_reaches_the_launch_and_leaves_nothing_behind(tunable):
     with tune.configured(tunable, config):
         for module, attribute in replaced:
             _watch(module, attribute, read)
-        run = measure.Run(operation, operation.implementations[0], inputs, SETTINGS)
-        outputs, gradients = run.once(expected.upstream)
-    assert judge.judge(operation, operation.implementations[0], torch.float32, expected, outputs, gradients).ok
+        ours = operation.implementations[0]
+        found = measure.Run(expected.call, ours, SETTINGS).once(expected.upstream)
+    assert _right(expected.judge(ours, *found))
     assert [getattr(module, attribute) for module, attribute in replaced] == usual
     functions = {attribute for module, attribute in replaced if callable(getattr(module, attribute))}
     if tunable.kernel.startswith("map_"):

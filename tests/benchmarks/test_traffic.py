@@ -11,7 +11,7 @@ from triton.runtime.errors import InterpreterError
 
 from attnkd.testing.guard import LAYOUTS, canaries, guarded, lay_out, poisoned_empty
 from attnkd.testing.traffic import Meter
-from benchmarks.launches import Attention, Relation
+from benchmarks.calls import Attention, Relation
 from benchmarks.traffic import measure
 
 interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="kernels run on a GPU here")

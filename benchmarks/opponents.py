@@ -94,12 +94,12 @@ def divergence(scores: Scores | None, merge: str | None, kind: str, temperature:
 
 
 def rows(scores: Scores | None, merge: str | None, temperature: float) -> Callable[..., Tensor]:
-    """attention_rows of (query, key): probabilities in fp32; ``scores`` None as above."""
+    """attention_rows of (student_query, student_key): probabilities in fp32; ``scores`` None as above."""
 
-    def function(query: Tensor, key: Tensor) -> Tensor:
+    def function(student_query: Tensor, student_key: Tensor) -> Tensor:
         if scores is None:
-            return first_row_of_maps(query, key, merge, temperature).softmax(-1)
-        return merged_scores(scores, query, key, merge, temperature).softmax(-1, dtype=torch.float32)
+            return first_row_of_maps(student_query, student_key, merge, temperature).softmax(-1)
+        return merged_scores(scores, student_query, student_key, merge, temperature).softmax(-1, dtype=torch.float32)
 
     return function
 
@@ -133,9 +133,9 @@ def flex_divergence(student_query: Tensor, student_key: Tensor, teacher_query: T
 def relation(whole: bool) -> Callable[[Tensor, Tensor], Tensor]:
     """relation_row_loss of (student_features, teacher_features), from the Gram matrix or from its first row only."""
 
-    def function(student: Tensor, teacher: Tensor) -> Tensor:
+    def function(student_features: Tensor, teacher_features: Tensor) -> Tensor:
         rows = []
-        for features in (student, teacher):
+        for features in (student_features, teacher_features):
             if whole:
                 normal = F.normalize(features, dim=-1)
                 rows.append((normal @ normal.mT)[:, 0, 1:].float())
