@@ -22,6 +22,7 @@ from attnkd.attention.chunked import sweep as chunked_sweep
 from attnkd.attention.problem import DIVERGENCES, MERGES, make_problem
 from attnkd.testing.proof import assert_proved
 from benchmarks import cpu
+from benchmarks.calls import Attention
 
 ROWS = (2, 20)
 
@@ -492,17 +493,19 @@ def test_a_mask_without_broadcast_views():
 # -- its benchmark ----------------------------------------------------------------------------------------------------
 
 
+JS = Attention(rows=0, keys=65, dtype="float32", divergence="js", batch=1)
+
+
 def test_benchmark_measures_a_case():
     settings = {"threads": torch.get_num_threads(), "clock": "wall", "seconds": 0.01}
     for name in cpu.IMPLEMENTATIONS:
-        case = dataclasses.asdict(cpu.Case("divergences", 1, 65, divergence="js"))
-        record = cpu._measure({"case": case, "implementation": name, **settings})
+        record = cpu._measure({"call": dataclasses.asdict(JS), "implementation": name, **settings})
         assert record["status"] == "ok" and 0 < record["ms"]["fastest"] <= record["ms"]["median"]
 
 
 def test_benchmark_stops_where_chunked_is_wrong(monkeypatch):
     monkeypatch.setitem(chunked_divergence._KINDS, "js", chunked_divergence._forward_kl)
-    assert "WRONG" in cpu._wrong(cpu.Case("divergences", 1, 65, divergence="js"))
+    assert "WRONG" in cpu._wrong(JS)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resets the peak of /proc/self")
