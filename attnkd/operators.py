@@ -39,7 +39,7 @@ def keep(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(*[None if other else tensor for tensor, other in zip(tensors, beside, strict=True)])
 
 
-def kept(ctx: Any) -> list[Tensor | None]:
+def kept(ctx: Any) -> list[Any]:
     """What :func:`keep` kept."""
     return [saved if other is None else other for saved, other in zip(ctx.saved_tensors, ctx.beside, strict=True)]
 

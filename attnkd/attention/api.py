@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Any, overload
+
 import torch
 from torch import Tensor
 
 from attnkd.attention import chunked, dispatch, reference
+from attnkd.attention.call import AttentionCall, compared
+from attnkd.attention.checks import check_choice, check_temperature, kind
 from attnkd.attention.merging import merge_logits, softmax_or_zero
-from attnkd.attention.problem import (
-    HIDDEN_BELOW,
-    MERGES,
-    REDUCTIONS,
-    Problem,
-    Side,
-    check_choice,
-    check_temperature,
-    make_problem,
-    make_side,
-    stored_mask,
-)
+from attnkd.attention.problem import MERGES, REDUCTIONS, Problem, Side, make_problem, make_side
+from attnkd.attention.reductions import check_reduction, check_weight, summands, weighted
 
 if dispatch.TRITON_INSTALLED:
-    # Not where they are used: torch.compile must find these modules imported.
-    from attnkd.attention import fused_maps as ops_map
-    from attnkd.attention import fused_rows as ops_row
+    # Not where it is used: torch.compile must find this module imported.
+    from attnkd.attention import fused
 
 
+@overload
+def attention_divergence(
+    student: AttentionCall,
+    teacher: AttentionCall | None = None,
+    /,
+    *,
+    rows: str = "all",
+    teacher_probs: Tensor | None = None,
+    merge: str | None = None,
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
+    row_weight: Tensor | None = None,
+    reduction: str = "mean",
+    impl: str = "auto",
+) -> Tensor: ...
+
+
+@overload
 def attention_divergence(
     student_query: Tensor,
     student_key: Tensor,
@@ -43,10 +54,39 @@ def attention_divergence(
     row_weight: Tensor | None = None,
     reduction: str = "mean",
     impl: str = "auto",
+) -> Tensor: ...
+
+
+def attention_divergence(
+    student_query: Tensor | AttentionCall,
+    student_key: Tensor | AttentionCall | None = None,
+    teacher_query: Tensor | None = None,
+    teacher_key: Tensor | None = None,
+    *,
+    rows: str = "all",
+    teacher_probs: Tensor | None = None,
+    student_scale: float | None = None,
+    teacher_scale: float | None = None,
+    student_mask: Tensor | None = None,
+    teacher_mask: Tensor | None = None,
+    merge: str | None = None,
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
+    row_weight: Tensor | None = None,
+    reduction: str = "mean",
+    impl: str = "auto",
 ) -> Tensor:
     """Divergence between two attentions, computed from queries and keys; no attention map is stored.
 
-    With z = (scale·q·k + mask) / T and p = softmax(z) for student s and teacher t, every query row is worth
+    Two forms::
+
+        attention_divergence(student, teacher, rows="cls", ...)          # as an AttentionTap captured them
+        attention_divergence(student_query, student_key, teacher_query, teacher_key, student_scale=..., ...)
+
+    Captured calls bring their scales and masks, and know their tokens: registers, a distillation token, and a class token
+    that one model alone has are left out of both, before the softmax.
+
+    With z = (scale·q·k + mask) / T and p = softmax(z) for student s and teacher t, the value of every query row is
 
     * ``forward_kl``: Σ_j p_t (log p_t − log p_s), the KL divergence KL(teacher ‖ student)
     * ``reverse_kl``: Σ_j p_s (log p_s − log p_t)
@@ -55,66 +95,87 @@ def attention_divergence(
     * ``mse``: mean over the keys visible to both of (p_s − p_t)²
     * ``logit_mse``: mean over the keys visible to both of (z_s − z_t)²
 
-    The class-token row is ``query[:, :, :1]``. Teacher tensors get no gradient.
+    The class-token row of loose tensors is ``query[:, :, :1]``. Teacher tensors get no gradient. First derivatives only, by
+    backward; forward-mode differentiation needs ``impl='reference'``.
 
     Args:
         student_query: [B, H, M, D], any strides; float16, bfloat16 or float32 (float64: ``chunked`` and ``reference``).
-        student_key: [B, H, N, D].
+            Or the student's :class:`attnkd.AttentionCall`.
+        student_key: [B, H, N, D]. Or the teacher's :class:`attnkd.AttentionCall`; none with ``teacher_probs``.
         teacher_query: [B, Ht, M, Dt]. Ht may differ from H when heads are merged.
         teacher_key: [B, Ht, N, Dt].
-        teacher_probs: [B, H, M, N] ([B, 1, M, N] with a merge), in place of teacher queries and keys: cached or resampled
-            rows. They are normalised to sum 1; the temperature is not applied to them.
-        student_scale: multiplies the student's scores; None means D**-0.5. Models differ: take it from the attention call.
+        rows: of captured calls: 'all', the row of every shared token, or 'cls', the class token's row.
+        teacher_probs: [B, H, M, N] ([B, 1, M, N] with a merge), in place of the teacher: cached or resampled rows, over
+            class token and patches where the student is a captured call. They are normalised to sum 1; the temperature is
+            not applied to them. A key of probability 0 is hidden; a negative or NaN entry makes its row NaN.
+        student_scale: a number that multiplies the student's scores; None means D**-0.5. Models differ.
         teacher_scale: the same for the teacher.
         student_mask: broadcasts to [B, H, M, N]; boolean (True = visible, as in scaled_dot_product_attention) or additive.
             An additive mask may require grad (a learned relative position bias).
         teacher_mask: broadcasts to [B, Ht, M, N].
         merge: None compares head h with head h. 'logsum' compares softmax((1/T)·Σ_h log p^h), 'mean', 'max', 'min' the
             renormalised mean, max or min of the heads' probabilities. A key that one head's mask hides has probability 0 in
-            that head; a row that some head cannot see at all is worth 0.
+            that head; a row that some head cannot see at all has the value 0.
         divergence: see above.
-        temperature: T > 0, divides scores and masks of both sides.
-        row_weight: broadcasts to [B, H, M] ([B, 1, M] with a merge); multiplies the rows. Gets no gradient.
+        temperature: a number T > 0, divides scores and masks of both sides.
+        row_weight: broadcasts to [B, H, M] ([B, 1, M] with a merge); multiplies the rows. A row of weight 0 leaves the loss
+            even where it is infinite or NaN (NaN among its queries still reaches the gradients of the keys). Weights may be
+            negative; a NaN weight makes the loss NaN. Gets no gradient.
         reduction: 'none' [B, H, M] ([B, 1, M] with a merge); 'sum'; 'batchmean', the sum divided by B; 'mean', the
-            (weighted) mean over rows. A row that sees no key on either side is worth 0 and does not count in the mean.
+            (weighted) mean over rows. A row that sees no key on either side, or whose ``teacher_probs`` are all 0, has the
+            value 0 and does not count in the mean; a mean in which no row counts is NaN.
         impl: 'auto', 'triton', 'chunked' or 'reference'; see :mod:`attnkd.attention.dispatch`.
 
     Returns:
         float32 (float64 for float64 inputs), scalar or per row.
 
     Raises:
-        TypeError, ValueError: a wrong type, rank, shape, dtype, device or option, named.
+        TypeError, ValueError: a wrong type, rank, shape, dtype, device or option, named; a scale or temperature that is a
+            tensor (it would get no gradient); captured calls of different patch grids, or without class token for 'cls'.
         NotImplementedError: an explicit ``impl`` that cannot be honoured.
     """
+    tensors: dict[str, Any] = {
+        "teacher_query": teacher_query,
+        "teacher_key": teacher_key,
+        "student_scale": student_scale,
+        "teacher_scale": teacher_scale,
+        "student_mask": student_mask,
+        "teacher_mask": teacher_mask,
+    }
+    if isinstance(student_query, AttentionCall):
+        tensors = _of_calls(student_query, student_key, rows, teacher_probs, tensors)
+    else:
+        _refuse_rows(rows)
+        tensors |= {"student_query": student_query, "student_key": student_key}
     check_choice("reduction", reduction, REDUCTIONS)
-    student_query, student_key = _autocast(student_query, student_key)
-    teacher_query, teacher_key = _autocast(teacher_query, teacher_key)
+    for side in ("student", "teacher"):
+        query, key = f"{side}_query", f"{side}_key"
+        tensors[query], tensors[key] = _autocast(tensors[query], tensors[key])
     problem = make_problem(
-        student_query,
-        student_key,
-        teacher_query,
-        teacher_key,
-        teacher_probs,
-        student_scale,
-        teacher_scale,
-        student_mask,
-        teacher_mask,
-        merge,
-        divergence,
-        temperature,
+        **tensors, teacher_probs=teacher_probs, merge=merge, divergence=divergence, temperature=temperature
     )
-    implementation = dispatch.choose(impl, problem)
-    weight = _check_weight(row_weight, problem)
+    implementation = choose(impl, problem)
+    weight = check_weight(row_weight, problem)
+    check_reduction(problem, reduction)
     if reduction == "none":
-        rows = _per_row(implementation, problem)
-        return rows if weight is None else rows * weight
-    if reduction in ("mean", "batchmean") and problem.rows_shape[0] == 0:
-        raise ValueError(f"reduction: {reduction!r} of an empty batch is undefined, student_query has shape [0, ...]")
-    if reduction == "mean" and problem.rows_shape[2] == 0:
-        raise ValueError("reduction: 'mean' over no query rows is undefined, student_query has M = 0")
-    return _weighted_sum(implementation, problem, _mean_weight(problem, weight, reduction))
+        losses = _per_row(implementation, problem)
+        return losses if weight is None else weighted(losses, weight)
+    return _weighted_sum(implementation, problem, summands(problem, weight, reduction))
 
 
+@overload
+def attention_rows(
+    call: AttentionCall,
+    /,
+    *,
+    rows: str = "all",
+    merge: str | None = None,
+    temperature: float = 1.0,
+    impl: str = "auto",
+) -> Tensor: ...
+
+
+@overload
 def attention_rows(
     query: Tensor,
     key: Tensor,
@@ -124,18 +185,37 @@ def attention_rows(
     merge: str | None = None,
     temperature: float = 1.0,
     impl: str = "auto",
+) -> Tensor: ...
+
+
+def attention_rows(
+    query: Tensor | AttentionCall,
+    key: Tensor | None = None,
+    *,
+    rows: str = "all",
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    merge: str | None = None,
+    temperature: float = 1.0,
+    impl: str = "auto",
 ) -> Tensor:
     """The attention rows of the given queries: softmax(z), merged over heads or not. Differentiable.
 
-    Meant for a few rows (a class token to cache, to resample or to look at): the result has a value per query and key.
+    Meant for a few rows (a class token to cache, to resample or to look at): the result has a value per query and key. Two
+    forms::
+
+        attention_rows(call, rows="cls")                    # as an AttentionTap captured it: scale and mask are in it
+        attention_rows(query, key, scale=..., mask=...)
 
     Args:
-        query: [B, H, M, D], any strides.
+        query: [B, H, M, D], any strides. Or an :class:`attnkd.AttentionCall`, of which registers and distillation token
+            are left out, before the softmax.
         key: [B, H, N, D].
-        scale: multiplies the scores; None means D**-0.5.
+        rows: of a captured call: 'all', or 'cls', the class token's row.
+        scale: a number that multiplies the scores; None means D**-0.5.
         mask: broadcasts to [B, H, M, N]; boolean (True = visible) or additive.
         merge: None, 'logsum', 'mean', 'max' or 'min'; see :func:`attention_divergence`.
-        temperature: T > 0, divides scores and mask.
+        temperature: a number T > 0, divides scores and mask.
         impl: 'auto', 'triton', 'chunked' or 'reference'.
 
     Returns:
@@ -146,24 +226,79 @@ def attention_rows(
         TypeError, ValueError: a wrong type, rank, shape, dtype or option, named.
         NotImplementedError: an explicit ``impl`` that cannot be honoured.
     """
+    if isinstance(query, AttentionCall):
+        _refuse_loose({"key": key, "scale": scale, "mask": mask})
+        (call,) = compared(rows, call=query)
+        query, key, mask, scale = call.query, call.key, call.mask, call.scale
+    else:
+        _refuse_rows(rows)
     check_choice("merge", merge, MERGES)
     check_temperature(temperature)
-    query, key = _autocast(query, key)
-    side = make_side("", query, key, scale, mask)
-    implementation = dispatch.choose_rows(impl, query)
+    side = make_side("", *_autocast(query, key), scale, mask)
+    assert side.query is not None
+    implementation = dispatch.choose(impl, (side.query, side.key), (side.mask,))
     if implementation == "reference":
-        rows = reference.attention_rows(side, merge, temperature)
-        return rows if query.dtype == torch.float64 else rows.float()
+        probs = reference.attention_rows(side, merge, temperature)
+        return probs if side.query.dtype == torch.float64 else probs.float()
     logits = _row_logits(implementation, side, merge == "logsum", temperature)
     if merge not in (None, "logsum"):
         logits = merge_logits(logits, merge)
     return logits.softmax(-1) if mask is None else softmax_or_zero(logits)
 
 
+def choose(impl: str, problem: Problem) -> str:
+    """The implementation of :func:`attention_divergence`; see :func:`attnkd.attention.dispatch.choose`."""
+    s, t = problem.student, problem.teacher
+    inputs, beside = (s.query, s.key, t.query, t.key), (s.mask, t.mask, t.probs)
+    return dispatch.choose(impl, inputs, beside, lambda: fused.why_not(problem))
+
+
+def _of_calls(
+    student: AttentionCall, teacher: Any, rows: str, teacher_probs: Tensor | None, loose: dict[str, Any]
+) -> dict[str, Any]:
+    """The tensors and scales of captured calls, under the names that loose ones have."""
+    _refuse_loose(loose)
+    if teacher is not None and not isinstance(teacher, AttentionCall):
+        raise TypeError(
+            f"teacher: expected an AttentionCall beside the student's, got {kind(teacher)}; finished rows of the teacher go "
+            "into teacher_probs"
+        )
+    if (teacher is None) == (teacher_probs is None):
+        raise ValueError(
+            f"teacher: expected an AttentionCall or teacher_probs, got {'neither' if teacher is None else 'both'}"
+        )
+    calls = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
+    tensors = loose
+    for side, call in zip(calls, compared(rows, **calls), strict=True):
+        tensors = tensors | {
+            f"{side}_query": call.query,
+            f"{side}_key": call.key,
+            f"{side}_mask": call.mask,
+            f"{side}_scale": call.scale,
+        }
+    return tensors
+
+
+def _refuse_loose(loose: dict[str, Any]) -> None:
+    for name, value in loose.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}: expected nothing beside a captured call, which has its own, got {kind(value)}; to change it, pass "
+                f"call._replace({name.split('_')[-1]}=...)"
+            )
+
+
+def _refuse_rows(rows: str) -> None:
+    if rows != "all":
+        raise ValueError(
+            f"rows: {rows!r} is for captured calls, which know their tokens; for loose tensors pass the rows wanted as "
+            "queries (the class token's: query[:, :, :1]) and leave rows out"
+        )
+
+
 def _per_row(implementation: str, problem: Problem) -> Tensor:
     if implementation == "triton":
-        few = problem.rows_shape[2] <= dispatch.MAX_ROWS
-        return ops_row.per_row(problem) if few else ops_map.per_row(problem)
+        return fused.per_row(problem)
     return chunked.per_row(problem) if implementation == "chunked" else reference.per_row(problem)
 
 
@@ -172,78 +307,21 @@ def _weighted_sum(implementation: str, problem: Problem, weight: Tensor | float)
     if implementation == "chunked":
         if not isinstance(weight, Tensor):
             assert problem.student.query is not None
-            weight = problem.student.query.new_full((), weight, dtype=_loss_dtype(problem)).expand(problem.rows_shape)
+            weight = problem.student.query.new_full((), weight, dtype=problem.dtype).expand(problem.rows_shape)
         return chunked.weighted_sum(problem, weight)
-    rows = _per_row(implementation, problem)
-    return (rows * weight).sum() if isinstance(weight, Tensor) else rows.sum() * weight
+    losses = _per_row(implementation, problem)
+    return weighted(losses, weight).sum() if isinstance(weight, Tensor) else losses.sum() * weight
 
 
 def _row_logits(implementation: str, side: Side, wide: bool, temperature: float) -> Tensor:
     if implementation == "triton":
-        return ops_row.row_logits(side, wide, temperature)
+        return fused.row_logits(side, wide, temperature)
     assert side.query is not None and side.key is not None
     logits = chunked.row_logits(side.query, side.key, side.mask, side.scale, temperature)
     return merge_logits(logits, "logsum") if wide else logits
 
 
-def _check_weight(weight: Tensor | None, problem: Problem) -> Tensor | None:
-    if weight is None:
-        return None
-    assert problem.student.query is not None
-    device = problem.student.query.device
-    if not isinstance(weight, Tensor) or not (weight.dtype.is_floating_point or weight.dtype == torch.bool):
-        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"row_weight: expected a floating point or boolean tensor, got {got}")
-    if weight.device != device:
-        raise ValueError(f"row_weight: expected device {device} like student_query, got {weight.device}")
-    try:
-        return weight.detach().expand(problem.rows_shape)
-    except RuntimeError:
-        layout = "[B, H, M]" if problem.merge is None else "[B, 1, M]"
-        raise ValueError(
-            f"row_weight: expected a shape that broadcasts to {layout} = {problem.rows_shape}, got {tuple(weight.shape)}"
-        ) from None
-
-
-def _mean_weight(problem: Problem, weight: Tensor | None, reduction: str) -> Tensor | float:
-    """What the rows [B, Ho, M] are multiplied with before they are summed: row weights and the reduction's divisor in one."""
-    batch, heads, rows = problem.rows_shape
-    alive = _rows_alive(problem) if reduction == "mean" else None
-    if weight is None and alive is None:
-        return {"sum": 1.0, "batchmean": 1.0 / max(batch, 1), "mean": 1.0 / max(batch * heads * rows, 1)}[reduction]
-    if weight is None:
-        assert alive is not None
-        weight = torch.ones_like(alive, dtype=_loss_dtype(problem))
-    weight = weight.to(_loss_dtype(problem))
-    if reduction == "sum":
-        return weight
-    if reduction == "batchmean":
-        return weight / batch
-    return weight / (weight.sum() if alive is None else (weight * alive).sum())
-
-
-def _loss_dtype(problem: Problem) -> torch.dtype:
-    assert problem.student.query is not None
-    return torch.float64 if problem.student.query.dtype == torch.float64 else torch.float32
-
-
-def _rows_alive(problem: Problem) -> Tensor | None:
-    """[B, Ho, M] boolean: rows that see a key on both sides; None when no mask can hide a whole row."""
-    alive = None
-    for side in (problem.student, problem.teacher):
-        if side.mask is None:
-            continue
-        mask = stored_mask(side.mask)  # what is broadcast is not written out for this either
-        visible = mask if mask.dtype == torch.bool else ~(mask <= HIDDEN_BELOW)
-        if problem.merge in ("logsum", "min"):  # a key that one head hides is hidden
-            visible = visible.all(1, keepdim=True)
-        rows = visible.any(-1)
-        rows = rows if problem.merge is None else rows.all(1, keepdim=True)
-        alive = rows if alive is None else alive & rows
-    return None if alive is None else alive.expand(problem.rows_shape)
-
-
-def _autocast(query: Tensor | None, key: Tensor | None) -> tuple:
+def _autocast(query: Any, key: Any) -> tuple[Any, Any]:
     """Under autocast the scores are computed in its dtype, as scaled_dot_product_attention does."""
     if not isinstance(query, Tensor) or not isinstance(key, Tensor):
         return query, key

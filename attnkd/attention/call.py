@@ -98,35 +98,36 @@ def shared_tokens(call: AttentionCall, keep_cls: bool, num_prefix_tokens: int | 
     return _leave_out(call, prefix, keep_cls, rows=call.query.shape[2] == call.key.shape[2])
 
 
-def compared(student: AttentionCall, teacher: AttentionCall | None, rows: str) -> tuple[AttentionCall, ...]:
-    """The rows and keys of both calls (or of the student alone) that a comparison is about.
+def compared(rows: str, **calls: AttentionCall) -> list[AttentionCall]:
+    """The rows and keys that a comparison is about, of each of one or two calls.
 
     Args:
-        student, teacher: as captured; no teacher where its rows come as probabilities.
-        rows: 'cls', the class token's row, or 'all', the rows of all tokens that both have.
+        rows: 'cls', the class token's row, or 'all', the rows of all tokens that every call has.
+        calls: as captured, under the names that a message gives them.
 
     Raises:
         ValueError: no class token where its row is asked for, or two different patch grids.
     """
     check_choice("rows", rows, ROWS)
-    calls = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
-    if teacher is not None and None not in (student.grid, teacher.grid) and student.grid != teacher.grid:
+    grids = {name: call.grid for name, call in calls.items() if call.grid is not None}
+    if len(set(grids.values())) > 1:
+        (first, grid), (second, other) = grids.items()
         raise ValueError(
-            f"teacher: expected the student's patch grid {_by(student.grid)}, got {_by(teacher.grid)}: the same place in both "
-            "rows would be another part of the image; take the teacher's class-token rows with "
-            "attention_rows(teacher, rows='cls'), resize them with resample_attention and pass them as teacher_probs"
+            f"{second}: expected the patch grid {_by(grid)} of the {first}, got {_by(other)}; the same position in both rows "
+            f"would be another part of the image. Take the class-token rows with attention_rows({second}, rows='cls'), resize "
+            "them with resample_attention and pass them as teacher_probs"
         )
     if rows == "cls":
         for name, call in calls.items():
             if call.has_cls is False:
                 raise ValueError(
-                    f"{name}: rows='cls' compares the class token's row, but its attention has no class token; use rows='all'"
+                    f"{name}: rows='cls' is the class token's row, but this attention has no class token; use rows='all'"
                 )
-        return tuple(class_row(call) for call in calls.values())
+        return [class_row(call) for call in calls.values()]
     if any(call.num_prefix_tokens is None or call.has_cls is None for call in calls.values()):
-        return tuple(calls.values())
+        return list(calls.values())
     keep_cls = all(call.has_cls for call in calls.values())
-    return tuple(shared_tokens(call, keep_cls) for call in calls.values())
+    return [shared_tokens(call, keep_cls) for call in calls.values()]
 
 
 def _leave_out(call: AttentionCall, prefix: int, keep_cls: bool, rows: bool) -> AttentionCall:
@@ -146,5 +147,5 @@ def _leave_out(call: AttentionCall, prefix: int, keep_cls: bool, rows: bool) -> 
     return call._replace(query=query, key=key, mask=mask, num_prefix_tokens=kept, has_cls=keep_cls)
 
 
-def _by(grid: tuple[int, int] | None) -> str:
-    return "unknown" if grid is None else f"{grid[0]}x{grid[1]}"
+def _by(grid: tuple[int, int]) -> str:
+    return f"{grid[0]}x{grid[1]}"

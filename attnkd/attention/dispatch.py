@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
-from attnkd.attention.problem import Problem, check_choice
+from attnkd.attention.checks import check_choice
 
 IMPLS = ("auto", "triton", "chunked", "reference")
-MAX_ROWS = 16
-"""Up to this many query rows the row kernels are used; beyond it the whole-map kernels."""
-
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -32,14 +32,27 @@ def interpreting() -> bool:
     return TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason for which Triton kernels cannot run on such tensors, or None."""
+@torch.compiler.assume_constant_result
+def interpreter_is_exact() -> bool:
+    """Whether :func:`attnkd.testing.interpreter.install` made Triton's interpreter compute bfloat16; it leaves this mark."""
+    from triton.runtime import interpreter
+
+    return getattr(interpreter, "bfloat16_is_exact", False)
+
+
+def why_not_triton(device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """The reason for which Triton kernels cannot run on tensors of these dtypes, or None."""
     if not TRITON_INSTALLED:
         return "triton is not installed"
-    if dtype == torch.float64:
+    if torch.float64 in dtypes:
         return "float64 is not supported by the kernels (use 'chunked' or 'reference')"
     if device.type == "meta" or (device.type != "cuda" and not interpreting()):
         return f"the tensors are on device '{device}', not on a CUDA or ROCm GPU"
+    if device.type != "cuda" and torch.bfloat16 in dtypes and not interpreter_is_exact():
+        return (
+            "Triton's interpreter computes garbage in bfloat16; call attnkd.testing.interpreter.install() before, which "
+            "makes it exact, or use float32 or impl='chunked'"
+        )
     if device.type == "cuda" and too_old(device.index):
         return f"device '{device}' has a compute capability below 8.0 (Ampere), which Triton needs"
     return None
@@ -53,46 +66,47 @@ def too_old(index: int | None) -> bool:
     return torch.cuda.get_device_capability(index) < (8, 0)
 
 
-def why_not_fused(problem: Problem) -> str | None:
-    """The reason for which no fused kernel covers this problem, or None."""
-    from attnkd.attention import fused_maps as ops_map  # they need Triton, which the caller knows to be there
-    from attnkd.attention import fused_rows as ops_row  # they need Triton, which the caller knows to be there
+def choose(
+    impl: str,
+    inputs: Sequence[Tensor | None],
+    beside: Sequence[Tensor | None] = (),
+    why_not_fused: Callable[[], str | None] = lambda: None,
+) -> str:
+    """The implementation of an operation: 'triton', 'chunked' or 'reference'.
 
-    return (ops_row if problem.rows_shape[2] <= MAX_ROWS else ops_map).why_not(problem)
-
-
-def choose(impl: str, problem: Problem) -> str:
-    """The implementation for ``problem``: 'triton', 'chunked' or 'reference'.
+    Args:
+        impl: what the user asked for.
+        inputs: the queries, keys or features, all on one device.
+        beside: masks and probabilities, which the kernels read in any dtype.
+        why_not_fused: the reason for which the operation has no kernel for this call, or None. Asked last, only where Triton
+            can run.
 
     Raises:
         ValueError: an unknown ``impl``.
-        NotImplementedError: ``impl='triton'`` where it cannot run, with the reason.
+        NotImplementedError: ``impl='triton'`` where it cannot run, or forward-mode differentiation, with the reason.
     """
     check_choice("impl", impl, IMPLS)
-    if impl in ("chunked", "reference"):
+    if impl == "reference":
         return impl
-    query = problem.student.query
-    assert query is not None
-    dtypes = [t.dtype for t in (query, problem.teacher.query) if t is not None]
-    reason = why_not_triton(query.device, torch.float64 if torch.float64 in dtypes else query.dtype)
-    if reason is None:
-        reason = why_not_fused(problem)
+    tensors = [tensor for tensor in (*inputs, *beside) if tensor is not None]
+    if any(_has_tangent(tensor) for tensor in tensors):
+        raise NotImplementedError(
+            f"impl={impl!r}: forward-mode automatic differentiation (torch.func.jvp, jacfwd) has no implementation but "
+            "impl='reference'"
+        )
+    if impl == "chunked":
+        return impl
+    device = tensors[0].device
+    dtypes = [tensor.dtype for tensor in inputs if tensor is not None]
+    dtypes += [tensor.dtype for tensor in beside if tensor is not None and tensor.dtype != torch.float64]
+    reason = why_not_triton(device, *dtypes) or why_not_fused()
     if impl == "triton":
         if reason:
             raise NotImplementedError(f"impl='triton': {reason}")
-        return "triton"
+        return impl
     # Under the interpreter kernels run for proof, not for work: only an explicit choice uses them.
-    return "chunked" if reason or query.device.type != "cuda" else "triton"
+    return "chunked" if reason or device.type != "cuda" else "triton"
 
 
-def choose_rows(impl: str, query: torch.Tensor) -> str:
-    """The implementation for :func:`attnkd.attention_rows`; same rule and errors as :func:`choose`."""
-    check_choice("impl", impl, IMPLS)
-    if impl in ("chunked", "reference"):
-        return impl
-    reason = why_not_triton(query.device, query.dtype)
-    if impl == "triton":
-        if reason:
-            raise NotImplementedError(f"impl='triton': {reason}")
-        return "triton"
-    return "chunked" if reason or query.device.type != "cuda" else "triton"
+def _has_tangent(tensor: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None

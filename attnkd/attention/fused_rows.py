@@ -217,7 +217,7 @@ def _merged_mask(side: Side, wide: bool) -> Tensor | None:
     if mask is None or not wide:
         return mask
     if mask.dtype == torch.bool:
-        return mask[:, :1]
+        return mask.all(1, keepdim=True) if mask.shape[1] > 1 and mask.stride(1) else mask[:, :1]
     if mask.stride(1) == 0 or mask.shape[1] == 1:
         return mask[:, :1].float() * side.num_heads
     return mask.float().sum(1, keepdim=True)

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from attnkd.attention.problem import MERGES, check_choice, check_temperature, check_tensor
+from attnkd.attention.checks import check_choice, check_temperature, check_tensor
+from attnkd.attention.problem import MERGES
 
 
 def merge_attention(probs: Tensor, merge: str, temperature: float = 1.0) -> Tensor:

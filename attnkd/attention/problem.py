@@ -64,6 +64,12 @@ class Problem:
         return batch, heads if self.merge is None else 1, rows
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the loss: float64 for a float64 student, else float32."""
+        assert self.student.query is not None
+        return torch.float64 if self.student.query.dtype == torch.float64 else torch.float32
+
+    @property
     def num_keys(self) -> int:
         assert self.student.key is not None
         return self.student.key.shape[2]
@@ -104,22 +110,22 @@ def make_problem(
             )
         if divergence == "logit_mse":
             raise ValueError("divergence: 'logit_mse' compares scores before the softmax, but teacher_probs has none")
-        teacher = _probs_side(teacher_probs, student_query, student_key, merge)
+        teacher = _detached(_probs_side(teacher_probs, student_query, student_key, merge))
     else:
         if teacher_query is None or teacher_key is None:
             raise ValueError(
                 "teacher_query, teacher_key: expected both (or teacher_probs instead), got "
                 f"teacher_query={kind(teacher_query)}, teacher_key={kind(teacher_key)}"
             )
-        teacher = make_side("teacher", teacher_query, teacher_key, teacher_scale, teacher_mask)
+        teacher = _detached(make_side("teacher", teacher_query, teacher_key, teacher_scale, teacher_mask))
         _match("teacher_query", "batch size B", teacher_query.shape[0], batch, "student_query")
-        _match("teacher_query", "number of query rows M", teacher_query.shape[2], rows, "student_query")
         if teacher_key.shape[2] != num_keys:
             raise ValueError(
                 f"teacher_key: expected N = {num_keys} keys like student_key, got N = {teacher_key.shape[2]}; for another "
                 "patch grid take the teacher's rows with attention_rows, resize them with resample_attention and pass them "
                 "as teacher_probs; prefix tokens that only one model has must be left out of both"
             )
+        _match("teacher_query", "number of query rows M", teacher_query.shape[2], rows, "student_query")
         if merge is None and teacher_query.shape[1] != student_query.shape[1]:
             raise ValueError(
                 f"teacher_query: expected H = {student_query.shape[1]} heads like student_query, got H = "
@@ -159,9 +165,13 @@ def make_side(name: str, query: Tensor, key: Tensor, scale: float | None, mask: 
     if mask is not None:
         shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         mask = _expand_mask(f"{prefix}mask", mask, shape)
-    if name == "teacher":
-        query, key, mask = query.detach(), key.detach(), None if mask is None else mask.detach()
     return Side(query, key, mask, scale)
+
+
+def _detached(side: Side) -> Side:
+    """The teacher gets no gradient."""
+    query, key, mask, probs = (None if x is None else x.detach() for x in (side.query, side.key, side.mask, side.probs))
+    return Side(query, key, mask, side.scale, probs)
 
 
 def stored_mask(mask: Tensor) -> Tensor:
@@ -193,7 +203,7 @@ def _probs_side(probs: Tensor, query: Tensor, key: Tensor, merge: str | None) ->
         raise ValueError(
             f"teacher_probs: expected shape {expected} for merge={merge!r}, got {tuple(probs.shape)}{hint}"
         )
-    return Side(None, None, None, 1.0, probs.detach())
+    return Side(None, None, None, 1.0, probs)
 
 
 def _match(name: str, dim: str, got: int, expected: int, like: str) -> None:

@@ -47,17 +47,17 @@ def attention_rows(side: Side, merge: str | None, temperature: float, dtype: tor
 def side_logits(side: Side, merge: str | None, temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Logits whose softmax is the (merged) attention, and which keys are visible; both [B, Ho, M, N]."""
     if side.probs is not None:  # finished rows: softmax(log p) normalises them
-        probs = side.probs.to(dtype)
+        probs = _in(side.probs, dtype)
         visible = probs != 0  # NaN stays visible
         return torch.where(visible, torch.where(visible, probs, 1.0).log(), 0.0), visible
     assert side.query is not None and side.key is not None
-    z = side.query.to(dtype) @ side.key.to(dtype).transpose(-2, -1) * side.scale
+    z = _in(side.query, dtype) @ _in(side.key, dtype).transpose(-2, -1) * side.scale
     visible = torch.ones_like(z, dtype=torch.bool)
     if side.mask is not None and side.mask.dtype == torch.bool:
-        visible = side.mask
+        visible = _in(side.mask, torch.bool)
     elif side.mask is not None:
         visible = ~(side.mask <= HIDDEN_BELOW)  # NaN stays visible
-        z = z + torch.where(visible, side.mask.to(dtype), 0.0)
+        z = z + torch.where(visible, _in(side.mask, dtype), 0.0)
     z = torch.where(visible, z / temperature, 0.0)
     return (z, visible) if merge is None else merge_heads(z, visible, merge)
 
@@ -119,6 +119,11 @@ def divergence(z_s: Tensor, visible_s: Tensor, z_t: Tensor, visible_t: Tensor, k
     else:
         raise ValueError(f"divergence: unknown kind {kind!r}")
     return torch.where(alive, row, 0.0)
+
+
+def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in ``dtype``; a copy of one made under inference_mode, which autograd refuses to keep."""
+    return tensor.to(dtype, copy=not torch.compiler.is_compiling() and tensor.is_inference())
 
 
 def _expectation(p: Tensor, value: Tensor, visible: Tensor, defined: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attnkd.attention.problem import check_choice, check_tensor
+from attnkd.attention.checks import check_choice, check_number, check_tensor
 
 MODES = ("bicubic", "bilinear", "area")
 
@@ -41,25 +41,28 @@ def resample_attention(
     check_tensor("rows", rows, 4, "[B, H, M, 1 + patches]")
     check_choice("mode", mode, MODES)
     teacher_grid, student_grid = _check_grid("teacher_grid", teacher_grid), _check_grid("student_grid", student_grid)
-    patches = teacher_grid[0] * teacher_grid[1]
-    if rows.shape[-1] != 1 + patches:
+    keys = 1 + teacher_grid[0] * teacher_grid[1]
+    if rows.shape[-1] != keys:
         raise ValueError(
-            f"rows: expected 1 + {teacher_grid[0]}·{teacher_grid[1]} = {1 + patches} keys for teacher_grid={teacher_grid}, "
+            f"rows: expected 1 + {teacher_grid[0]}·{teacher_grid[1]} = {keys} keys for teacher_grid={teacher_grid}, "
             f"got {rows.shape[-1]}"
         )
+    check_number("floor", floor)
     if not 0 < floor < 1:
         raise ValueError(f"floor: expected a number between 0 and 1, got {floor}")
     if teacher_grid == student_grid:
         return rows
     batch, heads, queries, _ = rows.shape
-    work = rows if rows.dtype.itemsize == 8 else rows.float()
-    cls = work[..., :1]
+    work = rows if rows.dtype == torch.float64 else rows.float()
+    cls, patches = work[..., :1], student_grid[0] * student_grid[1]
+    if work.numel() == 0:  # which interpolate refuses
+        return torch.cat([cls, cls.expand(-1, -1, -1, patches)], -1)
     images = work[..., 1:].reshape(batch * heads, queries, *teacher_grid)
     corners = {} if mode == "area" else {"align_corners": False}
     resized = F.interpolate(images, size=student_grid, mode=mode, **corners)
-    resized = resized.reshape(batch, heads, queries, -1).clamp_min(floor)
-    resized = resized * ((1 - cls) / resized.sum(-1, keepdim=True))
-    return torch.cat([cls, resized], -1)
+    resized = resized.reshape(batch, heads, queries, patches).clamp_min(floor)
+    rest = (1 - cls).clamp_min(0.0)  # a class entry of 1 that was rounded up leaves nothing, not less than nothing
+    return torch.cat([cls, resized * (rest / resized.sum(-1, keepdim=True))], -1)
 
 
 def _check_grid(name: str, grid: tuple[int, int]) -> tuple[int, int]:

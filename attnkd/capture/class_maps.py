@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from attnkd.attention.api import attention_divergence, attention_rows
 from attnkd.attention.call import AttentionCall, class_row
+from attnkd.attention.checks import check_choice
 from attnkd.attention.merging import merge_attention
-from attnkd.attention.problem import MERGES, check_choice
+from attnkd.attention.problem import MERGES
 from attnkd.attention.resample import resample_attention
 from attnkd.capture.blocks import attention_paths
 from attnkd.capture.models import TokenLayout, patch_grid, token_layout

@@ -11,6 +11,7 @@ import torch
 
 from attnkd import __version__
 from attnkd.attention import dispatch
+from attnkd.attention.api import choose
 from attnkd.attention.problem import make_problem
 
 PACKAGES = ("torch", "triton", "timm", "numpy")
@@ -54,13 +55,15 @@ def choices(device: torch.device) -> list[dict[str, str]]:
         query = torch.empty(1, 2, query_rows, 64, device=device)
         key = torch.empty(1, 2, 64, 64, device=device)
         problem = make_problem(query, key, query, key, None, None, None, None, None, merge, "forward_kl", 1.0)
-        reason = dispatch.why_not_triton(query.device, query.dtype) or dispatch.why_not_fused(problem)
-        rows.append(
-            {"operation": label, "impl": dispatch.choose("auto", problem), "why": reason or "fused Triton kernel"}
-        )
+        reason = dispatch.why_not_triton(query.device, query.dtype)
+        if reason is None:
+            from attnkd.attention import fused  # which needs Triton
+
+            reason = fused.why_not(problem)
+        rows.append({"operation": label, "impl": choose("auto", problem), "why": reason or "fused Triton kernel"})
     query = torch.empty(1, 2, 1, 64, device=device)
     reason = dispatch.why_not_triton(query.device, query.dtype)
-    impl = dispatch.choose_rows("auto", query)
+    impl = dispatch.choose("auto", (query,))
     rows.append({"operation": "attention_rows", "impl": impl, "why": reason or "fused Triton kernel"})
     return rows
 

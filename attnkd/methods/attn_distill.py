@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from attnkd.attention.api import attention_divergence, attention_rows
 from attnkd.attention.call import AttentionCall, class_row
+from attnkd.attention.checks import check_choice
 from attnkd.attention.merging import merge_attention
-from attnkd.attention.problem import MERGES, check_choice
+from attnkd.attention.problem import MERGES
 from attnkd.attention.resample import MODES, resample_attention
 from attnkd.capture.blocks import Blocks, pair_blocks
 from attnkd.capture.models import patch_grid, resolve_model, token_layout

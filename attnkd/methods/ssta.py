@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnkd.attention.problem import DIVERGENCES, check_choice
+from attnkd.attention.checks import check_choice
+from attnkd.attention.problem import DIVERGENCES
 from attnkd.capture.blocks import Blocks, pair_blocks
 from attnkd.capture.models import resolve_model, token_layout
 from attnkd.capture.tap import AttentionTap

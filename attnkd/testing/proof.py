@@ -14,7 +14,8 @@ from attnkd.attention.api import attention_divergence, attention_rows
 from attnkd.attention.merging import merge_attention
 from attnkd.attention.problem import make_problem, make_side
 from attnkd.attention.resample import resample_attention
-from attnkd.relation.api import reference_per_image, relation_row_loss
+from attnkd.relation import reference as relation_reference
+from attnkd.relation.api import relation_row_loss
 from attnkd.testing import oracle
 from attnkd.testing.tolerance import Result, compare
 
@@ -50,7 +51,7 @@ def per_image(arguments: dict[str, Any], precision: torch.dtype) -> Tensor:
     """The reference's relation loss of every image, [B], from relation_row_loss's arguments."""
     features = arguments["student_features"], arguments["teacher_features"]
     prefixes = arguments.get("student_prefix_tokens", 1), arguments.get("teacher_prefix_tokens", 1)
-    return reference_per_image(*features, *prefixes, arguments.get("normalize_dim", -1), precision)
+    return relation_reference.per_image(*features, *prefixes, arguments.get("normalize_dim", -1), precision)
 
 
 def prove(impl: str, *, seed: int = 0, **arguments: Any) -> list[Result]:

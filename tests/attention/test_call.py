@@ -67,9 +67,9 @@ def test_two_calls_are_compared_over_what_both_have():
     )
     no_cls = call(N=16, num_prefix_tokens=0, has_cls=False, grid=(4, 4))
     for other, tokens in ((b, 17), (no_cls, 16)):
-        assert {x.key.shape[2] for x in compared(a, other, "all")} == {tokens}
-        assert {x.query.shape[2] for x in compared(a, other, "all")} == {tokens}
-    assert {x.key.shape[2] for x in compared(a, b, "cls")} == {17}
+        assert {x.key.shape[2] for x in compared("all", a=a, other=other)} == {tokens}
+        assert {x.query.shape[2] for x in compared("all", a=a, other=other)} == {tokens}
+    assert {x.key.shape[2] for x in compared("cls", a=a, b=b)} == {17}
     unknown = call()
-    assert compared(unknown, a, "all") == (unknown, a)  # nobody knows what could be left out
-    assert compared(unknown, None, "cls")[0].key.shape[2] == 21
+    assert compared("all", unknown=unknown, a=a) == [unknown, a]  # nobody knows what could be left out
+    assert compared("cls", unknown=unknown)[0].key.shape[2] == 21

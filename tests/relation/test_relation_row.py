@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from attnkd.relation import api as relation
-from attnkd.relation.api import reference_per_image, relation_row_loss
+from attnkd.relation import chunked, reference
+from attnkd.relation.api import relation_row_loss
 from attnkd.relation.fused import _relation_row_bwd, _relation_row_fwd
 from attnkd.testing.guard import canaries, guarded
 from attnkd.testing.tolerance import assert_close
@@ -30,7 +30,7 @@ def prove(impl, student, teacher, prefix=1, prefix_t=1, normalize_dim=-1):
 
     def define(inputs, precision):
         leaf = student.detach().to(inputs).requires_grad_()
-        loss = reference_per_image(leaf, teacher.to(inputs), prefix, prefix_t, normalize_dim, precision)
+        loss = reference.per_image(leaf, teacher.to(inputs), prefix, prefix_t, normalize_dim, precision)
         # float16 cannot hold gradients this small: scale them, as a loss scaler does
         return loss.detach(), torch.autograd.grad(loss, leaf, (upstream * scale).to(loss.dtype))[0]
 
@@ -76,7 +76,7 @@ def test_triton(device, dtype):
 @pytest.mark.parametrize("normalize_dim", [-1, -2])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chunked(device, dtype, normalize_dim, monkeypatch):
-    monkeypatch.setattr(relation, "CHUNK", 2 * 40 * 48)  # two images at a time, then one
+    monkeypatch.setattr(chunked, "CHUNK", 2 * 40 * 48)  # two images at a time, then one
     prove("chunked", *features(device, 3, 40, 48, 32, 2, 1, dtype), 2, 1, normalize_dim)
 
 

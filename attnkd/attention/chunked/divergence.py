@@ -44,8 +44,8 @@ class Softmax:
 
     @staticmethod
     def of_probs(probs: Tensor, out: Tensor, scratch: Callable[[], Tensor]) -> Softmax:
-        """Given rows, not necessarily normalised; a key of probability 0 is hidden."""
-        return Softmax(out.copy_(probs).clamp_(min=0.0).log_(), scratch, masked=True)
+        """Given rows, not necessarily normalised; a key of probability 0 is hidden, a negative one makes its row NaN."""
+        return Softmax(out.copy_(probs).log_(), scratch, masked=True)
 
     @property
     def exp(self) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor
 from attnkd.attention.chunked.matmul import Gradients
 from attnkd.attention.chunked.sweep import all_logits, contract, sweep
 from attnkd.attention.problem import HIDDEN_BELOW, Problem, Side
+from attnkd.attention.reductions import weighted
 from attnkd.operators import first_order_only, keep, kept, register
 
 FEW_ROWS = 16
@@ -50,7 +51,7 @@ def weighted_sum(problem: Problem, weight: Tensor) -> Tensor:
     """
     flat, weight = _flatten(problem), weight.detach()
     if not _needs_grad(flat) or problem.rows_shape[2] <= FEW_ROWS:
-        return _sum(weight, per_row(problem))
+        return weighted(per_row(problem), weight).sum()
     return _WeightedSum.apply(weight, *flat)
 
 
@@ -114,7 +115,7 @@ class _WeightedSum(torch.autograd.Function):
         rows, *units = torch.ops.attnkd.chunked_gradients(*flat, weight, *ctx.needs_input_grad[1:4])
         keep(ctx, *units)
         ctx.dtypes = [None if x is None else x.dtype for x in flat[:3]]
-        return _sum(weight, rows)
+        return weighted(rows, weight).sum()
 
     @staticmethod
     @first_order_only
@@ -192,10 +193,6 @@ def _needs_grad(flat: tuple) -> bool:
 
 def _gradients(units: Any, inputs: Any, needs: Any) -> list[Tensor | None]:
     return [unit.to(x.dtype) if need else None for unit, x, need in zip(units, inputs, needs, strict=True)]
-
-
-def _sum(weight: Tensor, rows: Tensor) -> Tensor:
-    return torch.where(weight == 0, 0.0, weight * rows).sum()
 
 
 # -- operators --------------------------------------------------------------------------------------------------------
@@ -288,6 +285,5 @@ def _unflatten(flat: Any) -> Problem:
 
 
 def _new(problem: Problem, shape: tuple[int, ...]) -> Tensor:
-    query = problem.student.query
-    assert query is not None
-    return query.new_empty(shape, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
+    assert problem.student.query is not None
+    return problem.student.query.new_empty(shape, dtype=problem.dtype)

@@ -1,0 +1,24 @@
+"""``impl="triton"``: the row kernels for a few query rows, the whole-map kernels for more. Importing it needs Triton."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from attnkd.attention import fused_maps, fused_rows
+from attnkd.attention.fused_rows import row_logits
+from attnkd.attention.problem import Problem
+
+__all__ = ["MAX_ROWS", "per_row", "row_logits", "why_not"]
+
+MAX_ROWS = 16
+"""Up to this many query rows the row kernels are used; beyond it the whole-map kernels."""
+
+
+def why_not(problem: Problem) -> str | None:
+    """The reason for which no fused kernel covers this problem, or None."""
+    return (fused_rows if problem.rows_shape[2] <= MAX_ROWS else fused_maps).why_not(problem)
+
+
+def per_row(problem: Problem) -> Tensor:
+    """The divergence of every query row, [B, Ho, M] in float32; ``why_not(problem)`` is None."""
+    return (fused_rows if problem.rows_shape[2] <= MAX_ROWS else fused_maps).per_row(problem)
