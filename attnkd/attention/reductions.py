@@ -8,6 +8,7 @@ from torch import Tensor
 from attnkd.attention.checks import kind
 from attnkd.attention.problem import HIDDEN_BELOW, Problem, stored_mask
 
+
 def check_reduction(problem: Problem, reduction: str) -> None:
     """
     Raises:
