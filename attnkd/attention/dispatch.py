@@ -22,6 +22,8 @@ from torch.autograd import forward_ad
 from attnkd.attention.checks import check_choice
 
 IMPLS = ("auto", "triton", "chunked", "reference")
+MAX_ROWS = 16
+"""Up to this many query rows the row kernels are used; beyond it the whole-map kernels."""
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 

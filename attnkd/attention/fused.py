@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from attnkd.attention import fused_maps, fused_rows
+from attnkd.attention import dispatch, fused_maps, fused_rows
 from attnkd.attention.fused_rows import row_logits
 from attnkd.attention.problem import Problem
 
-__all__ = ["MAX_ROWS", "per_row", "row_logits", "why_not"]
-
-MAX_ROWS = 16
-"""Up to this many query rows the row kernels are used; beyond it the whole-map kernels."""
+__all__ = ["per_row", "row_logits", "why_not"]
 
 
 def why_not(problem: Problem) -> str | None:
     """The reason for which no fused kernel covers this problem, or None."""
-    return (fused_rows if problem.rows_shape[2] <= MAX_ROWS else fused_maps).why_not(problem)
+    return (fused_rows if problem.rows_shape[2] <= dispatch.MAX_ROWS else fused_maps).why_not(problem)
 
 
 def per_row(problem: Problem) -> Tensor:
     """The divergence of every query row, [B, Ho, M] in float32; ``why_not(problem)`` is None."""
-    return (fused_rows if problem.rows_shape[2] <= MAX_ROWS else fused_maps).per_row(problem)
+    return (fused_rows if problem.rows_shape[2] <= dispatch.MAX_ROWS else fused_maps).per_row(problem)

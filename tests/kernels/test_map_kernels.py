@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from attnkd import attention_divergence
-from attnkd.attention import fused, reference
+from attnkd.attention import dispatch, reference
 from attnkd.attention import fused_maps as ops_map
 from attnkd.attention.problem import make_problem
 from attnkd.testing.guard import canaries, guarded, lay_out, poisoned_empty
@@ -26,7 +26,7 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "js", "cross_entropy", "mse", "logit_
 @pytest.fixture(autouse=True, scope="module")
 def _whole_maps_for_few_rows_too():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "MAX_ROWS", 0)
+        patch.setattr(dispatch, "MAX_ROWS", 0)
         yield
 
 
