@@ -30,6 +30,9 @@ TARGETS = ("keys", "probs", "counts", "sparse")
 """The teacher: queries and keys, or rows; ``counts`` are not normalised, ``sparse`` ones have zeros, and rows of nothing else."""
 WEIGHTS = ("none", "float", "bool")
 """Of the rows, as ``kind@dims`` of [B, H, M]; some are 0."""
+POISONS = ("none", "student_query", "student_key", "student_mask", "teacher_query", "teacher_key", "teacher_probs",
+           "student_features", "teacher_features")  # fmt: skip
+"""The argument whose first number is NaN: what it touches must be NaN, and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Case:
     grid: str = "3x4"
     to: str = "5x2"
     mode: str = "bicubic"
+    poison: str = "none"
     seed: int = 0
 
     def __str__(self) -> str:
@@ -80,7 +84,12 @@ class Case:
 
     def arguments(self, device: torch.device) -> dict[str, Any]:
         """The arguments of the call, as its function names them (``rows``: with the student's names)."""
-        return getattr(self, f"_{self.operation if self.operation != 'map' else 'row'}")(_Draw(self, device))
+        operation = "row" if self.operation == "map" else self.operation
+        given = getattr(self, f"_{operation}")(_Draw(self, device))
+        if self.poison != "none":
+            poisoned = given[self.poison]
+            poisoned[(0,) * poisoned.ndim] = torch.nan
+        return given
 
     def _row(self, draw: _Draw) -> dict[str, Any]:
         given = self._rows(draw) | {"divergence": self.divergence, "reduction": self.reduction}
@@ -232,7 +241,7 @@ def parse(text: str) -> Case:
     for name, choices in (
         ("operation", OPERATIONS), ("dtype", tuple(DTYPES)), ("teacher_dtype", (None, *DTYPES)), ("merge", MERGES),
         ("divergence", DIVERGENCES), ("layout", LAYOUTS), ("teacher_layout", (None, *LAYOUTS)), ("target", TARGETS),
-        ("reduction", REDUCTIONS), ("mask_dtype", tuple(DTYPES)), ("mode", MODES),
+        ("reduction", REDUCTIONS), ("mask_dtype", tuple(DTYPES)), ("mode", MODES), ("poison", POISONS),
     ):  # fmt: skip
         if getattr(case, name) not in choices:
             raise ValueError(f"case: expected {name} to be one of {choices}, got {getattr(case, name)!r}")

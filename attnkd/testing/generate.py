@@ -11,7 +11,7 @@ from typing import Any
 from attnkd.attention.dispatch import MAX_ROWS
 from attnkd.attention.problem import DIVERGENCES, MERGES, REDUCTIONS
 from attnkd.attention.resample import MODES
-from attnkd.testing.cases import DTYPES, MASKS, OPERATIONS, RELATED, TARGETS, WEIGHTS, Case
+from attnkd.testing.cases import DTYPES, MASKS, OPERATIONS, POISONS, RELATED, TARGETS, WEIGHTS, Case
 from attnkd.testing.guard import LAYOUTS
 
 IMPLS = ("triton", "chunked", "reference")
@@ -23,6 +23,8 @@ LONG = (127, 128, 197, 257, 577, 1024, 1031)
 def exists(case: Case, impl: str) -> bool:
     """Whether the operation is defined for the case and covered by the implementation."""
     if impl == "triton" and (case.operation in ("merge", "resample") or "fp64" in (case.dtype, case.teacher_dtype)):
+        return False
+    if case.poison != "none" and not _has(case, case.poison):
         return False
     if case.operation == "resample":  # on the same grid rows come back as they are, in their own dtype
         return case.grid != case.to or case.dtype in ("fp32", "fp64")
@@ -42,6 +44,22 @@ def exists(case: Case, impl: str) -> bool:
     if impl == "triton" and case.M > MAX_ROWS:
         return case.merge not in ("max", "min") and case.target == "keys"
     return True
+
+
+def _has(case: Case, argument: str) -> bool:
+    """Whether the call has an argument of that name, in floating point."""
+    if case.operation == "relation":
+        return argument.endswith("features")
+    if case.operation not in ("row", "map", "rows"):
+        return False
+    return {
+        "student_query": True,
+        "student_key": True,
+        "student_mask": "bool" not in case.mask and case.mask != "none",
+        "teacher_query": case.operation != "rows" and case.target == "keys",
+        "teacher_key": case.operation != "rows" and case.target == "keys",
+        "teacher_probs": case.operation != "rows" and case.target != "keys",
+    }.get(argument, False)
 
 
 def _masks_exist(case: Case) -> bool:
@@ -103,6 +121,8 @@ def draw(rng: random.Random, impl: str, small: bool) -> Case:
     """A random case."""
     while True:
         case = _draw(rng, small)
+        if rng.random() < 0.15:
+            case = replace(case, poison=rng.choice(POISONS))
         if exists(case, impl):
             return case
 

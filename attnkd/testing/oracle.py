@@ -158,8 +158,8 @@ def row_divergence(log_s: Tensor, log_t: Tensor, kind: str) -> tuple[Tensor, Ten
         return torch.zeros_like(log_s[:, 0]).index_add(0, row, term(log_s[row, key], log_t[row, key]))
 
     def impossible(rows: Tensor, log_p: Tensor, other: Tensor) -> Tensor:
-        """+inf where p gives weight to a key that the other side does not see."""
-        return torch.where(((log_p.exp() > 0) & ~other).any(1) & alive, math.inf, rows)
+        """+inf where p gives weight to a key that the other side does not see; what is NaN stays NaN."""
+        return rows + torch.where(((log_p.exp() > 0) & ~other).any(1) & alive, math.inf, 0.0)
 
     def log_mid(s: Tensor, t: Tensor) -> Tensor:
         return torch.logaddexp(s, t) - math.log(2)

@@ -198,8 +198,9 @@ def _judge(
     dtype, loss_dtype = arguments[names[0]].dtype, torch.promote_types(arguments[names[0]].dtype, torch.float32)
     exact = {n: _held(n, a, torch.float64, "cpu") for n, a in arguments.items()}
     value, _ = _differentiate(truth, exact, (), None)
-    if value.ndim == 0 and not value.isfinite():
-        names = ()  # an infinite loss has no gradient that means anything
+    poisoned = any(isinstance(a, Tensor) and bool(a.isnan().any()) for a in exact.values())
+    if poisoned or (value.ndim == 0 and not value.isfinite()):
+        names = ()  # there is no gradient that means anything
     upstream = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     upstream = torch.where(value.isfinite(), upstream, 0.0)
     _, exact_grads = _differentiate(truth, exact, names, upstream)
