@@ -239,7 +239,7 @@ def _terms(arguments: dict[str, Any], weight: float) -> dict[str, float]:
     """How large the numbers are whose differences the gradients of q, k and mask are, for rows of that weight.
 
     dq_i = scale/T Σ_j (…)k_j, where (…) is a difference of probabilities of order one. A probability is e^(z − lse), with an error
-    of z ulp.
+    of z ulp. In reverse_kl and logit_mse (…) is made of differences of logits besides.
     """
     temperature, merge = arguments.get("temperature", 1.0), arguments.get("merge")
     logits = 0.0
@@ -253,7 +253,10 @@ def _terms(arguments: dict[str, Any], weight: float) -> dict[str, float]:
     query, key, scale = (arguments.get(f"student_{name}") for name in ("query", "key", "scale"))
     assert query is not None and key is not None
     scale = query.shape[-1] ** -0.5 if scale is None else abs(scale)
-    size = weight / temperature * max(1.0, min(logits, LOGITS) / 4)
+    logits = min(logits, LOGITS)
+    size = weight / temperature * max(1.0, logits / 4)
+    if arguments.get("divergence") in ("reverse_kl", "logit_mse"):
+        size *= max(1.0, logits)
     return {
         "student_query": size * scale * _largest(key),
         "student_key": size * scale * _largest(query),

@@ -87,8 +87,8 @@ def teacher_faults(fault):
     """api.make_problem with a fault in the teacher's side."""
     honest = api.make_problem
 
-    def make_problem(*arguments):
-        problem = honest(*arguments)
+    def make_problem(*arguments, **named):
+        problem = honest(*arguments, **named)
         return replace(problem, **fault(problem))
 
     return api, "make_problem", make_problem
@@ -129,7 +129,7 @@ FAULTS = {
             else {"student": replace(p.student, mask=p.student.mask * p.temperature)}
         )
     ),
-    "row weights ignored": lambda: (api, "_check_weight", lambda weight, problem: None),
+    "row weights ignored": lambda: (api, "check_weight", lambda weight, problem: None),
     "mean merging for max": lambda: teacher_faults(lambda p: {"merge": "mean"} if p.merge == "max" else {}),
 }
 
