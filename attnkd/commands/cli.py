@@ -1,13 +1,18 @@
-"""The `attnkd` command."""
+"""The `attnkd` command: finds the command that was asked for, and turns what goes wrong into a sentence and a status."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
-from attnkd import __version__
+from attnkd import __version__, files
 
 COMMANDS = {
     # name: (module with add_arguments(parser) and run(args) -> int, one-line help)
@@ -21,16 +26,57 @@ COMMANDS = {
         "the implementations against a float64 oracle, the methods against the textbook, on this machine",
     ),
     "select": (
-        "attnkd.methods.selection",
-        "list the images of a folder that are worth distilling a teacher on (Attention Probe)",
+        "attnkd.commands.select",
+        "list the images of a folder on which a teacher should be distilled (Attention Probe)",
     ),
     "demo": ("attnkd.demo", "distil a small ViT on real handwritten digits and compare with and without attention"),
 }
 
+BAD_REQUEST = (ValueError, TypeError, NotImplementedError, ImportError)
+"""What the product raises for arguments that cannot be honoured: exit status 2. Everything else it raises is 1."""
+COULD_NOT_FINISH = (OSError, RuntimeError, MemoryError)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: everything is left as after Ctrl-C."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `attnkd <command>`; returns the exit status (130 after Ctrl-C)."""
+    """Run `attnkd <command>`.
+
+    Returns:
+        The exit status: 0 done; 1 could not finish (or a check failed); 2 a request that cannot be honoured; 130 after
+        Ctrl-C, 143 after SIGTERM, 141 when nobody reads the output any more.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
+    name, args = "", argparse.Namespace()
+    try:
+        with _terminable():
+            args = _parse(argv)
+            name = args.command
+            status = importlib.import_module(COMMANDS[name][0]).run(args)
+            with files.named("standard output"):
+                sys.stdout.flush()
+            return status
+    except KeyboardInterrupt as interrupt:
+        terminated = isinstance(interrupt, Terminated)
+        print(
+            f"\n{'terminated' if terminated else 'interrupted'}; run the same command again to continue",
+            file=sys.stderr,
+        )
+        return 143 if terminated else 130
+    except BrokenPipeError:
+        _drop_output()
+        return 141
+    except (*BAD_REQUEST, *COULD_NOT_FINISH) as error:
+        print(f"attnkd {name}: {_sentence(error, args)}", file=sys.stderr)
+        if isinstance(error, OSError) and error.filename in (None, "standard output"):
+            _drop_output()
+        # An UnsupportedOperation of io, a fault of a file, is a ValueError too.
+        return 2 if isinstance(error, BAD_REQUEST) and not isinstance(error, OSError) else 1
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="attnkd",
         description="Fused attention distillation for Vision Transformers.",
@@ -43,12 +89,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Only the command that was asked for is imported: `attnkd --help` should be instant.
         if name in argv[:1]:
             importlib.import_module(module).add_arguments(command)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def _sentence(error: BaseException, args: argparse.Namespace) -> str:
+    """What went wrong. A message that begins with the name of an argument begins with that of its option instead."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = str(error).strip() or type(error).__name__
+    names, colon, rest = text.partition(": ")
+    if colon and all(word in vars(args) for word in names.split(", ")):
+        return ", ".join(f"--{word.replace('_', '-')}" for word in names.split(", ")) + ": " + rest
+    return text
+
+
+def _drop_output() -> None:
+    """Where standard output cannot be written: Python writes what is left of it once more at its end."""
     try:
-        return importlib.import_module(COMMANDS[args.command][0]).run(args)
-    except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to continue", file=sys.stderr)
-        return 130
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        return  # it is not a file, or closed
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the block by an exception, so that files are closed and temporary ones removed."""
+
+    def stop(*_: Any) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

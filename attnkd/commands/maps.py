@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from attnkd import files
 from attnkd.attention.problem import MERGES
 from attnkd.capture.class_maps import ClassMaps, class_kl, class_maps, upsample
 from attnkd.capture.models import input_stats
+from attnkd.commands.models import image_config, image_transform, load_model, load_saved
+from attnkd.commands.options import choose_device, require
+from attnkd.methods.image_stream import open_image
 from attnkd.methods.task import check_pair
 
 if TYPE_CHECKING:
@@ -27,11 +29,17 @@ EXTRA = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "safetensors": "
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Draws the class token's attention over each image: teacher and student, every head, the heads merged, and the "
-        "attention rollout through all blocks; prints KL(teacher || student). Without arguments: the models of the "
-        "newest `attnkd demo` on handwritten digits."
+        "attention rollout through all blocks; prints KL(teacher || student). Without arguments: models and images of the "
+        "newest `attnkd demo`."
     )
     option = parser.add_argument
-    option("images", nargs="*", type=Path, metavar="IMAGE", help="image files; none: scikit-learn's two photographs")
+    option(
+        "files",
+        nargs="*",
+        type=Path,
+        metavar="IMAGE",
+        help="image files; none: those of --run for its models, scikit-learn's two photographs for others",
+    )
     for name in ("teacher", "student"):
         option(
             f"--{name}",
@@ -42,38 +50,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name}-checkpoint",
             type=Path,
             metavar="FILE",
-            help=f"weights for the --{name} named, as timm reads them",
+            help=f"weights for the --{name} named, as timm reads them; its classifier may differ or be missing",
         )
     option("--run", type=Path, default=Path("runs/demo"), metavar="DIR", help="a demo's results (default: runs/demo)")
-    option("--digits", type=int, default=4, metavar="N", help="how many digits, for one-channel models (default: 4)")
     option("--block", type=int, default=-1, help="the student's block (default: the last)")
     option("--teacher-block", type=int, default=-1, help="the teacher's block (default: the last)")
     option("--merge", choices=MERGES[1:], default="mean", help="how heads are merged (default: mean)")
     option("--no-rollout", action="store_true", help="leave the attention rollout out")
-    option("--output", type=Path, default=Path("attention_maps.png"), metavar="PNG", help="default: attention_maps.png")
-    option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="a PyTorch device")
+    option(
+        "--output", type=Path, default=Path("attention_maps.png"), metavar="FILE", help="default: attention_maps.png"
+    )
+    option("--device", metavar="NAME", help="a PyTorch device (default: cuda if there is one, else cpu)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw the figure; returns the exit status, 2 for arguments that cannot be honoured."""
-    missing = [package for module, package in EXTRA.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        print(f'attnkd maps: needs {", ".join(missing)}: pip install "attnkd[demo]"', file=sys.stderr)
-        return 2
-    try:
-        teacher = load_model(args.teacher, args.teacher_checkpoint, args.run, "teacher").to(args.device)
-        student = load_model(args.student, args.student_checkpoint, args.run, "student").to(args.device)
-        check_pair(student, "teacher", teacher)
-        names, pictures, inputs = load_pictures(args.images, args.digits, teacher, student)
-        shown = {
-            role: class_maps(model, images.to(args.device), block, args.merge, not args.no_rollout)
-            for role, model, images, block in zip(
-                ("teacher", "student"), (teacher, student), inputs, (args.teacher_block, args.block), strict=True
-            )
-        }
-    except (OSError, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        print(f"attnkd maps: {error}", file=sys.stderr)
-        return 2
+    """Draw the figure; returns the exit status. What is wrong is raised, see :func:`attnkd.commands.cli.main`."""
+    require(EXTRA)
+    device = choose_device(args.device)
+    files.make_folder("output", args.output.parent)
+    files.check_writable("output", args.output)
+    _check_format(args.output)
+    teacher = find_model("teacher", args.teacher, args.teacher_checkpoint, args.run).to(device)
+    student = find_model("student", args.student, args.student_checkpoint, args.run).to(device)
+    check_pair(student, "teacher", teacher)
+    own = sorted((args.run / "images").glob("*.png")) if args.teacher is None else []
+    names, pictures, inputs = load_pictures(args.files or own, teacher, student)
+    shown = {
+        role: class_maps(model, images.to(device), block, args.merge, not args.no_rollout)
+        for role, model, images, block in zip(
+            ("teacher", "student"), (teacher, student), inputs, (args.teacher_block, args.block), strict=True
+        )
+    }
     per_head, merged = class_kl(shown["student"], shown["teacher"], args.merge)
     print("KL(teacher || student) of the class token's attention, nats")
     for index, name in enumerate(names):
@@ -81,8 +88,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {name}:  {args.merge} of heads {merged[index].item():.3f}{heads}")
     if per_head is None:
         print(f"  heads: not compared one by one, teacher and student have {_heads(shown)}")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    draw(names, pictures, shown, per_head, merged, args.merge).savefig(args.output)
+    files.write_figure(args.output, draw(names, pictures, shown, per_head, merged, args.merge))
     print(f"wrote {args.output}")
     return 0
 
@@ -148,69 +154,61 @@ def draw(
     return figure
 
 
-def load_model(name: str | None, checkpoint: Path | None, run: Path, role: str) -> nn.Module:
-    """A timm model by name, pretrained or from a checkpoint; or one that `attnkd demo` saved.
+def find_model(role: str, name: str | None, checkpoint: Path | None, run: Path) -> nn.Module:
+    """The model asked for, see :func:`attnkd.commands.models.load_model`; without a name the newest in a run's results.
 
     Raises:
-        ValueError: neither a timm model nor a saved one; nothing found in ``run``.
+        ValueError: nothing found in ``run``, or nothing that can be loaded.
     """
-    import timm
-
-    from attnkd.demo import models
-
-    if name is None:
-        if checkpoint is not None:
-            raise ValueError(f"--{role}-checkpoint: needs the model it belongs to, --{role} NAME")
-        pattern = "teacher-*" if role == "teacher" else "student-pa_ag-*"
-        found = sorted(run.glob(f"{pattern}/model.safetensors"), key=lambda path: path.stat().st_mtime)
-        if not found:
-            raise ValueError(f"--{role}: no {role} in {run}; run `attnkd demo` first, or name a timm model")
-        return models.load(found[-1]).eval()
-    if Path(name).with_suffix(".json").exists() and Path(name).exists():
-        return models.load(Path(name)).eval()
-    if not timm.is_model(name):
-        raise ValueError(f"--{role}: {name!r} is neither a timm model nor a model.safetensors with its .json beside it")
-    if checkpoint is None:
-        return timm.create_model(name, pretrained=True).eval()
-    return timm.create_model(name, checkpoint_path=str(checkpoint)).eval()
+    if name is not None:
+        return load_model(role, name, checkpoint)
+    if checkpoint is not None:
+        raise ValueError(f"{role}_checkpoint: needs the model it belongs to, --{role} NAME")
+    pattern = "teacher-*" if role == "teacher" else "student-pa_ag-*"
+    found = sorted(run.glob(f"{pattern}/model.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ValueError(f"{role}: no {role} in {run}; run `attnkd demo` first, or name a timm model")
+    return load_saved(found[-1])
 
 
 def load_pictures(
-    files: Sequence[Path], digits: int, teacher: nn.Module, student: nn.Module
+    images: Sequence[Path], teacher: nn.Module, student: nn.Module
 ) -> tuple[list[str], Tensor, list[Tensor]]:
     """Names; images [B, C, H, W] with values 0 to 1; and the same as teacher and as student want them.
 
-    Three channels: the files, or scikit-learn's two photographs, resized and cropped as timm evaluates the teacher. One
-    channel: test digits of the demo.
+    The files, or scikit-learn's two photographs, resized and cropped as timm evaluates the teacher; grey for models of
+    one channel.
 
     Raises:
-        ValueError: models for different numbers of channels; image files for one-channel models.
-        OSError: a file that is no image.
+        ValueError: models for different numbers of channels; a file that is no image; no files for models of one channel.
     """
     channels = [model.patch_embed.proj.in_channels for model in (teacher, student)]  # type: ignore[union-attr]
     if channels[0] != channels[1] or channels[0] not in (1, 3):
         raise ValueError(
             f"teacher, student: expected both for 1 or both for 3 channels, got {channels[0]} and {channels[1]}"
         )
-    if channels[0] == 1:
-        if files:
-            raise ValueError("images: these models take one channel; they are shown on handwritten digits")
-        return _digits(digits)
-    from timm.data import create_transform, resolve_model_data_config
-
-    config = resolve_model_data_config(teacher)
-    config.update(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    transform: Any = create_transform(**config)
-    named = _photographs() if not files else [(file.name, Image.open(file).convert("RGB")) for file in files]
+    if channels[0] == 1 and not images:
+        raise ValueError("teacher, student: these models take grey images, and photographs are not; name image files")
+    config = image_config(teacher)
+    transform = image_transform({**config, "mean": (0.0,) * channels[0], "std": (1.0,) * channels[0]})
+    named = [(file.name, _open(file, "L" if channels[0] == 1 else "RGB")) for file in images] or _photographs()
     pictures = torch.stack([transform(image) for _, image in named])
     inputs = []
-    for model in (teacher, student):
+    for role, model in (("teacher", teacher), ("student", student)):
         stats = input_stats(model)
         if stats is None:
-            raise ValueError(f"model: {type(model).__name__} does not say its images' mean and std (pretrained_cfg)")
+            raise ValueError(f"{role}: {type(model).__name__} does not say its images' mean and std (pretrained_cfg)")
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in stats)
         inputs.append((pictures - mean) / std)
-    return [name for name, _ in named], pictures, inputs
+    return [Path(name).stem if channels[0] == 1 else name for name, _ in named], pictures, inputs
+
+
+def _open(path: Path, mode: str) -> Image.Image:
+    try:
+        return open_image(path, mode)
+    except Exception as error:  # whatever Pillow's decoders meet in a broken file
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ValueError(f"{path}: cannot be read as an image ({reason})") from None
 
 
 def _photographs() -> list[tuple[str, Image.Image]]:
@@ -223,17 +221,12 @@ def _photographs() -> list[tuple[str, Image.Image]]:
     ]
 
 
-def _digits(count: int) -> tuple[list[str], Tensor, list[Tensor]]:
-    from attnkd.demo.data import load_digits
-    from attnkd.demo.experiment import Config
+def _check_format(path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    if not 1 <= count <= 10:
-        raise ValueError(f"--digits: expected 1 to 10, got {count}")
-    digits = load_digits(Config.train_size, Config.test_size)
-    labels = digits.test_labels.tolist()
-    images = digits.test_images[[labels.index(digit) for digit in range(count)]]
-    pictures = (images - digits.background) / (digits.test_images.max() - digits.background)
-    return [f"digit {digit}" for digit in range(count)], pictures, [images, images]
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in known:
+        raise ValueError(f"output: expected a suffix among {', '.join(sorted(known))}, got {path}")
 
 
 def _heads(shown: dict[str, ClassMaps]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import random
 import sys
@@ -16,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from attnkd import files
 from attnkd.attention import dispatch
 from attnkd.attention.api import attention_divergence, attention_rows
 from attnkd.attention.chunked.sweep import logits_in_a_block
 from attnkd.attention.merging import merge_attention
 from attnkd.attention.resample import resample_attention
 from attnkd.commands.info import devices, versions
+from attnkd.commands.options import choose_device
 from attnkd.relation.api import relation_row_loss
 from attnkd.testing import cases, generate
 from attnkd.testing.cases import Case
@@ -84,10 +85,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.minutes is not None and args.minutes <= 0:
-        raise SystemExit(f"attnkd validate: --minutes: expected a number above 0, got {args.minutes:g}")
+    if args.minutes is not None and not args.minutes > 0:
+        raise ValueError(f"minutes: expected a number above 0, got {args.minutes:g}")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that measures memory reports every start and stop
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(args.device)
+    if args.json:
+        files.check_writable("json", args.json)
     interpreted = args.impl == "triton" and device.type != "cuda"
     if interpreted and not dispatch.interpreting():
         return _again_in_the_interpreter()
@@ -197,14 +200,11 @@ def _group(text: str) -> tuple[str, str, str]:
 
 def _selection(args: argparse.Namespace, small: bool) -> Iterable[Case | MethodCase]:
     if args.case is not None:
-        try:
-            if args.case.startswith("method="):
-                from attnkd.testing.method_cases import parse_method
+        if args.case.startswith("method="):
+            from attnkd.testing.method_cases import parse_method
 
-                return [parse_method(args.case)]
-            return [cases.parse(args.case)]
-        except ValueError as error:
-            raise SystemExit(f"attnkd validate: --{error}") from None
+            return [parse_method(args.case)]
+        return [cases.parse(args.case)]
     drawn = _random(random.Random(args.seed), args.impl, small, args.methods)
     if args.minutes is not None:
         return _until(time.monotonic() + 60 * args.minutes, drawn)
@@ -307,8 +307,8 @@ def _command(args: argparse.Namespace, case: Case | MethodCase) -> str:
 def _again_in_the_interpreter() -> int:
     """Triton's interpreter must be chosen before the kernels are imported, so start over with it."""
     if not dispatch.TRITON_INSTALLED:
-        raise SystemExit(
-            "attnkd validate: triton is not installed; `--impl chunked` validates the plain PyTorch implementation"
+        raise ModuleNotFoundError(
+            "triton is not installed; `--impl chunked` validates the plain PyTorch implementation"
         )
     os.environ |= {"TRITON_INTERPRET": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     sys.stdout.flush()
@@ -322,7 +322,4 @@ def _write_json(path: str, outcomes: list[Outcome], device: torch.device) -> Non
         "name": torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter",
         "outcomes": [asdict(o) | {"ok": o.ok} for o in outcomes],
     }
-    partial = f"{path}.partial"
-    with open(partial, "w") as file:
-        json.dump(report, file, indent=1)
-    os.replace(partial, path)
+    files.write_json(path, report)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
-from collections.abc import Sequence
 from pathlib import Path
+
+from attnkd.commands.options import require
 
 EXTRA = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich", "safetensors": "safetensors"}
 QUICK = {"epochs": 2, "teacher_epochs": 2, "seeds": 2, "train_size": 320, "test_size": 200}
@@ -48,23 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; returns the exit status. Ctrl-C passes through as KeyboardInterrupt: finished epochs are kept."""
-    missing = [package for module, package in EXTRA.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        print(f'attnkd demo: needs {", ".join(missing)}: pip install "attnkd[demo]"', file=sys.stderr)
-        return 2
+    require(EXTRA)
     from attnkd.demo import command  # needs the extra
 
     return command.run(args)
-
-
-def main(argv: Sequence[str] | argparse.Namespace | None = None) -> int:
-    """`attnkd demo` as a function: command-line arguments or parsed ones → exit status (130 after Ctrl-C)."""
-    if not isinstance(argv, argparse.Namespace):
-        parser = argparse.ArgumentParser(prog="attnkd demo")
-        add_arguments(parser)
-        argv = parser.parse_args(argv)
-    try:
-        return run(argv)
-    except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to continue", file=sys.stderr)
-        return 130

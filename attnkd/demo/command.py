@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import platform
 import sys
 import time
@@ -20,12 +18,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 from torch import Tensor
 
+from attnkd import files
 from attnkd.commands.info import versions
-from attnkd.demo import QUICK, comparison, comparison_report, figures, models, report
+from attnkd.commands.options import choose_device
+from attnkd.demo import QUICK, comparison, comparison_report, figures, models, report, wild
 from attnkd.demo.comparison import AllMethods, ComparisonConfig
 from attnkd.demo.experiment import ARMS, Config, Experiment
 from attnkd.demo.stages import Trained
-from attnkd.demo.training import Record, TrainingError
+from attnkd.demo.training import Record
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,34 +34,30 @@ def run(args: argparse.Namespace) -> int:
     kind: Any = ComparisonConfig if args.all else Config
     quick: dict[str, Any] = comparison.QUICK if args.all else QUICK
     work: Any = compare if args.all else demonstrate
-    try:
-        config = kind(**{**(quick if args.quick else {}), **given})
-        device = choose_device(args.device)
-    except ValueError as error:
-        print(f"attnkd demo: {error}", file=sys.stderr)
-        return 2
-    directory = args.output_dir or Path("runs") / f"demo{'-all' * args.all}{'-quick' * args.quick}"
+    config = kind(**{**(quick if args.quick else {}), **given})
+    device = choose_device(args.device)
+    directory = files.make_folder(
+        "output_dir", args.output_dir or Path("runs") / f"demo{'-all' * args.all}{'-quick' * args.quick}"
+    )
     # A pipe or a log file has no width of its own; 80 columns would fold the table.
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 150)
     wall, cpu = time.perf_counter(), time.process_time()
     console.print(f"attnkd demo on {device_name(device)}, results in {directory}", markup=False)
-    try:
+    with files.locked(directory / "lock"):
         stages, summary = work(config, directory, device, console)
-    except TrainingError as error:
-        print(f"attnkd demo: {error}", file=sys.stderr)
-        return 1
-    seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "training": training_time(stages)}
-    write_json(
-        directory / "summary.json",
-        {
-            **summary,
+        seconds = {
+            "wall": time.perf_counter() - wall,
+            "cpu": time.process_time() - cpu,
+            "training": training_time(stages),
+        }
+        summary |= {
             "config": asdict(config),
             "device": device_name(device),
             "threads": torch.get_num_threads(),
             "seconds": seconds,
             "versions": versions(),
-        },
-    )
+        }
+        files.write_json(directory / "summary.json", summary)
     console.print(
         f"{seconds['wall']:.0f} s ({seconds['cpu']:.0f} s of CPU time); all training: {seconds['training']:.0f} s"
     )
@@ -85,9 +81,10 @@ def demonstrate(
     for sentence in summary["verdict"]:
         console.print(sentence)
     checkpoints = prove_checkpoints(outcome.stages(), outcome.digits.test_images, directory, console)
+    wild.save_pictures(directory / "images", outcome.digits)
     figures.draw_curves(outcome, directory / "curves.png")
     figures.draw_attention(outcome, directory / "attention.png")
-    write_json(directory / "curves.json", report.curves(outcome))
+    files.write_json(directory / "curves.json", report.curves(outcome))
     console.print(f"summary.json, curves.json, curves.png and attention.png are in {directory}")
     return outcome.stages(), {**summary, "checkpoints": checkpoints}
 
@@ -109,8 +106,9 @@ def compare(
     for compared in summary["comparisons"]:
         console.print(compared["verdict"])
     checkpoints = prove_checkpoints(outcome.stages(), methods.lab.digits.test_images, directory, console)
+    wild.save_pictures(directory / "images", methods.lab.digits)
     figures.draw_comparison(summary, directory / "methods.png")
-    (directory / "methods.md").write_text(comparison_report.markdown(summary), encoding="utf-8")
+    files.write_text(directory / "methods.md", comparison_report.markdown(summary))
     console.print(f"summary.json, methods.md (the table) and methods.png are in {directory}")
     return outcome.stages(), {**summary, "checkpoints": checkpoints}
 
@@ -161,28 +159,9 @@ def training_time(stages: list[Trained]) -> float:
     return sum(record["seconds"] for stage in stages for record in stage.history)
 
 
-def choose_device(name: str | None) -> torch.device:
-    """Raises: ValueError: PyTorch cannot use a device of that name here."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device: expected a device PyTorch can use here, got {name!r} ({reason})") from None
-    return device
-
-
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     if device.type == "cpu":
         return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
     return str(device)
-
-
-def write_json(path: Path, content: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

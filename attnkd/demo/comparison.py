@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,10 +19,11 @@ from attnkd.demo.data import RandomAffine
 from attnkd.demo.evaluate import features, linear_probe
 from attnkd.demo.experiment import Config, Experiment
 from attnkd.demo.stages import Listener, Trained
-from attnkd.demo.training import Recipe, Record, TrainingError
+from attnkd.demo.training import Recipe, Record
 from attnkd.methods.attention_probe import AttentionProbe
 from attnkd.methods.head_importance import HeadImportance, head_importance
 from attnkd.methods.head_kd import HeadKD
+from attnkd.methods.selection import select_images
 from attnkd.methods.ssta import SSTA
 
 CLASSIFIER = {**models.STUDENT, "num_classes": 10}
@@ -240,24 +239,24 @@ class AllMethods:
         config, digits = self.config, self.lab.digits.to(torch.device("cpu"))
         folder = self.directory / f"wild-{self.coarse.sha256[:10]}-seed{seed}"
         wild.make_wild_folder(folder / "images", digits, self.spare[0].cpu(), config.wild_photos, seed)
-        arguments = wild.select_arguments(
-            folder / "images",
-            self.coarse.checkpoint,
-            models.COARSE_TEACHER,
-            digits,
-            config.wild_digits,
-            folder / "selected.txt",
-        )
-        everything = sorted(str(path.relative_to(folder / "images")) for path in folder.rglob("*.png"))
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
-            try:
-                names = {
-                    "random": random.Random(seed).sample(everything, config.wild_digits),
-                    "output": wild.select([*arguments, "--restart", "--attn-weight", "0"]),
-                    "probe": wild.select(arguments),
-                }
-            except RuntimeError:
-                raise TrainingError(said.getvalue().strip().splitlines()[-1]) from None
+        everything = sorted(str(path.relative_to(folder / "images")) for path in (folder / "images").rglob("*.png"))
+
+        def chosen(**options: Any) -> list[str]:
+            where = {"data": folder / "images", "out": folder / "selected.txt", "device": self.device}
+            return select_images(
+                self.coarse.model,
+                num_select=config.wild_digits,
+                transform=wild.transform(digits),
+                **where,
+                **options,
+                progress=False,
+            ).names()
+
+        names = {
+            "random": random.Random(seed).sample(everything, config.wild_digits),
+            "output": chosen(restart=True, attn_weight=0.0),
+            "probe": chosen(),
+        }
         return {arm: (listed, wild.load_images(folder / "images", listed, digits)) for arm, listed in names.items()}
 
     def train_in_the_wild(self, arm: str, seed: int, names: Sequence[str], images: Tensor) -> Trained:

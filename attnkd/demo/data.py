@@ -26,6 +26,8 @@ class Digits(NamedTuple):
     """The images that are in neither part: there to choose heads or images with."""
     spare_labels: Tensor
     background: float
+    stats: tuple[float, float]
+    """Mean and standard deviation of the training images' pixels, which are 0 to 1 before normalisation."""
 
     def to(self, device: torch.device) -> Digits:
         return Digits._make(value.to(device) if isinstance(value, Tensor) else value for value in self)
@@ -56,7 +58,7 @@ def load_digits(train_size: int, test_size: int) -> Digits:
     mean, std = images[train].mean(), images[train].std()
     images = (images - mean) / std
     parts = [part[chosen] for chosen in (train, test, spare) for part in (images, labels)]
-    return Digits._make([*parts, float(-mean / std)])
+    return Digits._make([*parts, float(-mean / std), (float(mean), float(std))])
 
 
 class RandomAffine:

@@ -35,9 +35,11 @@ def knn_top1(
     The k training features nearest in cosine vote for their labels with weight exp(cosine / temperature).
 
     Args:
-        train_features: [n, D]. train_labels: [n]. test_features: [m, D]. test_labels: [m].
+        train_features: [n, D]. train_labels: [n]. test_features: [m, D]. test_labels: [m]. Features of any dtype are
+            compared in float32.
     """
-    similarity = F.normalize(test_features, dim=1) @ F.normalize(train_features, dim=1).T
+    test, train = (F.normalize(vectors.float(), dim=1) for vectors in (test_features, train_features))
+    similarity = test @ train.T
     nearest, index = similarity.topk(min(k, len(train_features)), dim=1)
     votes = torch.zeros(len(test_features), int(train_labels.max()) + 1, device=test_features.device)
     votes.scatter_add_(1, train_labels[index], (nearest / temperature).exp())

@@ -85,7 +85,7 @@ class Experiment:
             "device": device.type,
             "versions": {"attnkd": __version__, **packages},
         }
-        self.stages = Stages(directory, circumstances, listener)
+        self.stages = Stages(directory, circumstances, listener, self.digits.stats)
 
     def run(self) -> Outcome:
         teacher = self.train_teacher("teacher", models.TEACHER)

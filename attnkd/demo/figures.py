@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from attnkd import files
 from attnkd.demo.evaluate import attention_divergence_per_image, cls_attention
 from attnkd.demo.experiment import ARMS, Outcome
 from attnkd.demo.training import Record
@@ -53,7 +54,7 @@ def draw_curves(outcome: Outcome, path: Path) -> None:
     figure.legend(*panels[2].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     seeds = outcome.config.seeds
     figure.suptitle(f"line: mean, band: lowest to highest of {seeds} seeds" if seeds > 1 else "one seed")
-    figure.savefig(path)
+    files.write_figure(path, figure)
 
 
 def draw_attention(outcome: Outcome, path: Path) -> None:
@@ -101,7 +102,7 @@ def draw_attention(outcome: Outcome, path: Path) -> None:
     bar = figure.colorbar(image, ax=grid[1:, :], fraction=0.025, pad=0.01)
     bar.set_label("attention per student patch (square-root scale)")
     figure.suptitle("Attention of the class token over the patches, last block, heads merged (seed 1)")
-    figure.savefig(path)
+    files.write_figure(path, figure)
 
 
 def draw_comparison(summary: Mapping[str, Any], path: Path) -> None:
@@ -125,7 +126,7 @@ def draw_comparison(summary: Mapping[str, Any], path: Path) -> None:
     figure.suptitle(
         "Test images. Above: accuracy. Below: distance to the teachers' attention. Thin: a seed, thick: their mean"
     )
-    figure.savefig(path)
+    files.write_figure(path, figure)
 
 
 def _new_figure(size: tuple[float, float]) -> Figure:

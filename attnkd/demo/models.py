@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from attnkd import files
+from attnkd.commands.models import load_saved as load
 from attnkd.demo.data import IMAGE_SIZE
 from attnkd.demo.evaluate import features
 from attnkd.methods.pos_embed import sincos_pos_embed_
@@ -44,21 +44,17 @@ def describe(model: Any) -> dict[str, int]:
     }
 
 
-def save(model: nn.Module, args: dict[str, Any], path: Path) -> None:
-    """Write ``path`` (safetensors) and beside it, as .json, the ``timm.create_model`` arguments it belongs to."""
-    from safetensors.torch import save_file
+def save(model: nn.Module, args: dict[str, Any], path: Path, stats: tuple[float, float] | None = None) -> None:
+    """Write ``path`` (safetensors) and beside it, as .json, the ``timm.create_model`` arguments it belongs to.
 
+    stats: mean and standard deviation that images are normalised with; timm finds them in the model's pretrained_cfg.
+    """
+    from safetensors.torch import save as to_bytes
+
+    overlay = {} if stats is None else {"pretrained_cfg_overlay": {"mean": [stats[0]], "std": [stats[1]]}}
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(weights, temporary, metadata={"format": "pt"})
-    os.replace(temporary, path)
-    path.with_suffix(".json").write_text(json.dumps(args, indent=2) + "\n")
-
-
-def load(path: Path) -> nn.Module:
-    """The model that :func:`save` wrote, by timm alone."""
-    args = json.loads(path.with_suffix(".json").read_text())
-    return timm.create_model(**args, checkpoint_path=str(path))
+    files.write_json(path.with_suffix(".json"), {**args, **overlay})
+    files.write_bytes(path, to_bytes(weights, metadata={"format": "pt"}))
 
 
 def check_reload(model: nn.Module, path: Path, images: Tensor) -> None:

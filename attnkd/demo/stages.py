@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from attnkd import files
 from attnkd.demo import models
 from attnkd.demo.training import Recipe, Record, load_state, train
 
@@ -48,10 +49,13 @@ class Stages:
         directory: where the stages' directories are made.
         circumstances: what every result depends on besides a stage's own settings.
         listener: is told how it goes.
+        stats: mean and standard deviation that all images are normalised with.
     """
 
-    def __init__(self, directory: Path, circumstances: dict[str, Any], listener: Listener) -> None:
-        self.directory, self.circumstances, self.listener = directory, circumstances, listener
+    def __init__(
+        self, directory: Path, circumstances: dict[str, Any], listener: Listener, stats: tuple[float, float]
+    ) -> None:
+        self.directory, self.circumstances, self.listener, self.stats = directory, circumstances, listener, stats
 
     def train(
         self,
@@ -93,7 +97,7 @@ class Stages:
             evaluate=evaluate,
             on_epoch=self.listener.epoch,
         )
-        models.save(model, settings["model"], place.weights)
+        models.save(model, settings["model"], place.weights, self.stats)
         scores = score(history)
         self.listener.end(name, scores)
         return Trained(model, history, place.weights, scores)
@@ -120,8 +124,8 @@ class StageDirectory:
             return done, "finished before, reused" if done >= epochs else f"continued after epoch {done} of {epochs}"
         others = sorted(self.parent.glob(f"{self.name}-*/settings.json"), key=lambda path: path.stat().st_mtime)
         others = [path for path in others if path.parent != self.path]
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "settings.json").write_text(json.dumps(self.settings, indent=2, sort_keys=True) + "\n")
+        files.make_folder("output_dir", self.path)
+        files.write_json(self.path / "settings.json", self.settings)
         if not others:
             return 0, ""
         changed = "; ".join(_differences(json.loads(others[-1].read_text()), self.settings))

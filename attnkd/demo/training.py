@@ -9,8 +9,8 @@ that was killed and continued ends with the same bits as one that was not. (On a
 
 from __future__ import annotations
 
+import io
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +21,8 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
+
+from attnkd import files
 
 Record = dict[str, float]
 
@@ -189,12 +191,9 @@ def load_state(path: Path, fingerprint: str) -> dict[str, Any] | None:
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Replace ``path`` in one step: whoever reads it, even after a kill, finds the old state or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    content = io.BytesIO()
+    torch.save(state, content)
+    files.write_bytes(path, content.getbuffer())
 
 
 def _finite_parts(result: Mapping[str, Tensor], epoch: int, step: int) -> Record:

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import timm
 import torch
 from PIL import Image
 from torch import Tensor
 
+from attnkd import files
+from attnkd.commands.models import image_config, image_transform
+from attnkd.demo import models
 from attnkd.demo.data import IMAGE_SIZE, Digits
-from attnkd.methods import selection
 
 
 def digit_pixels(digits: Digits, images: Tensor) -> Tensor:
     """Normalised digits [n, 1, H, W] as grey levels uint8 [n, H, W]; an empty pixel is 0."""
     span = digits.train_images.max() - digits.background
     return ((images - digits.background) / span * 255).round().clamp(0, 255).byte()[:, 0]
+
+
+def save_pictures(folder: Path, digits: Digits) -> None:
+    """The first test image of every digit as PNG, for `attnkd maps` to look at."""
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = digits.test_labels.tolist()
+    first = digits.test_images[[labels.index(digit) for digit in range(10)]]
+    for digit, pixels in enumerate(digit_pixels(digits, first.cpu())):
+        content = io.BytesIO()
+        Image.fromarray(pixels.cpu().numpy()).save(content, "PNG")
+        files.write_bytes(folder / f"digit {digit}.png", content.getvalue())
 
 
 def make_wild_folder(folder: Path, digits: Digits, images: Tensor, num_photos: int, seed: int) -> None:
@@ -44,27 +57,10 @@ def make_wild_folder(folder: Path, digits: Digits, images: Tensor, num_photos: i
         square.save(folder / "photos" / f"{index}.png")
 
 
-def select_arguments(
-    wild: Path, teacher: Path, args: dict[str, Any], digits: Digits, num_select: int, out: Path
-) -> list[str]:
-    """The command line of `attnkd select` for a teacher that :func:`attnkd.demo.models.save` wrote."""
-    span = float(digits.train_images.max() - digits.background)
-    kwargs = [f"{name}={value}" for name, value in args.items() if name not in ("model_name", "num_classes")]
-    return [
-        "--data", str(wild), "--teacher", args["model_name"], "--checkpoint", str(teacher), "--num-classes", str(args["num_classes"]),
-        "--model-kwargs", *kwargs, "--mean", str(-digits.background / span), "--std", str(1 / span), "--crop-pct", "1",
-        "--num-select", str(num_select), "--out", str(out), "--workers", "0",
-    ]  # fmt: skip
-
-
-def select(arguments: Sequence[str]) -> list[str]:
-    """Run `attnkd select` and return the names it listed."""
-    parser = argparse.ArgumentParser()
-    selection.add_arguments(parser)
-    args = parser.parse_args(arguments)
-    if selection.run(args):
-        raise RuntimeError("attnkd select failed")
-    return args.out.read_text().splitlines()
+def transform(digits: Digits) -> Callable[[Image.Image], Tensor]:
+    """Grey image of the folder → [1, H, W], normalised like the digits."""
+    model = timm.create_model(**models.COARSE_TEACHER)
+    return image_transform(image_config(model, mean=digits.stats[:1], std=digits.stats[1:], crop_pct=1.0))
 
 
 def load_images(wild: Path, names: Sequence[str], digits: Digits) -> Tensor:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from attnkd import files
 from attnkd.capture.blocks import Blocks, attention_paths, plain_class
 from attnkd.methods.silence import block_path, silenced
 from attnkd.methods.whole_map import num_heads
@@ -67,10 +68,7 @@ class HeadImportance:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write JSON in one step: a reader finds the old file or the new one, whole."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        os.replace(temporary, path)
+        files.write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> HeadImportance:

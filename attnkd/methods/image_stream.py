@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import stat
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -13,8 +16,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from attnkd import files
+
 ENCODING: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": "\n"}
 """How file names are written: any name a file system can hold survives, except one with a line break."""
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What is opened, whatever a file is called. Pillow knows more, and starts other programs for some of them."""
+LONGEST = 200
+"""An image's long side over its short side, at most: resizing makes the short side as long as the model needs."""
 
 
 class Batch(NamedTuple):
@@ -26,10 +35,29 @@ class Batch(NamedTuple):
     images: Tensor | None
 
 
+def open_image(path: str | os.PathLike, mode: str) -> Image.Image:
+    """An image file, decoded and converted to Pillow's mode 'RGB' or 'L'.
+
+    Raises:
+        OSError: no ordinary file (a pipe would hang, a device would answer), or no image of :data:`FORMATS`.
+        ValueError: more pixels than Pillow's limit, or a very long and narrow image.
+        Exception: whatever Pillow's decoders meet in a broken file.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("not an ordinary file")
+    Image.init()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+            if max(image.size) > LONGEST * min(image.size):
+                raise ValueError(f"an image of {image.width}x{image.height} pixels is too long and narrow")
+            return image.convert(mode)
+
+
 def list_images(folder: Path, out: Path, on_found: Callable[[int], None] | None = None) -> tuple[int, int]:
     """Write the names of all image files under a folder to ``out``, one a line, relative to the folder.
 
-    Files count as images by the suffixes that Pillow opens. Links are followed, except back into a folder above them.
+    Files count as images by the suffixes of :data:`FORMATS`. Links are followed, except back into a folder above them.
 
     Args:
         on_found: is told the number of images found so far.
@@ -37,10 +65,9 @@ def list_images(folder: Path, out: Path, on_found: Callable[[int], None] | None 
     Returns:
         The number of images, and of image files left out because their name has a line break.
     """
-    suffixes = {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
+    suffixes = {suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS}
     found = skipped = 0
-    temporary = out.with_name(out.name + ".tmp")
-    with temporary.open("w", **ENCODING) as file:
+    with files.replacing(out, **ENCODING) as file:
         top = os.stat(folder)
         pending: list[tuple[str, frozenset]] = [("", frozenset([(top.st_dev, top.st_ino)]))]
         while pending:
@@ -48,8 +75,8 @@ def list_images(folder: Path, out: Path, on_found: Callable[[int], None] | None 
             with os.scandir(folder / prefix) as entries:
                 for entry in entries:
                     if entry.is_dir():
-                        stat = entry.stat()
-                        if (key := (stat.st_dev, stat.st_ino)) not in above:
+                        status = entry.stat()
+                        if (key := (status.st_dev, status.st_ino)) not in above:
                             pending.append((prefix + entry.name + "/", above | {key}))
                     elif os.path.splitext(entry.name)[1].lower() in suffixes:
                         if "\n" in prefix + entry.name or "\r" in prefix + entry.name:
@@ -59,7 +86,6 @@ def list_images(folder: Path, out: Path, on_found: Callable[[int], None] | None 
                         found += 1
                         if on_found is not None:
                             on_found(found)
-    os.replace(temporary, out)
     return found, skipped
 
 
@@ -102,9 +128,13 @@ class ListedImages(IterableDataset):
         errors, images = [], []
         for name in names:
             try:
-                with Image.open(self.folder / name) as image:
-                    images.append(self.transform(image.convert(self.mode)))
+                images.append(self.transform(open_image(self.folder / name, self.mode)))
                 errors.append("")
             except Exception as error:  # Pillow's decoders raise whatever they meet in a broken file
                 errors.append(" ".join(f"{type(error).__name__}: {error}".split()))
         return Batch(number, names, errors, torch.stack(images) if images else None)
+
+
+def leave_interrupts_to_the_main_process(worker: int) -> None:
+    """A worker's ``worker_init_fn``: Ctrl-C reaches it too, but the main process ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,7 +1,5 @@
 """`attnkd maps`: the numbers behind the figure, and the command on digits, photographs and image files."""
 
-import argparse
-
 import pytest
 import timm
 import torch
@@ -11,7 +9,8 @@ from torch.nn import functional as F
 from attnkd.capture.class_maps import attention_rollout, class_kl, class_maps, upsample
 from attnkd.capture.models import token_layout
 from attnkd.capture.tap import AttentionTap
-from attnkd.commands import maps
+from attnkd.commands import cli, maps
+from attnkd.commands.models import load_saved
 from attnkd.demo import models
 
 
@@ -88,9 +87,7 @@ def test_upsampling_keeps_constants_and_order():
 
 
 def command(*words):
-    parser = argparse.ArgumentParser()
-    maps.add_arguments(parser)
-    return maps.run(parser.parse_args([str(word) for word in words]))
+    return cli.main(["maps", *map(str, words)])
 
 
 def picture_of(path):
@@ -99,16 +96,25 @@ def picture_of(path):
         return image.size, len(image.convert("RGB").resize((64, 64)).getcolors(64 * 64))
 
 
-def test_newest_demo_on_digits(tmp_path, capsys):
+@pytest.fixture
+def results(tmp_path):
+    """A demo's results: models beside their arguments, and pictures to look at."""
     for name, args in (
         ("teacher-old", models.STUDENT),
         ("teacher-new", models.TEACHER),
         ("student-pa_ag-1", models.STUDENT),
     ):
         (tmp_path / name).mkdir()
-        models.save(models.create(args, 0), args, tmp_path / name / "model.safetensors")
-    output = tmp_path / "figures" / "maps.png"
-    assert command("--run", tmp_path, "--output", output, "--digits", 2, "--merge", "logsum") == 0
+        models.save(models.create(args, 0), args, tmp_path / name / "model.safetensors", stats=(0.25, 0.5))
+    (tmp_path / "images").mkdir()
+    for name in ("digit 0", "digit 1"):
+        Image.radial_gradient("L").resize((16, 16)).save(tmp_path / "images" / f"{name}.png")
+    return tmp_path
+
+
+def test_newest_demo_on_its_pictures(results, capsys):
+    output = results / "figures" / "maps.png"
+    assert command("--run", results, "--output", output, "--merge", "logsum") == 0
     printed = capsys.readouterr().out
     assert (
         "digit 0:  logsum of heads " in printed
@@ -119,6 +125,14 @@ def test_newest_demo_on_digits(tmp_path, capsys):
     assert size[0] > 600 and size[1] > 500 and colours > 100
 
 
+def test_grey_images_are_normalised_as_the_saved_model_says(results):
+    model = load_saved(results / "teacher-new" / "model.safetensors")
+    _, pictures, (teacher, student) = maps.load_pictures([results / "images" / "digit 0.png"], model, model)
+    assert pictures.shape == (1, 1, 16, 16) and 0 <= pictures.min() < pictures.max() <= 1
+    torch.testing.assert_close(teacher, (pictures - 0.25) / 0.5)
+    assert torch.equal(teacher, student)
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
@@ -126,7 +140,8 @@ def checkpoints(tmp_path_factory):
     for seed in range(2):
         torch.manual_seed(seed)
         files.append(folder / f"{seed}.pth")
-        torch.save(timm.create_model("test_vit").state_dict(), files[-1])
+        model = timm.create_model("test_vit", num_classes=1000 if seed == 0 else 0)  # AttnDistill's students have none
+        torch.save(model.state_dict(), files[-1])
     options = ["--teacher", "test_vit", "--teacher-checkpoint", files[0], "--student", "test_vit"]
     return [*options, "--student-checkpoint", files[1]]
 
@@ -149,17 +164,24 @@ def test_photographs_by_default_and_own_files(checkpoints, tmp_path, capsys):
         (["--run", "nowhere"], "--teacher: no teacher in nowhere; run `attnkd demo` first, or name a timm model"),
         (["--teacher", "vit_of_mine"], "--teacher: 'vit_of_mine' is neither a timm model nor a model.safetensors"),
         (["--teacher-checkpoint", "x.pth"], "--teacher-checkpoint: needs the model it belongs to"),
+        (["--output", "nowhere.txt"], "--output: expected a suffix among"),
+        (["--device", "abacus"], "--device: expected a device PyTorch can use here"),
     ],
 )
 def test_refusals(words, message, capsys, tmp_path):
-    assert command(*words, "--output", tmp_path / "maps.png") == 2
+    assert command("--output", tmp_path / "maps.png", *words) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "maps.png").exists()
 
 
 def test_refusals_with_models(checkpoints, capsys, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     assert command(tmp_path / "text.png", *checkpoints) == 2
-    assert "text.png" in capsys.readouterr().err
+    assert "text.png: cannot be read as an image" in capsys.readouterr().err
+    assert command(tmp_path / "none.png", *checkpoints) == 2
+    assert "none.png: cannot be read as an image (No such file or directory)" in capsys.readouterr().err
+    (tmp_path / "folder.png").mkdir()
+    assert command(*checkpoints, "--output", tmp_path / "folder.png") == 2
+    assert "--output: cannot write" in capsys.readouterr().err
     assert command(*checkpoints, "--block", 99) == 2
     assert "blocks: expected" in capsys.readouterr().err
     with pytest.raises(ValueError, match="has no class token whose attention could be shown"):

@@ -17,7 +17,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from attnkd import demo
+from attnkd.commands import cli
 from attnkd.demo import comparison, comparison_report, models
 from attnkd.demo.contrastive import SimCLR
 from attnkd.demo.data import RandomAffine, load_digits
@@ -35,7 +35,7 @@ class Run(NamedTuple):
 
 def run_all(directory: Path) -> Run:
     with contextlib.redirect_stdout(io.StringIO()) as text:
-        status = demo.main(["--all", "--quick", "--device", "cpu", "--output-dir", str(directory)])
+        status = cli.main(["demo", "--all", "--quick", "--device", "cpu", "--output-dir", str(directory)])
     assert status == 0, text.getvalue()
     return Run(directory, text.getvalue(), json.loads((directory / "summary.json").read_text(encoding="utf-8")))
 

@@ -6,9 +6,6 @@ import io
 import json
 import math
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +18,8 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from attnkd import demo
 from attnkd.attention.resample import MODES
+from attnkd.commands import cli
 from attnkd.demo import evaluate, models, report
 from attnkd.demo.data import RandomAffine, load_digits
 from attnkd.demo.training import Recipe, TrainingError, train
@@ -40,7 +37,7 @@ class Run(NamedTuple):
 
 def run_demo(directory: Path, *options: str) -> Run:
     with contextlib.redirect_stdout(io.StringIO()) as text:
-        status = demo.main(["--quick", "--device", "cpu", "--output-dir", str(directory), *options])
+        status = cli.main(["demo", "--quick", "--device", "cpu", "--output-dir", str(directory), *options])
     assert status == 0, text.getvalue()
     load = [json.loads((directory / name).read_text(encoding="utf-8")) for name in ("summary.json", "curves.json")]
     return Run(directory, text.getvalue(), *load)
@@ -145,44 +142,6 @@ def test_a_second_run_reuses_what_has_not_changed_and_says_so(quick: Run, tmp_pa
     assert {path: path.stat().st_mtime_ns for path in states} == states
 
 
-KILLED_WHILE_SAVING = """
-import os, signal, sys, torch
-torch.set_num_threads(int(sys.argv[1]))
-from attnkd import demo
-from attnkd.demo import training
-replace, count = os.replace, 0
-def replace_or_die(source, target):
-    global count
-    count += str(target).endswith("state.pt")
-    if count == 4:  # the teacher's two epochs, one of the first student: dies with the second one written but not in place
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-training.os.replace = replace_or_die
-demo.main(sys.argv[2:])
-"""
-
-
-def test_kill_9_while_a_state_is_written_then_the_same_command_ends_with_the_same_bits(
-    quick: Run, tmp_path: Path
-) -> None:
-    options = ["--quick", "--device", "cpu", "--seeds", "1", "--output-dir", str(tmp_path)]
-    threads = str(torch.get_num_threads())
-    path = [str(Path(demo.__file__).parents[2]), str(Path(demo.__file__).parents[2] / "kernels")]
-    code = f"import sys; sys.path[:0] = {path!r}\n" + KILLED_WHILE_SAVING
-    killed = subprocess.run([sys.executable, "-c", code, threads, *options], capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    unfinished = stage(tmp_path, "student-pa-seed1")
-    assert (unfinished / "state.pt.tmp").exists()
-    assert not (unfinished / "model.safetensors").exists()
-
-    run = run_demo(tmp_path, "--seeds", "1")
-    assert "student-pa-seed1: continued after epoch 1 of 2" in run.text
-    for name in ("teacher", "student-pa-seed1", "student-pa_ag-seed1"):
-        mine, whole = stage(tmp_path, name), stage(quick.directory, name)
-        assert mine.name == whole.name
-        assert (mine / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-
-
 class Interrupts(nn.Module):
     """A small real classifier with dropout that is interrupted, as by Ctrl-C, in its n-th step."""
 
@@ -239,15 +198,16 @@ def _flatten(optimizer: dict) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--seeds", "0"], "seeds: expected an integer >= 1, got 0"),
-        (["--epochs", "0"], "epochs: expected an integer >= 1, got 0"),
-        (["--attn-weight", "0"], "attn_weight: expected a finite number > 0, got 0.0"),
-        (["--temperature", "nan"], "temperature: expected a finite number > 0, got nan"),
+        (["--seeds", "0"], "--seeds: expected an integer >= 1, got 0"),
+        (["--epochs", "0"], "--epochs: expected an integer >= 1, got 0"),
+        (["--attn-weight", "0"], "--attn-weight: expected a finite number > 0, got 0.0"),
+        (["--temperature", "nan"], "--temperature: expected a finite number > 0, got nan"),
+        (["--device", "meta"], "--device: expected a device PyTorch can use here, got 'meta'"),
         (["--device", "abacus"], "--device: expected a device PyTorch can use here, got 'abacus'"),
     ],
 )
 def test_refuses_wrong_options(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert demo.main(["--quick", "--output-dir", str(tmp_path / "new"), *options]) == 2
+    assert cli.main(["demo", "--quick", "--output-dir", str(tmp_path / "new"), *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
@@ -255,7 +215,7 @@ def test_refuses_wrong_options(options: list[str], message: str, tmp_path: Path,
 def test_names_the_missing_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else find(name))
-    assert demo.main(["--quick"]) == 2
+    assert cli.main(["demo", "--quick"]) == 2
     assert 'needs scikit-learn: pip install "attnkd[demo]"' in capsys.readouterr().err
 
 
@@ -350,6 +310,11 @@ def test_knn_weighs_neighbours_by_exp_cosine_over_temperature() -> None:
     assert evaluate.knn_top1(vectors, labels, query, truth, k=3, temperature=0.05) == 100
     assert evaluate.knn_top1(vectors, labels, query, truth, k=3, temperature=0.09) == 0
     assert evaluate.knn_top1(vectors, labels, query, truth, k=1, temperature=0.09) == 100
+
+
+def test_knn_of_half_precision_features() -> None:
+    vectors, labels = torch.eye(4, dtype=torch.bfloat16), torch.arange(4)
+    assert evaluate.knn_top1(vectors, labels, vectors.half(), labels, k=1) == 100
 
 
 def test_linear_probe_separates_what_is_separable_only() -> None:

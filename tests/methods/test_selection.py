@@ -1,9 +1,12 @@
-"""`attnkd select` on real images: scores, choice, resuming, unreadable files, refusals."""
+"""Choosing images: scores, choice, resuming, unreadable files, refusals, on real images."""
 
+import copy
 import csv
+import io
 import os
+import struct
 import subprocess
-import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -13,10 +16,12 @@ from PIL import Image
 from timm.task import ClassificationTask
 from torch.nn import functional as F
 
+from attnkd import files
 from attnkd.demo import models, wild
 from attnkd.demo.data import RandomAffine, load_digits
 from attnkd.demo.training import Recipe, train
 from attnkd.methods.probe_scores import ProbeScorer, cosine_to_uniform
+from attnkd.methods.selection import select_images
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +42,22 @@ def world(tmp_path_factory, digits):
         augment=RandomAffine(digits.background),
     )  # fmt: skip
     torch.set_num_threads(threads)
-    models.save(teacher.eval(), models.COARSE_TEACHER, folder / "teacher.safetensors")
+    teacher.eval()
     wild.make_wild_folder(folder / "images", digits, digits.test_images, 140, seed=0)
     return folder, teacher
 
 
 @pytest.fixture
-def command(world, digits, tmp_path):
-    """The command line, for 60 images; on the CPU, since a GPU's convolutions round to TF32 and depend on the batch size."""
-    folder, _ = world
-    arguments = wild.select_arguments(
-        folder / "images", folder / "teacher.safetensors", models.COARSE_TEACHER, digits, 60, tmp_path / "list.txt"
-    )
-    return [*arguments, "--device", "cpu"]
+def select(world, digits, tmp_path):
+    """``select_images`` for 60 images; on the CPU, since a GPU's convolutions round to TF32 and depend on the batch size."""
+    folder, teacher = world
+
+    def run(**options) -> list[str]:
+        where = {"data": folder / "images", "out": tmp_path / "list.txt", "num_select": 60}
+        defaults = {"device": torch.device("cpu"), "progress": False, "transform": wild.transform(digits)}
+        return select_images(teacher, **{**where, **defaults, **options}).names()
+
+    return run
 
 
 def table(path: Path) -> dict[str, dict[str, str]]:
@@ -106,21 +114,22 @@ def test_scores_are_those_of_the_materialised_map(head):
     torch.testing.assert_close(scores.value(), want)
 
 
-def test_prefers_digits_to_random_choice(world, command):
+def test_prefers_digits_to_random_choice(select):
     """Six of ten images kept must be digits where random choice keeps three."""
-    kept = wild.select(command)
+    kept = select()
     assert len(set(kept)) == 60
     found = sum(name.startswith("digits/") for name in kept)
     assert found >= 36, f"{found} of 60 kept images are digits"
 
 
-def test_list_and_table_agree_with_the_scorer(world, command, digits, tmp_path):
+def test_list_and_table_agree_with_the_scorer_and_the_teacher_is_left_alone(world, select, digits, tmp_path):
     folder, teacher = world
-    kept = wild.select(command)
+    kept = select()
+    assert type(teacher.blocks[0].attn).__name__ == "Attention"
     rows = table(tmp_path / "list.csv")
     assert set(rows) == {str(path.relative_to(folder / "images")) for path in (folder / "images").rglob("*.png")}
     names = list(rows)
-    scores = ProbeScorer(teacher)(wild.load_images(folder / "images", names, digits))
+    scores = ProbeScorer(copy.deepcopy(teacher))(wild.load_images(folder / "images", names, digits))
     values = scores.value()
     torch.testing.assert_close(torch.tensor([float(rows[n]["value"]) for n in names]), values, rtol=1e-4, atol=1e-5)
     assert [int(rows[n]["label"]) for n in names] == scores.label.tolist()
@@ -132,67 +141,51 @@ def test_list_and_table_agree_with_the_scorer(world, command, digits, tmp_path):
 # --- streaming --------------------------------------------------------------------------------------------------------
 
 
-def test_worker_processes_change_nothing(command, tmp_path):
-    first = wild.select([*command, "--batch-size", "16"])
-    again = wild.select([*command, "--batch-size", "7", "--workers", "2", "--out", str(tmp_path / "other.txt")])
+def test_worker_processes_change_nothing(select, tmp_path):
+    first = select(batch_size=16)
+    again = select(batch_size=7, workers=2, out=tmp_path / "other.txt")
     assert first == again and table(tmp_path / "list.csv") == table(tmp_path / "other.csv")
 
 
-def test_resumes_after_a_kill_and_scores_nothing_twice(command, tmp_path, monkeypatch):
-    """Cut down in the middle of a row, it goes on behind the last whole one."""
-    whole = wild.select([*command, "--batch-size", "16"])
-    parts = tmp_path / "list.txt.work" / "scores.csv"
-    lines = parts.read_text().splitlines(keepends=True)
-    (tmp_path / "list.txt").unlink()
-    parts.write_text("".join(lines[:101]) + lines[101][:9])
+def test_goes_on_behind_the_last_whole_batch_and_ends_with_the_same_bytes(select, tmp_path, monkeypatch):
+    """Cut down in the middle of a row."""
+    select(batch_size=16)
+    files = [tmp_path / "list.txt", tmp_path / "list.csv", tmp_path / "list.txt.work" / "scores.csv"]
+    whole = [path.read_bytes() for path in files]
+    lines = whole[2].splitlines(keepends=True)
+    files[2].write_bytes(b"".join(lines[:101]) + lines[101][:9])
+    files[0].unlink()
     scored = []
     forward = ProbeScorer.forward
     monkeypatch.setattr(
         ProbeScorer, "forward", lambda self, images: scored.append(len(images)) or forward(self, images)
     )
-    assert wild.select([*command, "--batch-size", "16"]) == whole
-    assert sum(scored) == 200 - 101
-    assert [line.split(",")[0] for line in parts.read_text().splitlines()] == [line.split(",")[0] for line in lines]
+    select(batch_size=16)
+    assert sum(scored) == 200 - 96
+    assert [path.read_bytes() for path in files] == whole
 
 
-def test_really_killed(world, command, tmp_path):
-    """A process that dies by SIGKILL after some batches; the next one finishes."""
-    code = (
-        "import os, sys\n"
-        "from attnkd.demo import wild\n"
-        "from attnkd.methods.probe_scores import ProbeScorer\n"
-        "forward, calls = ProbeScorer.forward, []\n"
-        "def dying(self, images):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) == 6: os.kill(os.getpid(), 9)\n"
-        "    return forward(self, images)\n"
-        "ProbeScorer.forward = dying\n"
-        "wild.select(sys.argv[1:])\n"
-    )
-    root = Path(__file__).resolve().parents[2]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [*command, "--batch-size", "16"]
-    result = subprocess.run([sys.executable, "-c", code, *command], env=environment, capture_output=True)
-    assert result.returncode == -9
-    assert not (tmp_path / "list.txt").exists()
-    done = (tmp_path / "list.txt.work" / "scores.csv").read_text().count("\n")
-    assert done == 5 * 16
-    assert len(wild.select(command)) == 60
-
-
-def test_another_number_or_weight_needs_no_new_scores(command, monkeypatch):
-    wild.select(command)
+def test_another_number_or_weight_needs_no_new_scores(select, monkeypatch):
+    select()
     monkeypatch.setattr(ProbeScorer, "forward", lambda *_: pytest.fail("scored again"))
-    fewer = wild.select([*command, "--num-select", "10"])
+    fewer = select(num_select=10)
     assert len(fewer) == 10
-    assert wild.select([*command, "--num-select", "10", "--attn-weight", "0"]) != fewer
+    assert select(num_select=10, attn_weight=0) != fewer
 
 
-def test_unreadable_files_are_reported_and_skipped(world, digits, tmp_path, capsys):
+def huge_png() -> bytes:
+    """A picture of 20,000 x 20,000 pixels in a few bytes."""
+    content = io.BytesIO()
+    Image.new("L", (1, 1)).save(content, "PNG")
+    whole = bytearray(content.getvalue())
+    whole[16:24] = struct.pack(">II", 20_000, 20_000)
+    whole[29:33] = struct.pack(">I", zlib.crc32(whole[12:29]))
+    return bytes(whole)
+
+
+@pytest.fixture
+def rough(world, tmp_path):
+    """A folder with 5 digits under odd names, and everything that only looks like an image."""
     folder, _ = world
     images = tmp_path / "images"
     (images / "a b" / 'ü,"q"').mkdir(parents=True)
@@ -204,17 +197,54 @@ def test_unreadable_files_are_reported_and_skipped(world, digits, tmp_path, caps
     (images / "text.jpg").write_text("no image")
     (images / "notes.txt").write_text("not even called an image")
     (images / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (images / "device.png").symlink_to("/dev/zero")
     (images / "loop").symlink_to(images)
-    arguments = wild.select_arguments(
-        images, folder / "teacher.safetensors", models.COARSE_TEACHER, digits, 5, tmp_path / "list.txt"
-    )
-    assert sorted(Path(name).name for name in wild.select([*arguments, "--batch-size", "2"])) == sorted(
-        p.name for p in good
-    )
-    assert "4 could not be read" in capsys.readouterr().err
+    (images / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    (images / "bomb.png").write_bytes(huge_png())
+    Image.new("L", (1, 3000)).save(images / "narrow.png")
+    os.mkfifo(images / "pipe.png")
+    return images
+
+
+REASONS = {
+    "empty.png": "UnidentifiedImageError",
+    "cut.png": "OSError",
+    "text.jpg": "UnidentifiedImageError",
+    "gone.png": "FileNotFoundError",
+    "device.png": "not an ordinary file",
+    "pipe.png": "not an ordinary file",
+    "script.png": "UnidentifiedImageError",
+    "bomb.png": "DecompressionBomb",
+    "narrow.png": "too long and narrow",
+}
+
+
+def test_files_that_are_no_images_are_reported_skipped_and_read_again(
+    rough, world, select, digits, tmp_path, monkeypatch
+):
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **_: started.append(args))  # Ghostscript
+    kept = select(data=rough, num_select=5, batch_size=2)
+    assert not started
+    assert {Path(name).parent.name for name in kept} == {'ü,"q"'}
     rows = table(tmp_path / "list.csv")
-    assert {name for name, row in rows.items() if row["error"]} == {"empty.png", "cut.png", "text.jpg", "gone.png"}
-    assert "UnidentifiedImageError" in rows["text.jpg"]["error"] and rows["text.jpg"]["value"] == ""
+    assert {name for name, row in rows.items() if row["error"]} == set(REASONS)
+    for name, reason in REASONS.items():
+        assert reason in rows[name]["error"] and rows[name]["value"] == "", rows[name]
+    before = {name: row for name, row in rows.items() if not row["error"]}
+
+    # The disk that could not be read is back.
+    wild.make_wild_folder(tmp_path / "more", digits, digits.test_images[:1], 0, seed=0)
+    (rough / "gone.png").unlink()
+    (tmp_path / "more" / "digits" / "0.png").rename(rough / "gone.png")
+    assert len(select(data=rough, num_select=6, batch_size=2)) == 6
+    rows = table(tmp_path / "list.csv")
+    assert {name for name, row in rows.items() if row["error"]} == set(REASONS) - {"gone.png"}
+    changed = ("selected",)
+    for name, row in before.items():
+        assert {k: v for k, v in rows[name].items() if k not in changed} == {
+            k: v for k, v in row.items() if k not in changed
+        }
 
 
 def test_memory_does_not_grow_with_the_folder(tmp_path):
@@ -239,47 +269,83 @@ def test_memory_does_not_grow_with_the_folder(tmp_path):
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
-
-def refuse(capsys, arguments) -> str:
-    with pytest.raises(RuntimeError, match="select failed"):
-        wild.select(arguments)
-    return capsys.readouterr().err
-
-
 WRONG = {
-    "too many": (["--num-select", "201"], "--num-select: expected at most 200, the number of images under"),
-    "none": (["--num-select", "0"], "--num-select: expected at least 1"),
-    "no folder": (["--data", "nowhere"], "--data: expected a folder"),
-    "head": (["--head", "4"], "head: expected 'mean' or an index from 0 to 3"),
-    "head name": (["--head", "best"], "--head: expected 'mean' or an index from 0"),
-    "block": (["--blocks", "3"], r"blocks: expected indices in [-3, 2] for 3 blocks, got 3"),
-    "weights": (["--attn-weight", "0", "--output-weight", "0"], "both are 0"),
-    "weight": (["--attn-weight", "-1"], "--attn-weight: expected a finite number >= 0"),
-    "checkpoint": (["--checkpoint", "nowhere.safetensors"], "--checkpoint: expected a file"),
-    "mean": (["--mean", "0.5", "0.5"], "--mean: expected 1 or 1 numbers for 1 channels"),
+    "too many": ({"num_select": 201}, "num_select: expected at most 200, the number of images under"),
+    "none": ({"num_select": 0}, "num_select: expected at least 1"),
+    "batch": ({"batch_size": 0}, "batch_size: expected at least 1"),
+    "no folder": ({"data": "nowhere"}, "data: expected a folder"),
+    "head": ({"head": 4}, "head: expected 'mean' or an index from 0 to 3"),
+    "head name": ({"head": "best"}, "head: expected"),
+    "block": ({"blocks": 3}, r"blocks: expected indices in \[-3, 2\] for 3 blocks, got 3"),
+    "weights": ({"attn_weight": 0, "output_weight": 0}, "both are 0"),
+    "weight": ({"attn_weight": -1}, "attn_weight: expected a finite number >= 0"),
+    "transform": (
+        {"transform": lambda image: torch.zeros(1, 5, 5)},
+        "transform, teacher: a plain grey image cannot be scored",
+    ),
+    "same file": ({"out": "x.csv"}, "list and table are the same file"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_refusals_name_the_option(case, command, capsys):
+def test_refusals_name_the_argument(case, select, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     options, message = WRONG[case]
-    assert message in refuse(capsys, [*command, *options])
+    with pytest.raises(ValueError, match=message):
+        select(**options)
 
 
-def test_refuses_an_empty_folder_and_unreadable_images(command, capsys, tmp_path):
+def test_refuses_outputs_that_cannot_be_written_before_the_work(select, tmp_path, monkeypatch):
+    monkeypatch.setattr(ProbeScorer, "__init__", lambda *_: pytest.fail("began to work"))
+    (tmp_path / "file").touch()
+    for name, path in (
+        ("out", "file/list.txt"),
+        ("out", "."),
+        ("scores", "file/scores.csv"),
+        ("scores", "none/scores.csv"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: cannot "):
+            select(**{name: tmp_path / path})
+
+
+def test_refuses_an_empty_folder_and_unreadable_images(select, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "--data: no images under" in refuse(capsys, [*command, "--data", str(tmp_path / "empty")])
+    with pytest.raises(ValueError, match="data: no images under"):
+        select(data=tmp_path / "empty")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.png").write_text("")
-    out = str(tmp_path / "broken.txt")
-    message = refuse(capsys, [*command, "--data", str(tmp_path / "broken"), "--out", out, "--num-select", "1"])
-    assert "expected at most 0, the number of images that can be read" in message and not Path(out).exists()
+    out = tmp_path / "broken.txt"
+    with pytest.raises(ValueError, match="num_select: expected at most 0, the number of images that can be read"):
+        select(data=tmp_path / "broken", out=out, num_select=1)
+    assert not out.exists()
 
 
-def test_refuses_scores_made_with_other_settings(command, capsys):
-    wild.select(command)
-    assert "holds scores made with another head" in refuse(capsys, [*command, "--head", "mean"])
-    assert len(wild.select([*command, "--head", "mean", "--restart"])) == 60
+def test_refuses_scores_made_with_other_settings_or_damaged(world, select, digits, tmp_path):
+    _, teacher = world
+    select()
+    with pytest.raises(RuntimeError, match="holds scores made with another head"):
+        select(head="mean")
+    other = copy.deepcopy(teacher)
+    other.blocks[0].attn.num_heads = 2  # no weight and no text of the model shows it
+    with pytest.raises(RuntimeError, match="holds scores made with another teacher"):
+        select_images(other, world[0] / "images", tmp_path / "list.txt", 60, wild.transform(digits), progress=False)
+    note = tmp_path / "list.txt.work" / "settings.json"
+    note.write_text(note.read_text()[:-20])
+    with pytest.raises(RuntimeError, match=r"settings.json: is not of this version or damaged"):
+        select()
+    mine = tmp_path / "list.txt.work" / "thesis.tex"
+    mine.write_text("not ours")
+    assert len(select(head="mean", restart=True)) == 60 and mine.exists()
+
+
+def test_refuses_a_second_writer(select, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    select()
+    with (
+        files.locked(tmp_path / "list.txt.work" / "lock"),
+        pytest.raises(RuntimeError, match="another process is at work"),
+    ):
+        select()
 
 
 def test_refuses_teachers_without_a_probe():
@@ -292,7 +358,8 @@ def test_refuses_teachers_without_a_probe():
             ProbeScorer(model)
 
 
-def test_refuses_scores_that_are_not_finite(world, command, capsys, monkeypatch):
+def test_refuses_scores_that_are_not_finite(select, monkeypatch):
     forward = ProbeScorer.forward
     monkeypatch.setattr(ProbeScorer, "forward", lambda self, images: forward(self, images * torch.nan))
-    assert "the teacher's scores are not finite" in refuse(capsys, command)
+    with pytest.raises(RuntimeError, match="the teacher's scores are not finite"):
+        select()

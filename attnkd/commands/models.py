@@ -1,0 +1,191 @@
+"""Models and image preprocessing by the names and files that a user gives, as timm reads them; nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+
+
+def load_model(role: str, name: str, checkpoint: Path | None = None, **kwargs: Any) -> nn.Module:
+    """A timm model in evaluation mode, with its published weights or those of a checkpoint.
+
+    Args:
+        role: the argument that messages begin with, 'teacher' or 'student'.
+        name: a timm model's name, or a saved model: a checkpoint with a .json of ``timm.create_model`` arguments beside
+            it, as `attnkd demo` leaves them (model.safetensors and model.json).
+        checkpoint: weights for a model given by name, in any form that timm reads (not .npz). Where the
+            checkpoint has another classifier than the model, or none, the model gets that.
+        kwargs: of ``timm.create_model``.
+
+    Raises:
+        ValueError: neither a timm model nor a saved one; arguments that the model does not take; a checkpoint that
+            cannot be read or does not fit.
+        RuntimeError: the published weights cannot be had.
+    """
+    import timm
+
+    saved = Path(name)
+    if saved.is_file() and saved.with_suffix(".json").is_file():
+        if checkpoint is not None:
+            raise ValueError(
+                f"{role}: {name} is a saved model and has its weights; leave the checkpoint {checkpoint} out"
+            )
+        return load_saved(saved, **kwargs)
+    if not timm.is_model(name):
+        raise ValueError(f"{role}: {name!r} is neither a timm model nor a model.safetensors with its .json beside it")
+    model = _create(name, {"pretrained": checkpoint is None, **kwargs})
+    if checkpoint is not None:
+        load_weights(model, checkpoint, keep_classifier=kwargs.get("num_classes") is not None)
+    return model.eval()
+
+
+def load_saved(path: Path, **kwargs: Any) -> nn.Module:
+    """The model of ``path`` and the ``timm.create_model`` arguments beside it, in evaluation mode.
+
+    Raises:
+        ValueError: one of the two files is missing, cannot be read, or does not fit the other.
+    """
+    described = path.with_suffix(".json")
+    try:
+        args = json.loads(described.read_text(encoding="utf-8"))
+        name = args.pop("model_name")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{described}: expected the arguments of timm.create_model as JSON ({_first(error)})"
+        ) from None
+    for argument in ("pretrained", "checkpoint_path", "pretrained_cfg"):  # the weights are in the file beside it
+        if argument in args:
+            raise ValueError(
+                f"{described}: expected a model's description, has {argument!r}, which loads other weights"
+            )
+    model = _create(name, {**args, **kwargs})
+    load_weights(model, path)
+    return model.eval()
+
+
+def load_weights(model: nn.Module, path: Path, keep_classifier: bool = False) -> None:
+    """Load a checkpoint's weights (EMA weights first, as timm does) into a timm model.
+
+    Args:
+        model: gets the checkpoint's classifier, or none, where it differs.
+        path: .safetensors, or what ``torch.save`` wrote; tensors only, so that no code in it can run.
+        keep_classifier: refuse a checkpoint with another classifier too.
+
+    Raises:
+        ValueError: no such file, a file that cannot be read, or more than the classifier differs.
+    """
+    from timm.models import load_state_dict
+
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a file with weights, there is {'none' if not path.exists() else 'no file'}")
+    try:
+        state = load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # whatever a decoder meets in an empty, cut or foreign file
+        raise ValueError(f"{path}: cannot be read as a checkpoint of tensors ({_first(error)})") from None
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: expected weights by name, or a checkpoint with 'state_dict' or 'model'")
+    if not keep_classifier:
+        _match_classifier(model, state)
+    own = model.state_dict()
+    problems = {
+        "missing": sorted(own.keys() - state.keys()),
+        "not in the model": sorted(state.keys() - own.keys()),
+        "of another shape": [
+            f"{key} {tuple(state[key].shape)}, here {tuple(own[key].shape)}"
+            for key in own.keys() & state.keys()
+            if own[key].shape != state[key].shape
+        ],
+    }
+    if any(problems.values()):
+        words = (
+            f"{len(keys)} {what} ({keys[0]}{', ...' * (len(keys) > 1)})" for what, keys in problems.items() if keys
+        )
+        raise ValueError(f"{path}: does not fit {type(model).__name__}: {'; '.join(words)}")
+    model.load_state_dict(state)
+
+
+def image_config(
+    model: nn.Module,
+    *,
+    img_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    crop_pct: float | None = None,
+    interpolation: str | None = None,
+) -> dict[str, Any]:
+    """How a model's images are resized, cropped and normalised: timm's description, with what is given put in its place.
+
+    Raises:
+        ValueError: a size that the model does not take, or a number out of range.
+    """
+    from timm.data import resolve_data_config
+
+    from attnkd.capture.models import image_size
+
+    embed: Any = getattr(model, "patch_embed", None)
+    channels = getattr(getattr(embed, "proj", None), "in_channels", 3)
+    if channels not in (1, 3):
+        raise ValueError(
+            f"teacher: expected a model of images with 1 or 3 channels, {type(model).__name__} takes {channels}"
+        )
+    only = image_size(model)
+    if img_size is not None and only is not None and only != (img_size, img_size):
+        raise ValueError(
+            f"img_size: this model takes {only[0]}x{only[1]} pixels only, got {img_size}; build it for another size "
+            f"with --model-kwargs img_size={img_size}"
+        )
+    if interpolation is not None and interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation: expected one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct: expected a share above 0, at most 1, got {crop_pct}")
+    given: dict[str, Any] = {"mean": mean, "std": std, "crop_pct": crop_pct, "interpolation": interpolation}
+    size = (img_size, img_size) if img_size else getattr(embed, "img_size", None)
+    given["input_size"] = None if size is None else (channels, *size)
+    cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    for name in ("mean", "std"):
+        values = given[name] or cfg.get(name) or (0.0, 0.0, 0.0)
+        if len(values) not in (1, channels) or (given[name] is None and len(values) != channels):
+            raise ValueError(f"{name}: expected 1 or {channels} numbers for {channels} channels, got {tuple(values)}")
+        if not all(math.isfinite(value) for value in values) or (name == "std" and given[name] and min(values) <= 0):
+            raise ValueError(f"{name}: expected finite numbers{' above 0' * (name == 'std')}, got {tuple(values)}")
+    return resolve_data_config(given, model=model)
+
+
+def image_transform(config: Mapping[str, Any]) -> Callable[[Any], Tensor]:
+    """Pillow image → [C, H, W] as :func:`image_config` says."""
+    from timm.data import create_transform
+
+    return create_transform(**config, is_training=False)  # type: ignore[return-value]
+
+
+def _create(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    import timm
+
+    try:
+        return timm.create_model(name, **kwargs)
+    except (TypeError, AssertionError, KeyError, ZeroDivisionError) as error:
+        raise ValueError(f"{name}: timm cannot build it with these arguments ({_first(error)})") from None
+    except Exception as error:  # of the many libraries that a download goes through
+        raise RuntimeError(f"{name}: its published weights could not be loaded ({_first(error)})") from error
+
+
+def _match_classifier(model: Any, state: Mapping[str, Tensor]) -> None:
+    """Give the model as many classes as the checkpoint has, 0 if it has no classifier."""
+    heads = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    head = heads if isinstance(heads, str) else heads[0]
+    weight = state.get(f"{head}.weight")
+    classes = 0 if weight is None else len(weight)
+    if hasattr(model, "reset_classifier") and model.num_classes != classes:
+        model.reset_classifier(classes)
+
+
+def _first(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,0 +1,39 @@
+"""What several commands ask of their options and of this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+
+import torch
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; None is a GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: PyTorch cannot compute on a device of that name here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: expected a device PyTorch can use here, got {name!r} ({reason})") from None
+    return device
+
+
+def require(packages: Mapping[str, str]) -> None:
+    """Refuse to start without the packages of the extra 'demo'.
+
+    Args:
+        packages: module → the name that pip knows it by.
+
+    Raises:
+        ModuleNotFoundError: at least one cannot be imported; the message says what to install.
+    """
+    missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ModuleNotFoundError(f'needs {", ".join(missing)}: pip install "attnkd[demo]"')
