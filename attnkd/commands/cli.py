@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from attnkd import __version__, files
+from attnkd import __version__
 
 COMMANDS = {
     # name: (module with add_arguments(parser) and run(args) -> int, one-line help)
@@ -55,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args = _parse(argv)
             name = args.command
             status = importlib.import_module(COMMANDS[name][0]).run(args)
-            with files.named("standard output"):
-                sys.stdout.flush()
+            sys.stdout.flush()
             return status
     except KeyboardInterrupt as interrupt:
         terminated = isinstance(interrupt, Terminated)
@@ -70,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except (*BAD_REQUEST, *COULD_NOT_FINISH) as error:
         print(f"attnkd {name}: {_sentence(error, args)}", file=sys.stderr)
-        if isinstance(error, OSError) and error.filename in (None, "standard output"):
+        if isinstance(error, OSError) and error.filename is None:
             _drop_output()
         # An UnsupportedOperation of io, a fault of a file, is a ValueError too.
         return 2 if isinstance(error, BAD_REQUEST) and not isinstance(error, OSError) else 1
@@ -95,7 +94,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _sentence(error: BaseException, args: argparse.Namespace) -> str:
     """What went wrong. A message that begins with the name of an argument begins with that of its option instead."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return f"{error.filename or 'standard output'}: {error.strerror}"  # all other files are named, see attnkd.files
     text = str(error).strip() or type(error).__name__
     names, colon, rest = text.partition(": ")
     if colon and all(word in vars(args) for word in names.split(", ")):

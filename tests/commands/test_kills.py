@@ -1,0 +1,279 @@
+"""Killed at any moment, two at once, a full disk: every command that writes ends with the bytes of an undisturbed run.
+
+The commands run in forks of this process, which spares them the start of Python: hundreds of kills would fit in a minute.
+"""
+
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+from attnkd import files
+from attnkd.commands import cli
+from attnkd.methods.head_importance import head_importance
+
+importlib.import_module("attnkd.demo.command")  # before the forks
+
+pytestmark = pytest.mark.skipif(
+    "fork" not in multiprocessing.get_all_start_methods(), reason="commands are killed in forks"
+)
+
+
+def start(work, *words, file_limit=None, log=None):
+    """A fork that runs ``work(*words)`` and exits with what it returns."""
+
+    def child():
+        torch.set_num_threads(1)  # threads do not survive a fork
+        stream = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(stream, 1)
+        os.dup2(stream, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        if file_limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+        status = work(*words)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
+
+
+def finish(process):
+    process.join(60)
+    assert process.exitcode is not None, "hangs"
+    return process.exitcode
+
+
+def kill_until_done(run, seed, kills):
+    """Start ``run()`` again and again and kill it: after a random part of an undisturbed run's time, by one signal or the other."""
+    rng, statuses = random.Random(seed), []
+    began = time.monotonic()
+    assert finish(run("undisturbed")) == 0
+    whole = time.monotonic() - began
+    for number in range(kills):
+        process = run("killed")
+        time.sleep(rng.uniform(0, whole))
+        os.kill(process.pid, signal.SIGKILL if number % 2 else signal.SIGTERM)
+        statuses.append(finish(process))
+    assert set(statuses) <= {0, 143, -signal.SIGKILL, -signal.SIGTERM}, statuses  # the last: before the command began
+    assert finish(run("killed")) == 0
+    return statuses
+
+
+@pytest.fixture(scope="module")
+def selecting(tmp_path_factory):
+    """`attnkd select` over 60 tiny images, as a function of the list to write."""
+    folder = tmp_path_factory.mktemp("select")
+    (folder / "wild").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for index in range(60):
+        pixels = torch.randint(0, 256, (16, 16, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / "wild" / f"{index}.png")
+    (folder / "wild" / "broken.png").write_text("no image")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_vit", img_size=32, patch_size=8, num_classes=5).state_dict(), folder / "t.pth")
+    options = ["--data", folder / "wild", "--teacher", "test_vit", "--checkpoint", folder / "t.pth"]
+    options += ["--model-kwargs", "img_size=32", "patch_size=8", "--num-select", 20, "--batch-size", 4, "--workers", 0]
+    options += ["--device", "cpu"]
+
+    def run(out, *more, **limits):
+        return start(cli.main, ["select", *map(str, options), "--out", str(out), *map(str, more)], **limits)
+
+    return run
+
+
+def outputs(folder):
+    """What a selection leaves, but for the note that names its folder."""
+    return [
+        (folder / name).read_bytes() for name in ("l.txt", "l.csv", "l.txt.work/scores.csv", "l.txt.work/files.txt")
+    ]
+
+
+def test_select_killed_at_random_moments(selecting, tmp_path):
+    for name in ("undisturbed", "killed"):
+        (tmp_path / name).mkdir()
+    kill_until_done(lambda name: selecting(tmp_path / name / "l.txt"), seed=1, kills=14)
+    assert outputs(tmp_path / "killed") == outputs(tmp_path / "undisturbed")
+    assert not [path for path in (tmp_path / "killed").rglob("*") if path.name == "again.txt"]
+
+
+def test_two_selections_into_one_list(selecting, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    assert finish(selecting(tmp_path / "one" / "l.txt")) == 0
+    both = [selecting(tmp_path / "two" / "l.txt") for _ in range(2)]
+    assert [finish(process) for process in both] == [0, 0]  # the second waits for the first, and finds its scores
+    assert outputs(tmp_path / "two") == outputs(tmp_path / "one")
+
+
+@pytest.mark.parametrize("limit", [300, 1500, 2500])
+def test_select_on_a_full_disk(selecting, tmp_path, limit):
+    """The list of files, the scores, and the table are what does not fit."""
+    for name in ("undisturbed", "full"):
+        (tmp_path / name).mkdir()
+    assert finish(selecting(tmp_path / "undisturbed" / "l.txt")) == 0
+    reader, writer = os.pipe()
+    process = selecting(tmp_path / "full" / "l.txt", file_limit=limit, log=f"/dev/fd/{writer}")
+    assert finish(process) == 1
+    os.close(writer)
+    with os.fdopen(reader) as said:
+        last = said.read().splitlines()[-1]
+    assert last.startswith(f"attnkd select: {tmp_path / 'full'}") and last.endswith("File too large"), last
+    assert not (tmp_path / "full" / "l.txt").exists()
+    assert finish(selecting(tmp_path / "full" / "l.txt")) == 0
+    assert outputs(tmp_path / "full") == outputs(tmp_path / "undisturbed")
+
+
+@pytest.fixture(scope="module")
+def demonstrating():
+    words = [
+        "demo",
+        "--quick",
+        "--epochs",
+        "1",
+        "--teacher-epochs",
+        "2",
+        "--seeds",
+        "1",
+        "--device",
+        "cpu",
+        "--output-dir",
+    ]
+    return lambda folder, **limits: start(cli.main, [*words, str(folder)], **limits)
+
+
+def results(folder: Path):
+    """Weights, pictures and numbers of a demo, but for the time that it took."""
+    summary = json.loads((folder / "summary.json").read_text())
+    found = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*") if path.suffix in KEPT}
+    return found, {name: value for name, value in summary.items() if name != "seconds"}
+
+
+KEPT = (".safetensors", ".png")
+
+
+def test_demo_killed_at_random_moments_twice_at_once_and_on_a_full_disk(demonstrating, tmp_path):
+    reader, writer = os.pipe()
+    full = demonstrating(tmp_path / "killed", file_limit=100_000, log=f"/dev/fd/{writer}")
+    assert finish(full) == 1
+    os.close(writer)
+    with os.fdopen(reader) as said:
+        last = said.read().splitlines()[-1]
+    assert last.startswith(f"attnkd demo: {tmp_path / 'killed'}") and last.endswith("File too large"), last
+
+    kill_until_done(lambda name: demonstrating(tmp_path / name), seed=2, kills=5)
+    assert results(tmp_path / "killed") == results(tmp_path / "undisturbed")
+    both = [demonstrating(tmp_path / "killed") for _ in range(2)]
+    assert sorted(finish(process) for process in both) in ([0, 0], [0, 1])  # the second may be refused
+    assert results(tmp_path / "killed") == results(tmp_path / "undisturbed")
+
+
+def test_head_importance_killed_at_random_moments(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", img_size=32, patch_size=8, num_classes=5)
+    batches = [(torch.randn(2, 3, 32, 32), torch.tensor([0, 1])) for _ in range(12)]
+
+    def search(path):
+        head_importance(model, batches, (-2, -1), path=path, progress=False)
+        return 0
+
+    kill_until_done(lambda name: start(search, tmp_path / name), seed=3, kills=6)
+    assert (tmp_path / "killed").read_bytes() == (tmp_path / "undisturbed").read_bytes()
+
+
+def test_validate_leaves_the_old_report_or_the_new_one(tmp_path):
+    words = ["validate", "--impl", "chunked", "--case", "N=8,D=16,Dt=16", "--device", "cpu", "--json"]
+    report = tmp_path / "report.json"
+    assert finish(start(cli.main, [*words, str(report)])) == 0
+    before = report.read_bytes()
+    assert finish(start(cli.main, [*words, str(report)], file_limit=100)) == 1
+    assert report.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+# --- the helper itself ------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_finds_the_old_file_or_the_new_one_whole(tmp_path):
+    path = tmp_path / "x.json"
+    contents = [json.dumps(["old"] * 1000), json.dumps(["new"] * 2000)]
+
+    def write():
+        while True:
+            for content in contents:
+                files.write_text(path, content)
+
+    files.write_text(path, contents[0])
+    writers = [start(write) for _ in range(2)]
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        assert path.read_text() in contents
+    for writer in writers:
+        writer.kill()
+        finish(writer)
+    assert path.read_text() in contents
+
+
+def test_replacing_keeps_what_was_there_after_an_error(tmp_path):
+    path = tmp_path / "x.txt"
+    files.write_text(path, "before")
+    path.chmod(0o640)
+    link = tmp_path / "link.txt"
+    link.symlink_to(path)
+    with pytest.raises(ZeroDivisionError), files.replacing(path) as file:
+        file.write("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "before" and sorted(p.name for p in tmp_path.iterdir()) == ["link.txt", "x.txt"]
+    files.write_text(link, "after")
+    assert link.is_symlink() and path.read_text() == "after" and path.stat().st_mode & 0o777 == 0o640
+
+
+def test_what_is_no_file_is_written_to_directly(tmp_path):
+    files.check_writable("json", "/dev/null")
+    files.write_text("/dev/null", "x")
+    assert not Path("/dev/null").is_file()
+
+
+def test_old_temporary_files_go_and_young_ones_stay(tmp_path):
+    old, young, other = (tmp_path / name for name in (".x.0123456789ab.tmp", ".y.0123456789ab.tmp", ".mine.tmp"))
+    for path in (old, young, other):
+        path.touch()
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    files.make_folder("out", tmp_path)
+    assert not old.exists() and young.exists() and other.exists()
+
+
+def test_a_lock_ends_with_its_process_and_names_the_file(tmp_path, monkeypatch):
+    def hold():
+        with files.locked(tmp_path / "lock"):
+            (tmp_path / "held").touch()
+            time.sleep(60)
+        return 0
+
+    holder = start(hold)
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    monkeypatch.setattr(files, "PATIENCE", 0.2)
+    with pytest.raises(RuntimeError, match="lock: another process is at work there"), files.locked(tmp_path / "lock"):
+        pass
+    holder.kill()
+    finish(holder)
+    with files.locked(tmp_path / "lock"):
+        pass

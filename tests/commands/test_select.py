@@ -1,0 +1,81 @@
+"""`attnkd select` as a user types it: options are named, statuses tell what went wrong."""
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from attnkd.commands import cli
+from attnkd.demo import models
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wild").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for index in range(12):
+        pixels = torch.randint(0, 256, (24, 24, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / "wild" / f"im {index}.png")
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=10, **SMALL).state_dict(), tmp_path / "t.pth")
+    return tmp_path
+
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4}
+TEACHER = ["--teacher", "vit_tiny_patch16_224", "--model-kwargs", *(f"{name}={value}" for name, value in SMALL.items())]
+
+
+def select(*words):
+    options = ["--data", "wild", *TEACHER, "--checkpoint", "t.pth", "--num-select", "5", "--workers", "0"]
+    return cli.main(["select", *options, "--out", "list.txt", *words])
+
+
+def test_lists_the_images_and_reports_what_it_could_not_read(folder, capsys):
+    (folder / "wild" / "broken.png").write_text("no image")
+    (folder / "wild" / "two\nlines.png").write_text("no image")
+    assert select() == 0
+    said = capsys.readouterr()
+    assert "5 of 13 images listed in list.txt, all scores in list.csv" in said.out
+    assert "1 could not be read" in said.err and "1 images were left out: their names have line breaks" in said.err
+    assert len((folder / "list.txt").read_text().splitlines()) == 5
+
+
+def test_a_saved_model_is_a_teacher(folder, capsys):
+    models.save(models.create(models.TEACHER, 0), models.TEACHER, folder / "model.safetensors", stats=(0.3, 0.4))
+    words = ["select", "--data", "wild", "--teacher", "model.safetensors", "--num-select", "3", "--out", "list.txt"]
+    assert cli.main([*words, "--workers", "0", "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["--num-select", "13"], 2, "--num-select: expected at most 12, the number of images under wild"),
+        (["--head", "best"], 2, "--head: expected 'mean' or an index from 0"),
+        (["--attn-weight", "0", "--output-weight", "0"], 2, "--attn-weight, --output-weight: both are 0"),
+        (["--data", "nowhere"], 2, "--data: expected a folder"),
+        (["--teacher", "vit_of_mine"], 2, "--teacher: 'vit_of_mine' is neither a timm model nor"),
+        (["--checkpoint", "none.pth"], 2, "none.pth: expected a file with weights"),
+        (["--checkpoint", "wild/im 0.png"], 2, "im 0.png: cannot be read as a checkpoint"),
+        (["--num-classes", "7"], 2, "t.pth: does not fit VisionTransformer: 2 of another shape"),
+        (["--model-kwargs", "flavour=1"], 2, "vit_tiny_patch16_224: timm cannot build it with these arguments"),
+        (["--std", "0"], 2, "--std: expected finite numbers above 0"),
+        (["--img-size", "30"], 2, "--img-size: this model takes 32x32 pixels only, got 30"),
+        (["--interpolation", "foo"], 2, "--interpolation: expected one of nearest"),
+        (["--device", "abacus"], 2, "--device: expected a device PyTorch can use here, got 'abacus'"),
+        (["--out", "wild"], 2, "--out: cannot write wild (Is a directory)"),
+        (["--out", "t.pth/list.txt"], 2, "--out: cannot make the folder t.pth"),
+        (["--out", "list.csv"], 2, "--out, --scores: list and table are the same file"),
+        (["--scores", "none/scores.csv"], 2, "--scores: cannot write none/scores.csv (No such file or directory)"),
+    ],
+)
+def test_refusals_name_option_or_file(words, status, message, folder, capsys):
+    assert select(*words) == status
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("attnkd select: ") and message in said
+    assert not (folder / "list.txt").exists()
+
+
+def test_settings_that_changed_are_named(folder, capsys):
+    assert select() == 0 and select("--head", "mean") == 1
+    assert "list.txt.work: holds scores made with another head" in capsys.readouterr().err
+    assert select("--head", "mean", "--restart") == 0
