@@ -127,7 +127,7 @@ def _row_kl_join_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
-    stats = _stats_of_ranges(STATS + row * splits * 5, splits, SPLITS)
+    stats = _stats_of_ranges(STATS, row, splits, SPLITS)
     top_s = tl.max(stats.top_s, 0)
     top_t = tl.max(stats.top_t, 0)
     stats = relative_to(stats, top_s, top_t, DIVERGENCE)
@@ -160,10 +160,10 @@ def _row_kl_join_kernel(
 
 
 @triton.jit
-def _stats_of_ranges(STATS, splits, SPLITS: tl.constexpr):
+def _stats_of_ranges(STATS, row, splits, SPLITS: tl.constexpr):
     """The Stats [SPLITS] of a row's ranges; beyond them, those of no key."""
     i = tl.arange(0, SPLITS)
-    at = STATS + i * 5
+    at = STATS + (row * splits + i) * 5
     exists = i < splits
     return Stats(
         tl.load(at, mask=exists, other=HIDDEN),
