@@ -52,6 +52,8 @@ def _has(case: Case, argument: str) -> bool:
         return argument.endswith("features")
     if case.operation not in ("row", "map", "rows"):
         return False
+    if case.operation == "rows" and case.mask != "none":
+        return False  # whether a hidden key of a row that is NaN is 0 or NaN is nobody's business
     return {
         "student_query": True,
         "student_key": True,
