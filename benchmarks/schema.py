@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from attnkd import files
 from benchmarks.machine import ROOT, slug
 
 VERSION = 1
@@ -57,9 +58,7 @@ def save(path: Path, result: dict[str, Any]) -> None:
     head = {key: value for key, value in result.items() if key != "records"}
     records = ",\n".join(f"    {json.dumps(record, allow_nan=False)}" for record in result["records"])
     text = json.dumps(head, indent=2, allow_nan=False)[:-2] + f',\n  "records": [\n{records}\n  ]\n}}\n'
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    files.write_text(path, text)
 
 
 def load(path: str | Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from attnkd import files
 from benchmarks import report, schema
 from benchmarks.machine import ROOT, headline
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         stale += 1
         print(f"{path.relative_to(ROOT)}: {'stale' if args.check else 'written'}")
         if not args.check:
-            path.write_text(fresh)
+            files.write_text(path, fresh)
     return 1 if args.check and stale else 0
 
 
