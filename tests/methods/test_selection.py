@@ -26,7 +26,7 @@ from attnkd.methods.selection import select_images
 
 @pytest.fixture(scope="module")
 def digits():
-    return load_digits(640, 60)
+    return load_digits(960, 60)
 
 
 @pytest.fixture(scope="module")
