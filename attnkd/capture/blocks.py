@@ -1,8 +1,10 @@
-"""Finds the attention modules that a choice of blocks means, and refuses kinds whose map q and k do not determine."""
+"""Finds the blocks and attentions that a choice means, pairs two models' blocks, refuses attentions that q and k do not tell."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import re
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -10,57 +12,79 @@ from torch import nn
 Blocks = int | str | Sequence[int] | Sequence[str]
 
 
-def attention_paths(model: nn.Module, blocks: Blocks) -> list[str]:
-    """The module paths that ``blocks`` means: given paths in their order, indices in ascending order.
+def attention_paths(model: nn.Module, blocks: Blocks, name: str = "blocks") -> list[str]:
+    """The paths of the attentions that ``blocks`` means: given paths in their order, indices in ascending order.
+
+    Args:
+        blocks: index, sequence of indices, 'all', or module paths.
+        name: of the argument, for messages.
 
     Raises:
-        TypeError, ValueError: blocks of the wrong kind, out of range, repeated, ambiguous or not found.
+        TypeError, ValueError: blocks of the wrong kind, out of range, repeated, ambiguous, not found, or weight-shared.
         NotImplementedError: a block without an attention that can be tapped.
     """
-    listed = _listed(model, blocks)
-    if all(isinstance(block, str) for block in listed):
-        for path in listed:
-            if path not in dict(model.named_modules()):
-                raise ValueError(f"blocks: {type(model).__name__} has no module at path {path!r}")
-        paths = [str(path) for path in listed]
-    else:
-        prefix, stack = _block_stack(model)
-        paths = [_attention_in(f"{prefix}.{i}", stack[i]) for i in sorted(_indices(len(stack), listed))]
-    if len(set(paths)) != len(paths):
-        raise ValueError(f"blocks: expected every attention once, got {blocks!r}")
-    for path in paths:
-        _check_attention(path, model.get_submodule(path))
-    return paths
+    return _paths(model, blocks, name, _attention_in, _check_attention)
+
+
+def block_paths(model: nn.Module, blocks: Blocks, name: str = "blocks") -> list[str]:
+    """The same for the blocks themselves, whatever is in them."""
+    return _paths(model, blocks, name, lambda path, block: path, lambda path, block: None)
+
+
+def default_blocks(model: nn.Module, count: int) -> list[int]:
+    """Indices at 1/3, 2/3 (and 3/3) of a model's depth, the first ``count`` of them: 3, 7 and 11 of 12."""
+    depth = len(_block_stack(model, "blocks")[1])
+    return sorted({-(-k * depth // 3) - 1 for k in range(1, count + 1)})  # −(−a // b) is ⌈a / b⌉
 
 
 def pair_blocks(
-    student: nn.Module, teacher: nn.Module, blocks: Blocks, teacher_blocks: Blocks | None = None
+    student: nn.Module,
+    teacher: nn.Module,
+    blocks: Blocks,
+    teacher_blocks: Blocks | None = None,
+    find: Callable[[nn.Module, Blocks, str], list[str]] = attention_paths,
+    teacher_name: str = "teacher",
 ) -> tuple[list[str], list[str], list[tuple[int, int]]]:
-    """Which student attention learns from which teacher attention.
+    """Which student block learns from which teacher block.
 
     Args:
         blocks: of the student: index, sequence of indices, 'all', or module paths.
         teacher_blocks: the same for the teacher, one for each student block, repeats allowed. None spreads the
             student's blocks over the teacher's depth: block i of Ls learns from ⌈(i + 1)·Lt/Ls⌉ − 1, last from last.
+        find: :func:`attention_paths`, or :func:`block_paths` for the blocks themselves.
+        teacher_name: for messages.
 
     Returns:
-        Paths to tap in the student, those in the teacher, and pairs (index into the first, index into the second).
+        Paths to observe in the student, those in the teacher, and pairs (index into the first, index into the second).
     """
-    wanted = _listed(student, blocks)
+    theirs = f"{teacher_name}_blocks"
+    wanted = _listed(student, blocks, "blocks")
     if teacher_blocks is not None:
-        teacher_wanted = _listed(teacher, teacher_blocks)
+        teacher_wanted = _listed(teacher, teacher_blocks, theirs)
     elif any(isinstance(block, str) for block in wanted):
-        raise ValueError("teacher_blocks: needed when blocks are module paths, got None")
+        raise ValueError(f"{theirs}: needed when blocks are module paths, got None")
     else:
-        depth, teacher_depth = len(_block_stack(student)[1]), len(_block_stack(teacher)[1])
-        # −(−a // b) is ⌈a / b⌉
-        teacher_wanted = [-(-(index + 1) * teacher_depth // depth) - 1 for index in _indices(depth, wanted)]
+        depth, teacher_depth = len(_block_stack(student, "blocks")[1]), len(_block_stack(teacher, theirs)[1])
+        teacher_wanted = [-(-(index + 1) * teacher_depth // depth) - 1 for index in _indices(depth, wanted, "blocks")]
     if len(teacher_wanted) != len(wanted):
-        raise ValueError(f"teacher_blocks: expected {len(wanted)}, one for each of blocks, got {len(teacher_wanted)}")
-    student_paths = [path for block in wanted for path in attention_paths(student, block)]
-    teacher_paths = [path for block in teacher_wanted for path in attention_paths(teacher, block)]
-    taps = list(dict.fromkeys(teacher_paths))
-    return student_paths, taps, [(index, taps.index(path)) for index, path in enumerate(teacher_paths)]
+        raise ValueError(f"{theirs}: expected {len(wanted)}, one for each of blocks, got {len(teacher_wanted)}")
+    student_paths = [path for block in wanted for path in find(student, block, "blocks")]
+    _check_once(student_paths, blocks, "blocks")
+    teacher_paths = [path for block in teacher_wanted for path in find(teacher, block, theirs)]
+    observed = list(dict.fromkeys(teacher_paths))
+    return student_paths, observed, [(index, observed.index(path)) for index, path in enumerate(teacher_paths)]
+
+
+def block_path(path: str) -> str | None:
+    """The path of the block that a module path lies in: 'blocks.3' of 'blocks.3.attn'. None outside a list 'blocks'."""
+    match = re.match(r"(.*\.)?blocks\.\d+", path)
+    return None if match is None else match.group()
+
+
+def block_owner(path: str) -> str:
+    """The path of the model whose list 'blocks' a module path lies in, or '' for the whole model."""
+    block = block_path(path)
+    return "" if block is None else block.rpartition("blocks")[0].rstrip(".")
 
 
 def plain_class(module: object) -> type:
@@ -68,25 +92,66 @@ def plain_class(module: object) -> type:
     return getattr(type(module), "_plain_class", type(module))
 
 
-def _listed(model: nn.Module, blocks: Blocks) -> list:
-    if blocks == "all":
-        return list(range(len(_block_stack(model)[1])))
+def _paths(
+    model: nn.Module,
+    blocks: Blocks,
+    name: str,
+    find: Callable[[str, nn.Module], str],
+    check: Callable[[str, nn.Module], None],
+) -> list[str]:
+    listed = _listed(model, blocks, name)
+    if all(isinstance(block, str) for block in listed):
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for path in listed:
+            if path not in modules:
+                raise ValueError(f"{name}: {type(model).__name__} has no module at path {path!r}")
+        paths = [str(path) for path in listed]
+    else:
+        prefix, stack = _block_stack(model, name)
+        paths = []
+        for index in sorted(_indices(len(stack), listed, name)):
+            paths.append(find(f"{prefix}.{index}", stack[index]))
+            _check_shared(name, paths[-1], model.get_submodule(paths[-1]), stack)
+    _check_once(paths, blocks, name)
+    for path in paths:
+        check(path, model.get_submodule(path))
+    return paths
+
+
+def _check_once(paths: list[str], blocks: Blocks, name: str) -> None:
+    if len(set(paths)) != len(paths):
+        raise ValueError(f"{name}: expected every block once, got {blocks!r}")
+
+
+def _check_shared(name: str, path: str, module: nn.Module, stack: nn.ModuleList | nn.Sequential) -> None:
+    """One module in several blocks runs several times in a forward: which of its runs is meant?"""
+    owners = [index for index, block in enumerate(stack) if any(part is module for part in block.modules())]
+    if len(owners) > 1:
+        raise ValueError(
+            f"{name}: {path} is weight-shared: blocks {', '.join(map(str, owners))} use one module, whose runs in a forward "
+            "cannot be told apart. Give every compared block a module of its own, or choose blocks that are not shared"
+        )
+
+
+def _listed(model: nn.Module, blocks: Blocks, name: str) -> list:
+    if isinstance(blocks, str) and blocks == "all":
+        return list(range(len(_block_stack(model, name)[1])))
     listed = list(blocks) if isinstance(blocks, Sequence) and not isinstance(blocks, str) else [blocks]
     if not listed:
-        raise ValueError("blocks: expected at least one, got none")
+        raise ValueError(f"{name}: expected at least one, got none")
     if {type(block) for block in listed} not in ({int}, {str}):
-        raise TypeError(f"blocks: expected int, a sequence of int, 'all', or module paths (str), got {blocks!r}")
+        raise TypeError(f"{name}: expected int, a sequence of int, 'all', or module paths (str), got {blocks!r}")
     return listed
 
 
-def _indices(depth: int, listed: list) -> list[int]:
+def _indices(depth: int, listed: list, name: str) -> list[int]:
     for index in listed:
         if not -depth <= index < depth:
-            raise ValueError(f"blocks: expected indices in [{-depth}, {depth - 1}] for {depth} blocks, got {index}")
+            raise ValueError(f"{name}: expected indices in [{-depth}, {depth - 1}] for {depth} blocks, got {index}")
     return [index % depth for index in listed]
 
 
-def _block_stack(model: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential]:
+def _block_stack(model: nn.Module, name: str) -> tuple[str, nn.ModuleList | nn.Sequential]:
     stacks = [
         (path, module)
         for path, module in model.named_modules()
@@ -96,7 +161,7 @@ def _block_stack(model: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential]:
     if len(stacks) != 1:
         found = ", ".join(path for path, _ in stacks) or "none"
         raise ValueError(
-            f"blocks: indices need a model with one list named 'blocks', {type(model).__name__} has {found}; "
+            f"{name}: indices need a model with one list named 'blocks', {type(model).__name__} has {found}; "
             "give module paths such as 'layers.11.attention'"
         )
     return stacks[0]
@@ -106,6 +171,7 @@ def _attention_in(path: str, block: nn.Module) -> str:
     """The path of a block's one attention: a submodule, or the block itself (timm's ParallelScalingBlock)."""
     named = [(f"{path}.{name}" if name else path, module) for name, module in block.named_modules()]
     found = [name for name, module in named if hasattr(module, "fused_attn")]
+    found = found or [name for name, module in named if _names_sdpa(module)]
     if len(found) == 1:
         return found[0]
     if found:
@@ -114,8 +180,16 @@ def _attention_in(path: str, block: nn.Module) -> str:
         _check_attention(name, module)
     raise NotImplementedError(
         f"{path} ({type(block).__name__}): none of its modules "
-        f"({', '.join(type(module).__name__ for module in block.children())}) has a scaled_dot_product_attention path"
+        f"({', '.join(type(module).__name__ for module in block.children())}) has a scaled_dot_product_attention path. "
+        "If one calls it through other code, give its module path"
     )
+
+
+def _names_sdpa(module: nn.Module) -> bool:
+    """Whether a method of the module's class calls ``scaled_dot_product_attention`` by name: models without timm's flag."""
+    bases = [base for base in plain_class(module).__mro__ if base not in (nn.Module, object)]
+    functions = [value for base in bases for value in vars(base).values() if inspect.isfunction(value)]
+    return any("scaled_dot_product_attention" in function.__code__.co_names for function in functions)
 
 
 _REFUSED = {
@@ -123,7 +197,8 @@ _REFUSED = {
     "TalkingHeadAttn": "it mixes heads before and after the softmax (talking heads); q and k do not determine its map",
     "DiffAttention": "its attention is a difference of two softmaxes (differential attention)",
     "DiffParallelScalingBlock": "its attention is a difference of two softmaxes (differential attention)",
-    "MultiheadAttention": "torch.nn.MultiheadAttention computes attention below Python, where it cannot be seen",
+    "MultiheadAttention": "torch.nn.MultiheadAttention computes attention where it cannot be seen. Use an attention that calls "
+    "F.scaled_dot_product_attention itself, such as timm.layers.Attention with the same weights",
 }
 
 

@@ -16,8 +16,8 @@ from attnkd.attention.merging import merge_attention
 from attnkd.attention.problem import MERGES
 from attnkd.attention.resample import resample_attention
 from attnkd.capture.blocks import attention_paths
-from attnkd.capture.models import TokenLayout, patch_grid, token_layout
 from attnkd.capture.tap import AttentionTap
+from attnkd.capture.tokens import TokenLayout, patch_grid, token_layout
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
-"""What a timm Vision Transformer's tokens are: which one is the class token, which are patches, which are compared.
+"""What a timm Vision Transformer is: how it is built, what it takes, what its features are.
 
 The one module of the package that imports timm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import timm
@@ -16,71 +16,21 @@ from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 __all__ = [
-    "TokenLayout",
     "TrainingTask",
+    "check_final_norm",
+    "check_images",
     "cls_features",
+    "evaluating",
     "final_tokens",
     "image_size",
+    "input_channels",
     "input_stats",
-    "patch_grid",
+    "modes",
+    "parameter_dtype",
     "resolve_model",
-    "token_layout",
+    "restore_modes",
     "unwrap_model",
 ]
-
-
-@dataclass(frozen=True)
-class TokenLayout:
-    """The token sequence of a Vision Transformer is [class token?, other prefix tokens, patches in row-major order].
-
-    num_prefix_tokens: class token, distillation token and registers together.
-    has_cls: whether token 0 is a class token. Prefix tokens alone do not imply one: several models have only registers.
-    feature_dim: width of the tokens.
-    """
-
-    num_prefix_tokens: int
-    has_cls: bool
-    feature_dim: int
-
-
-def token_layout(model: nn.Module) -> TokenLayout:
-    """Read a timm model's token layout off its attributes.
-
-    Raises:
-        TypeError: the model does not say how many prefix tokens it has or how wide they are.
-    """
-    prefix, width = getattr(model, "num_prefix_tokens", None), getattr(model, "num_features", None)
-    if not isinstance(prefix, int) or not isinstance(width, int):
-        raise TypeError(
-            "model: expected a timm Vision Transformer with num_prefix_tokens and num_features, "
-            f"got {type(model).__name__}"
-        )
-    owner = model if hasattr(model, "cls_token") else getattr(model, "embeds", None)  # NaFlexVit keeps it in embeds
-    return TokenLayout(prefix, prefix > 0 and getattr(owner, "cls_token", None) is not None, width)
-
-
-def patch_grid(model: nn.Module, size: Sequence[int], num_patches: int) -> tuple[int, int]:
-    """(height, width) in patches of the tokens that images of ``size`` (height, width in pixels) become.
-
-    Worked out from the input, because ``patch_embed.grid_size`` stays at its first value under ``dynamic_img_size``,
-    and checked against the number of patch tokens that were really there.
-
-    Raises:
-        ValueError: the tokens do not form this grid (patch dropout, token pruning, a model that adds tokens).
-        TypeError: the model cannot tell its grid.
-    """
-    embed = getattr(model, "patch_embed", None) or getattr(model, "embeds", None)
-    feat_size = getattr(embed, "dynamic_feat_size", None)
-    if feat_size is None:
-        raise TypeError(f"model: {type(model).__name__} has no patch_embed that tells its grid (dynamic_feat_size)")
-    height, width = feat_size(size)
-    if height * width != num_patches:
-        raise ValueError(
-            f"{type(model).__name__}: expected {height}·{width} = {height * width} patch tokens for images of "
-            f"{size[0]}x{size[1]}, its attention has {num_patches}; patch dropout (patch_drop_rate) and token pruning "
-            "are not supported"
-        )
-    return height, width
 
 
 def cls_features(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -111,16 +61,32 @@ def final_tokens(model: nn.Module, tokens: Tensor, patches: bool) -> Tensor:
         kept = tokens if prefix == 1 else torch.cat([kept, tokens[:, prefix:]], 1)
     if not isinstance(getattr(model, "norm", nn.Identity()), nn.Identity):
         return kept
-    fc_norm = getattr(model, "fc_norm", nn.Identity())
-    if isinstance(fc_norm, nn.Identity):
-        raise ValueError(f"{type(model).__name__}: its features are not normalised, it has neither norm nor fc_norm")
+    check_final_norm("model", model)
+    fc_norm: Any = model.fc_norm
     return fc_norm(kept)
 
 
-def resolve_model(model: str | nn.Module, pretrained: bool) -> nn.Module:
-    """A model as it is, or a new one by timm name without classifier; ``pretrained`` loads its published weights."""
+def check_final_norm(label: str, model: nn.Module) -> None:
+    """Refuse a model whose final tokens are not normalised, such as RADIO or InternViT.
+
+    Raises:
+        ValueError: it has neither ``norm`` nor ``fc_norm``; names ``label``.
+    """
+    norms = (getattr(model, name, nn.Identity()) for name in ("norm", "fc_norm"))
+    if all(isinstance(norm, nn.Identity) for norm in norms):
+        raise ValueError(
+            f"{label}: the features of {type(model).__name__} are not normalised (it has neither norm nor fc_norm), so its "
+            "class token and patch tokens cannot be compared; pa_weight=0 and patch_weight=0 compare attention alone"
+        )
+
+
+def resolve_model(model: str | nn.Module, pretrained: bool, num_classes: int | None = 0) -> nn.Module:
+    """A model as it is, or a new one by timm name; ``pretrained`` loads its published weights.
+
+    num_classes: of the new model; 0 is no classifier, None the one that it was published with.
+    """
     if isinstance(model, str):
-        return timm.create_model(model, pretrained=pretrained, num_classes=0)
+        return timm.create_model(model, pretrained=pretrained, num_classes=num_classes)
     return model
 
 
@@ -138,3 +104,62 @@ def input_stats(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]
     cfg = getattr(model, "pretrained_cfg", None) or {}
     mean, std = cfg.get("mean"), cfg.get("std")
     return (tuple(mean), tuple(std)) if mean is not None and std is not None else None
+
+
+def input_channels(model: nn.Module) -> int | None:
+    """The number of image channels a model takes, if it says."""
+    channels = getattr(model, "in_chans", None)
+    if channels is None:
+        channels = getattr(getattr(getattr(model, "patch_embed", None), "proj", None), "in_channels", None)
+    return channels if isinstance(channels, int) else None
+
+
+def check_images(label: str, model: nn.Module, images: Tensor) -> None:
+    """Refuse images that a model cannot take.
+
+    Args:
+        label: which model it is, for the message.
+        images: [B, C, H, W].
+
+    Raises:
+        ValueError: another number of channels, or another size than the one it accepts.
+    """
+    channels, size = input_channels(model), image_size(model)
+    if channels is not None and images.shape[1] != channels:
+        raise ValueError(f"images: {label} ({type(model).__name__}) takes {channels} channels, got {images.shape[1]}")
+    if size is not None and tuple(images.shape[-2:]) != size:
+        raise ValueError(
+            f"images: {label} ({type(model).__name__}) takes {size[0]}x{size[1]} pixels, got "
+            f"{images.shape[-2]}x{images.shape[-1]}; resize them, or build it with dynamic_img_size=True"
+        )
+
+
+def parameter_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype in which a model wants its images: that of its patch embedding, else of its first parameter."""
+    embed = getattr(model, "patch_embed", None) or getattr(model, "embeds", None)
+    for module in (embed, model):
+        for parameter in module.parameters() if isinstance(module, nn.Module) else ():
+            if parameter.is_floating_point():
+                return parameter.dtype
+    return torch.float32
+
+
+def modes(model: nn.Module) -> dict[str, bool]:
+    """Training or evaluation mode of every module, for :func:`restore_modes`."""
+    return {path: module.training for path, module in model.named_modules()}
+
+
+def restore_modes(model: nn.Module, saved: dict[str, bool]) -> None:
+    """Set every module's mode back; parts in evaluation mode inside a model in training mode stay so."""
+    for path, module in model.named_modules():
+        module.training = saved.get(path, module.training)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in evaluation mode while open, every module in its own mode again after that."""
+    saved = modes(model)
+    try:
+        yield model.eval()
+    finally:
+        restore_modes(model, saved)

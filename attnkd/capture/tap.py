@@ -3,14 +3,15 @@
 The attention module of a tapped block gets a subclass of its own class, made on the fly. While its forward runs under
 :meth:`AttentionTap.capture`, a ``TorchFunctionMode`` sees the call of ``F.scaled_dot_product_attention`` and keeps what
 enters the softmax: queries and keys after normalisation and rotary embedding, mask (or learned bias) and scale. Hooks
-on ``q_norm`` and ``k_norm`` would miss the rotary embedding, hooks on ``qkv`` the norms too. At all other times the
-module behaves as if it had never been touched; parameters, buffers and state_dict keys do not change.
+on ``q_norm`` and ``k_norm`` would miss the rotary embedding, hooks on ``qkv`` the norms too. At all other times, and in
+all other threads, the module behaves as if it had never been touched; parameters, buffers and state_dict keys do not change.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +21,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from attnkd.attention.call import AttentionCall
-from attnkd.capture.blocks import Blocks, attention_paths, plain_class
+from attnkd.capture.blocks import Blocks, attention_paths, block_owner, plain_class
+from attnkd.capture.outputs import NO_DATA_PARALLEL
+from attnkd.capture.tokens import BlockLayout, block_layout, input_images
 
 
 class AttentionTap(nn.Module):
@@ -45,7 +48,7 @@ class AttentionTap(nn.Module):
     Example::
 
         tap = AttentionTap(timm.create_model("vit_small_patch16_224"), blocks=-1)
-        output, (call,) = tap(images)       # call.query [B, H, N, D], call.key, call.mask, call.scale
+        output, (call,) = tap(images)       # call.query [B, H, N, D], call.key, call.mask, call.scale, call.grid
     """
 
     def __init__(self, model: nn.Module, blocks: Blocks = -1, stop: bool = False) -> None:
@@ -75,7 +78,7 @@ class AttentionTap(nn.Module):
         for path, attention in zip(self.paths, attentions, strict=True):
             if not isinstance(attention, _Tapped):
                 raise RuntimeError(f"{path}: no longer tapped, untap() was called; make a new AttentionTap")
-            if attention._slot is not None:
+            if attention._armed.slot is not None:
                 raise RuntimeError(f"{path}: its tap was entered again while a forward through it is running")
         _refuse_padding(function, args, kwargs)
         calls: list[AttentionCall | None] = [None] * len(attentions)
@@ -83,20 +86,25 @@ class AttentionTap(nn.Module):
         output = None
         try:
             for index, attention in enumerate(attentions):
-                attention._slot = _Slot(calls, index, self.stop, trains, self.paths[index])
+                attention._armed.slot = _Slot(calls, index, self.stop, trains, self.paths[index])
             output = function(*args, **kwargs)
         except _Stop:
             pass
         finally:
             for attention in attentions:
-                attention._slot = None
-        captured = [call for call in calls if call is not None]
-        if len(captured) < len(calls):
-            path = self.paths[calls.index(None)]
-            raise RuntimeError(
-                f"{path} ({plain_class(self.model.get_submodule(path)).__name__}): made no call of "
-                "F.scaled_dot_product_attention, so there are no queries and keys to take. Hugging Face models need "
-                "attn_implementation='sdpa'; a block that layer drop skipped cannot be tapped"
+                attention._armed.slot = None
+        images = input_images(args, kwargs)
+        captured = []
+        for path, call in zip(self.paths, calls, strict=True):
+            if call is None:
+                raise RuntimeError(
+                    f"{path} ({plain_class(self.model.get_submodule(path)).__name__}): made no call of "
+                    "F.scaled_dot_product_attention, so there are no queries and keys to take. Hugging Face models need "
+                    "attn_implementation='sdpa'; a block that layer drop skipped cannot be tapped"
+                )
+            layout = self._layout(path, call, images)
+            captured.append(
+                call._replace(num_prefix_tokens=layout.num_prefix_tokens, has_cls=layout.has_cls, grid=layout.grid)
             )
         return output, captured
 
@@ -106,7 +114,7 @@ class AttentionTap(nn.Module):
             attention: Any = self.model.get_submodule(path)
             if isinstance(attention, _Tapped):
                 attention.__class__ = plain_class(attention)
-                attention.__dict__.pop("_slot", None)
+                attention.__dict__.pop("_armed", None)
             if path in self._switched_on:
                 attention.fused_attn = False
         self._switched_on = []
@@ -117,6 +125,16 @@ class AttentionTap(nn.Module):
     def extra_repr(self) -> str:
         return f"paths={self.paths}, stop={self.stop}"
 
+    def _layout(self, path: str, call: AttentionCall, images: Tensor | None) -> BlockLayout:
+        """What the rows of a call are. A single row over all tokens is the class token's in class attention, else unknown."""
+        attention = self.model.get_submodule(path)
+        layout = block_layout(self.model.get_submodule(block_owner(path)), images, call.key.shape[0], call.key.shape[2])
+        own_rows = call.query.shape[2] == call.key.shape[2]
+        return layout if own_rows or plain_class(attention).__name__ == "ClassAttn" else BlockLayout()
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        raise NotImplementedError(f"AttentionTap: {NO_DATA_PARALLEL}")
+
     def _tap(self) -> None:
         for path in self.paths:
             attention: Any = self.model.get_submodule(path)
@@ -125,6 +143,7 @@ class AttentionTap(nn.Module):
                 self._switched_on.append(path)
             if not isinstance(attention, _Tapped):
                 attention.__class__ = _tapped_class(attention.__class__)
+                attention._armed = _Armed()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -145,16 +164,22 @@ class _Slot(NamedTuple):
     path: str
 
 
+class _Armed(threading.local):
+    """The slot of a tapped attention in this thread: another thread may run the same model at the same time."""
+
+    slot: _Slot | None = None
+
+
 class _CatchSDPA(TorchFunctionMode):
-    def __init__(self, attention: _Tapped, num_tokens: int | None) -> None:
+    def __init__(self, attention: _Tapped, slot: _Slot, num_tokens: int | None) -> None:
         super().__init__()
-        self.attention, self.num_tokens = attention, num_tokens
+        self.attention, self.slot, self.num_tokens = attention, slot, num_tokens
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.scaled_dot_product_attention:
-            return self.attention._on_sdpa(self.num_tokens, *args, **(kwargs or {}))
+            return self.attention._on_sdpa(self.slot, self.num_tokens, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -162,17 +187,20 @@ class _Tapped:
     """Mixed into the class of a tapped attention module, see _tapped_class."""
 
     _plain_class: type[nn.Module]
-    _slot: _Slot | None = None
+    _armed: _Armed
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._slot is None:  # evaluation, EMA, the second run of a checkpointed block: not ours
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Not forward: accelerate and others put a forward of their own on the instance, which hides that of a class.
+        slot = self._armed.slot
+        if slot is None:  # evaluation, EMA, the second run of a checkpointed block, another thread: not ours
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
         tokens = args[0] if args else None
-        with _CatchSDPA(self, tokens.shape[1] if isinstance(tokens, Tensor) and tokens.ndim == 3 else None):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        with _CatchSDPA(self, slot, tokens.shape[1] if isinstance(tokens, Tensor) and tokens.ndim == 3 else None):
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def _on_sdpa(
         self,
+        slot: _Slot,
         num_tokens: int | None,
         query: Tensor,
         key: Tensor,
@@ -183,11 +211,11 @@ class _Tapped:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        slot = self._slot
-        assert slot is not None
         who, reason = f"{slot.path} ({plain_class(self).__name__})", None
         if slot.calls[slot.position] is not None:
-            reason = "it calls scaled_dot_product_attention more than once in a forward"
+            reason = (
+                "it calls scaled_dot_product_attention more than once in a forward, or the model runs it more than once"
+            )
         elif is_causal:
             reason = "is_causal=True is not supported"
         elif query.ndim != 4 or key.ndim != 4:
@@ -222,7 +250,7 @@ class _Tapped:
         """Copies and pickles have the plain class: an EMA copy is an ordinary model, a pickle loads without attnkd."""
         reduced: Any = super().__reduce_ex__(1)  # protocol 1 names the class in the first argument of the rebuilder
         rebuild, args, state = reduced
-        return rebuild, (plain_class(self), *args[1:]), {k: v for k, v in state.items() if k != "_slot"}
+        return rebuild, (plain_class(self), *args[1:]), {k: v for k, v in state.items() if k != "_armed"}
 
 
 @functools.cache

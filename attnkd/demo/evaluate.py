@@ -10,8 +10,9 @@ from attnkd.attention.api import attention_rows
 from attnkd.attention.call import class_row
 from attnkd.attention.merging import merge_attention
 from attnkd.attention.resample import resample_attention
-from attnkd.capture.models import cls_features, patch_grid, token_layout
+from attnkd.capture.models import cls_features
 from attnkd.capture.tap import AttentionTap
+from attnkd.capture.tokens import patch_grid, token_layout
 
 
 @torch.no_grad()

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnkd.capture.models import token_layout, unwrap_model
+from attnkd.capture.models import unwrap_model
 from attnkd.capture.outputs import BlockOutputs, Blocks, pair_block_indices
+from attnkd.capture.tokens import token_layout
 from attnkd.methods.noise_adaptation import NoiseAdaptation, noisy_cross_entropy
 from attnkd.methods.schedule import Schedule, Schedules
 from attnkd.methods.student_teacher import FrozenTeacher, TrainedStudent

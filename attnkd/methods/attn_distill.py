@@ -21,8 +21,9 @@ from attnkd.attention.merging import merge_attention
 from attnkd.attention.problem import MERGES
 from attnkd.attention.resample import MODES, resample_attention
 from attnkd.capture.blocks import Blocks, pair_blocks
-from attnkd.capture.models import patch_grid, resolve_model, token_layout
+from attnkd.capture.models import resolve_model
 from attnkd.capture.tap import AttentionTap
+from attnkd.capture.tokens import patch_grid, token_layout
 from attnkd.methods.alignment import make_projector, resize_tokens
 from attnkd.methods.schedule import Schedule, Schedules
 from attnkd.methods.student_teacher import FeatureTeacher, TappedStudent

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from attnkd.attention.api import attention_rows
 from attnkd.attention.call import class_row, take_heads
 from attnkd.attention.checks import check_choice
-from attnkd.capture.models import token_layout
 from attnkd.capture.outputs import Blocks, block_count, block_indices, default_blocks
 from attnkd.capture.tap import AttentionTap
+from attnkd.capture.tokens import token_layout
+from attnkd.capture.outputs import Blocks, block_count, block_indices, default_blocks
+from attnkd.capture.tap import AttentionTap
+from attnkd.capture.tokens import token_layout
 
 
 class ProbeScores(NamedTuple):

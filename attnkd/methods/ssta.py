@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from attnkd.attention.checks import check_choice
 from attnkd.attention.problem import DIVERGENCES
 from attnkd.capture.blocks import Blocks, pair_blocks
-from attnkd.capture.models import resolve_model, token_layout
+from attnkd.capture.models import resolve_model
 from attnkd.capture.tap import AttentionTap
+from attnkd.capture.tokens import token_layout
 from attnkd.methods.head_kd import CROSS_ENTROPY
 from attnkd.methods.schedule import Schedule, Schedules
 from attnkd.methods.student_teacher import FrozenTeacher, TappedStudent

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnkd.capture.models import TrainingTask, image_size, input_stats, resolve_model, token_layout, unwrap_model
+from attnkd.capture.models import TrainingTask, image_size, input_stats, resolve_model, unwrap_model
 from attnkd.capture.tap import AttentionTap
+from attnkd.capture.tokens import token_layout
 from attnkd.methods.schedule import Schedules
 from attnkd.methods.student_teacher import FrozenTeacher, TrainedStudent
 

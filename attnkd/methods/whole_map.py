@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from attnkd.attention.api import attention_divergence
 from attnkd.attention.call import AttentionCall, Heads, shared_tokens, take_heads
 from attnkd.capture.blocks import plain_class
-from attnkd.capture.models import TokenLayout
+from attnkd.capture.tokens import TokenLayout
 
 
 def num_heads(model: nn.Module, path: str) -> int:

@@ -7,8 +7,9 @@ import timm
 import torch
 from torch import nn
 
-from attnkd.capture.models import cls_features, image_size, input_stats, patch_grid, resolve_model, token_layout
+from attnkd.capture.models import cls_features, image_size, input_stats, resolve_model
 from attnkd.capture.tap import AttentionTap
+from attnkd.capture.tokens import patch_grid, token_layout
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3, "num_classes": 0}
 

@@ -371,7 +371,7 @@ class TestLeavesNoTrace:
         tap = AttentionTap(model)
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), ModelEmaV3(model).module):
             assert type(other.blocks[-1].attn) is timm.layers.Attention
-            assert "_slot" not in other.blocks[-1].attn.__dict__
+            assert "_armed" not in other.blocks[-1].attn.__dict__
             assert torch.equal(other(x), model(x))
         assert b"attnkd" not in pickle.dumps(model), "a pickled model must load without this package"
         assert torch.equal(tap(x)[0], model(x))
@@ -391,7 +391,7 @@ class TestLeavesNoTrace:
         with pytest.raises(KeyError, match="from the model"):
             tap(x)
         hook.remove()
-        assert all(model.get_submodule(path)._slot is None for path in tap.paths)
+        assert all(model.get_submodule(path)._armed.slot is None for path in tap.paths)
         output, calls = tap(x)
         assert torch.equal(output, model(x)) and len(calls) == 2
 

@@ -1,0 +1,131 @@
+"""What the tokens of a Vision Transformer are: which one is the class token, which are patches, on which grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """The tokens that a model puts out: [class token?, other prefix tokens, patches in row-major order].
+
+    num_prefix_tokens: class token, distillation token and registers together.
+    has_cls: whether token 0 is a class token. Prefix tokens alone do not imply one: several models have only registers.
+    feature_dim: width of the tokens.
+    """
+
+    num_prefix_tokens: int
+    has_cls: bool
+    feature_dim: int
+
+
+class BlockLayout(NamedTuple):
+    """The tokens of one block in one forward. None where nobody can know."""
+
+    num_prefix_tokens: int | None = None
+    """Tokens before the first patch."""
+    has_cls: bool | None = None
+    """Whether token 0 of this block is a class token."""
+    grid: Grid | None = None
+    """(height, width) in patches."""
+
+
+def token_layout(model: nn.Module) -> TokenLayout:
+    """Read a timm model's token layout off its attributes.
+
+    Raises:
+        TypeError: the model does not say how many prefix tokens it has or how wide they are.
+    """
+    prefix, width = getattr(model, "num_prefix_tokens", None), getattr(model, "num_features", None)
+    if not isinstance(prefix, int) or not isinstance(width, int):
+        raise TypeError(
+            "model: expected a timm Vision Transformer with num_prefix_tokens and num_features, "
+            f"got {type(model).__name__}"
+        )
+    return TokenLayout(prefix, _has_cls(model), width)
+
+
+def block_layout(model: nn.Module, images: Tensor | None, batch: int, count: int) -> BlockLayout:
+    """What ``count`` tokens of a block are, while ``model`` runs on ``images``.
+
+    The model's class token need not be there yet: CaiT, XCiT and ConViT add it after some blocks, so what a block's
+    tokens are is decided by their number.
+
+    Args:
+        model: whose blocks they are.
+        images: [B, C, H, W] it was called with; None when it was called with something else.
+        batch, count: of the block's tokens [batch, count, D]; windows lie in the batch.
+    """
+    prefix = getattr(model, "num_prefix_tokens", None)
+    if images is None or not isinstance(prefix, int) or batch != images.shape[0]:
+        return BlockLayout()
+    if drops_patches(model):  # the patches that are left are no grid, whatever their number
+        return BlockLayout(prefix, _has_cls(model))
+    grid = expected_grid(model, images.shape[-2:])
+    if grid is None:
+        return BlockLayout()
+    patches = grid[0] * grid[1]
+    if count == prefix + patches:
+        return BlockLayout(prefix, _has_cls(model), grid)
+    return BlockLayout(0, False, grid) if count == patches else BlockLayout()
+
+
+def expected_grid(model: nn.Module, size: Sequence[int]) -> Grid | None:
+    """(height, width) in patches into which a model cuts images of ``size`` (height, width in pixels); None if it cannot say.
+
+    Worked out from the input, because ``patch_embed.grid_size`` stays at its first value under ``dynamic_img_size``.
+    """
+    embed: Any = getattr(model, "patch_embed", None) or getattr(model, "embeds", None)
+    feat_size = getattr(embed, "dynamic_feat_size", None)
+    if feat_size is not None:
+        height, width = feat_size(size)
+        return height, width
+    patch = getattr(embed, "patch_size", None)  # XCiT's stem of convolutions
+    if not isinstance(patch, int):
+        return None
+    return size[0] // patch, size[1] // patch
+
+
+def patch_grid(model: nn.Module, size: Sequence[int], num_patches: int) -> Grid:
+    """(height, width) in patches of the tokens that images of ``size`` (height, width in pixels) became.
+
+    Raises:
+        ValueError: the tokens do not form this grid (patch dropout, token pruning, a model that adds tokens).
+        TypeError: the model cannot tell its grid.
+    """
+    grid = expected_grid(model, size)
+    if grid is None:
+        raise TypeError(f"model: {type(model).__name__} has no patch_embed that tells its grid (dynamic_feat_size)")
+    height, width = grid
+    if height * width != num_patches or drops_patches(model):
+        raise ValueError(
+            f"{type(model).__name__}: expected {height}·{width} = {height * width} patch tokens for images of "
+            f"{size[0]}x{size[1]}, its attention has {num_patches}; {NO_GRID}"
+        )
+    return height, width
+
+
+NO_GRID = "patch dropout (patch_drop_rate) and token pruning are not supported: set patch_drop_rate=0"
+
+
+def drops_patches(model: nn.Module) -> bool:
+    """Whether patch dropout is on now: in training, with a rate above 0."""
+    dropout: Any = getattr(model, "patch_drop", None)
+    return bool(getattr(dropout, "prob", 0.0)) and dropout.training
+
+
+def input_images(args: Iterable[Any], kwargs: dict[str, Any]) -> Tensor | None:
+    """The images [B, C, H, W] among the arguments of a model's forward, or None."""
+    found = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim == 4]
+    return found[0] if found else None
+
+
+def _has_cls(model: nn.Module) -> bool:
+    owner = model if hasattr(model, "cls_token") else getattr(model, "embeds", None)  # NaFlexVit keeps it in embeds
+    return getattr(model, "num_prefix_tokens", 0) > 0 and getattr(owner, "cls_token", None) is not None
