@@ -16,6 +16,7 @@ from attnkd.attention.merging import merge_attention
 from attnkd.attention.problem import MERGES
 from attnkd.attention.resample import resample_attention
 from attnkd.capture.blocks import attention_paths
+from attnkd.capture.models import evaluating
 from attnkd.capture.tap import AttentionTap
 from attnkd.capture.tokens import TokenLayout, patch_grid, token_layout
 
@@ -72,11 +73,8 @@ def class_maps(
         raise ValueError(f"model: {type(model).__name__} has no class token whose attention could be shown")
     wanted = attention_paths(model, block)[0]
     tap = AttentionTap(model, "all" if rollout else block, stop=True)
-    training = model.training
-    try:
-        _, calls = tap.eval()(images)
-    finally:
-        model.train(training)
+    with evaluating(model):
+        _, calls = tap(images)
     call = class_row(calls[tap.paths.index(wanted)], layout.num_prefix_tokens)
     rows = attention_rows(call.query, call.key, scale=call.scale, mask=call.mask, impl=impl)
     grid = patch_grid(model, images.shape[-2:], rows.shape[-1] - 1)

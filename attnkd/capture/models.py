@@ -94,7 +94,7 @@ def image_size(model: nn.Module) -> tuple[int, int] | None:
     """The one image size (height, width) a model accepts, or None when it accepts several."""
     embed = getattr(model, "patch_embed", None)
     size = getattr(embed, "img_size", None)
-    if size is None or not getattr(embed, "strict_img_size", True) or getattr(model, "dynamic_img_size", False):
+    if size is None or not getattr(embed, "strict_img_size", False) or getattr(model, "dynamic_img_size", False):
         return None
     return tuple(size)
 

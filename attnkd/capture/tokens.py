@@ -71,9 +71,9 @@ def block_layout(model: nn.Module, images: Tensor | None, batch: int, count: int
     if grid is None:
         return BlockLayout()
     patches = grid[0] * grid[1]
-    if count == prefix + patches:
-        return BlockLayout(prefix, _has_cls(model), grid)
-    return BlockLayout(0, False, grid) if count == patches else BlockLayout()
+    if count == patches:
+        return BlockLayout(0, False, grid)
+    return BlockLayout(prefix, _has_cls(model), grid if count == prefix + patches else None)
 
 
 def expected_grid(model: nn.Module, size: Sequence[int]) -> Grid | None:
@@ -109,6 +109,28 @@ def patch_grid(model: nn.Module, size: Sequence[int], num_patches: int) -> Grid:
             f"{size[0]}x{size[1]}, its attention has {num_patches}; {NO_GRID}"
         )
     return height, width
+
+
+def check_same_grid(student: Any, teacher: Any) -> None:
+    """Refuse tokens of two models that are not the same patches: equal numbers do not make equal grids.
+
+    Args:
+        student, teacher: an AttentionCall, BlockTokens or :class:`BlockLayout`. Where a model cannot say what its tokens are
+            (all of it None), nothing is refused here.
+
+    Raises:
+        ValueError: two grids, or patches that are no grid.
+    """
+    for name, layout in (("student", student), ("teacher", teacher)):
+        if layout.grid is None and layout.num_prefix_tokens is not None:
+            raise ValueError(f"{name}: its patches do not form the grid that its images are cut into; {NO_GRID}")
+    if None not in (student.grid, teacher.grid) and student.grid != teacher.grid:
+        (height, width), (teacher_height, teacher_width) = student.grid, teacher.grid
+        raise ValueError(
+            f"student and teacher cut the images into other patches: the student's grid is {height}x{width} (height x width), "
+            f"the teacher's {teacher_height}x{teacher_width}; whole maps and patch tokens need the same patch grid. A method "
+            "that compares class-token rows (AttnDistill) can resize them"
+        )
 
 
 NO_GRID = "patch dropout (patch_drop_rate) and token pruning are not supported: set patch_drop_rate=0"

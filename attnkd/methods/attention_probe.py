@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnkd.capture.models import unwrap_model
-from attnkd.capture.outputs import BlockOutputs, Blocks, pair_block_indices
-from attnkd.capture.tokens import token_layout
+from attnkd.capture.blocks import Blocks, block_paths, default_blocks, pair_blocks
+from attnkd.capture.models import resolve_model, unwrap_model
+from attnkd.capture.outputs import BlockOutputs, BlockTokens
+from attnkd.capture.tokens import TokenLayout, check_same_grid, token_layout
 from attnkd.methods.noise_adaptation import NoiseAdaptation, noisy_cross_entropy
-from attnkd.methods.schedule import Schedule, Schedules
+from attnkd.methods.schedule import Schedule
 from attnkd.methods.student_teacher import FrozenTeacher, TrainedStudent
-from attnkd.methods.task import DistillTask, check_pair
+from attnkd.methods.task import DistillTask, check_numbers, check_pair, check_student
 from attnkd.relation.api import relation_row_loss
 
 _logger = logging.getLogger(__name__)
@@ -91,8 +92,8 @@ class AttentionProbe(DistillTask):
         dtype: torch.dtype | None = None,
         verbose: bool = True,
     ) -> None:
-        teacher = _classifier(teacher, pretrained=True)
-        student = _classifier(student, num_classes=getattr(teacher, "num_classes", None))
+        teacher = resolve_model(teacher, pretrained=True, num_classes=None)
+        student = resolve_model(student, pretrained=False, num_classes=getattr(teacher, "num_classes", None))
         check_pair(student, "teacher", teacher, class_token=True)
         classes, theirs = getattr(student, "num_classes", None), getattr(teacher, "num_classes", None)
         if not isinstance(theirs, int) or theirs < 2 or classes != theirs:
@@ -101,15 +102,16 @@ class AttentionProbe(DistillTask):
             )
         if normalize_dim not in (-1, -2):
             raise ValueError(f"normalize_dim: expected -1 or -2, got {normalize_dim!r}")
-        schedules = Schedules(
-            relation_weight=relation_weight, kd_weight=kd_weight, noisy_weight=noisy_weight, temperature=temperature
-        )
-        schedules.check_weights("relation_weight", "kd_weight", "noisy_weight")
-        student_blocks, wanted = pair_block_indices(student, teacher, blocks, teacher_blocks)
-        unique = sorted(set(wanted))
+        check_student(student, criterion=None)
+        weights = {"relation_weight": relation_weight, "kd_weight": kd_weight, "noisy_weight": noisy_weight}
+        schedules = check_numbers(weights, temperature=temperature, one_of=list(weights))
+        if blocks is None:
+            blocks = default_blocks(student, 3)
+        student_paths, teacher_paths, pairs = pair_blocks(student, teacher, blocks, teacher_blocks, block_paths)
+        noise = NoiseAdaptation(theirs, teacher_accuracy)
         super().__init__(
-            ProbeStudent(BlockOutputs(student, student_blocks), NoiseAdaptation(theirs, teacher_accuracy)),
-            {"teacher": FrozenTeacher(BlockOutputs(teacher, unique), input_norm)},
+            ProbeStudent(BlockOutputs(student, student_paths), noise),
+            {"teacher": FrozenTeacher(BlockOutputs(teacher, teacher_paths), input_norm)},
             criterion=None,
             schedules=schedules,
             impl=impl,
@@ -117,11 +119,11 @@ class AttentionProbe(DistillTask):
             dtype=dtype,
             verbose=verbose,
         )
-        self.pairs = [(i, unique.index(block)) for i, block in enumerate(wanted)]
-        self.prefixes = token_layout(student).num_prefix_tokens, token_layout(teacher).num_prefix_tokens
-        self.normalize_dim = normalize_dim
+        self.pairs, self.normalize_dim = pairs, normalize_dim
+        self.layouts = token_layout(student), token_layout(teacher)
         if verbose:
-            _logger.info(f"AttentionProbe: {schedules}, student blocks {student_blocks} <- teacher blocks {wanted}")
+            wanted = [teacher_paths[t] for _, t in pairs]
+            _logger.info(f"AttentionProbe: {schedules}, student {student_paths} <- teacher {wanted}")
 
     @property
     def teacher(self) -> FrozenTeacher:
@@ -155,22 +157,31 @@ class AttentionProbe(DistillTask):
         if weights["noisy"]:
             result["noisy_loss"] = noisy_cross_entropy(output, target_output.argmax(1), log_q)
         if weights["relation"]:
-            losses = [
-                relation_row_loss(
-                    tokens[s],
-                    cast(Any, target_tokens)[t],
-                    student_prefix_tokens=self.prefixes[0],
-                    teacher_prefix_tokens=self.prefixes[1],
-                    normalize_dim=self.normalize_dim,
-                    impl=self.impl,
-                )
-                for s, t in self.pairs
-            ]
+            losses = [self.relation_loss(tokens[s], cast(Any, target_tokens)[t]) for s, t in self.pairs]
             result["relation_loss"] = torch.stack(losses).mean()
-        if not result:
-            raise RuntimeError("AttentionProbe: all weights are 0 now, nothing would be distilled")
-        parts = [weights[name.removesuffix("_loss")] * value for name, value in result.items()]
-        return {"loss": sum(parts[1:], parts[0]), **result, "output": output}
+        loss = self.total([(weights[name.removesuffix("_loss")], value) for name, value in result.items()])
+        return {"loss": loss, **result, "output": output}
+
+    def relation_loss(self, student: BlockTokens, teacher: BlockTokens) -> Tensor:
+        """R of one pair of blocks, a scalar; see :func:`attnkd.relation.api.relation_row_loss`.
+
+        Raises:
+            ValueError: a block in which there is no class token yet, or other patches.
+        """
+        for name, block in (("student", student), ("teacher", teacher)):
+            if block.has_cls is False:
+                raise ValueError(
+                    f"{name}: a compared block has no class token yet, the model adds it after that block; choose later blocks"
+                )
+        check_same_grid(student, teacher)
+        return relation_row_loss(
+            student.tokens,
+            teacher.tokens,
+            student_prefix_tokens=_prefix(student, self.layouts[0]),
+            teacher_prefix_tokens=_prefix(teacher, self.layouts[1]),
+            normalize_dim=self.normalize_dim,
+            impl=self.impl,
+        )
 
     def optimizers(
         self, lr: float = 7.5e-4, weight_decay: float = 0.025, noise_lr: float = 1e-3
@@ -185,11 +196,7 @@ class AttentionProbe(DistillTask):
         weights = [self.schedules.numbers[f"{name}_weight"] for name in ("kd", "noisy", "relation")]
         return any(not weight.constant or weight.off for weight in weights)
 
-    def untap(self) -> tuple[nn.Module, nn.Module]:
-        """Give student and teacher back as plain models, without hooks; the task cannot run after that."""
-        return unwrap_model(self.trainable_module).outputs.close(), self.teacher.tap.close()
-
-    close = untap
+    close = DistillTask.untap
 
 
 class ProbeStudent(TrainedStudent):
@@ -201,7 +208,7 @@ class ProbeStudent(TrainedStudent):
         super().__init__()
         self.outputs, self.noise = outputs, noise
 
-    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, list[BlockTokens], Tensor]:
         """images [B, C, H, W] → class scores [B, K], tokens [B, N, D] of the blocks, log Q [K, K]."""
         output, tokens = self.outputs(images)
         return output, tokens, self.noise()
@@ -217,10 +224,5 @@ def kd_loss(output: Tensor, target_output: Tensor, temperature: float) -> Tensor
     return temperature**2 * F.kl_div(log_p, log_t, reduction="batchmean", log_target=True)
 
 
-def _classifier(model: str | nn.Module, pretrained: bool = False, num_classes: int | None = None) -> nn.Module:
-    """A model as it is, or by timm name with a classifier."""
-    if not isinstance(model, str):
-        return model
-    import timm
-
-    return timm.create_model(model, pretrained=pretrained, num_classes=num_classes)
+def _prefix(block: BlockTokens, layout: TokenLayout) -> int:
+    return layout.num_prefix_tokens if block.num_prefix_tokens is None else block.num_prefix_tokens

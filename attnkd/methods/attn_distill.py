@@ -21,13 +21,13 @@ from attnkd.attention.merging import merge_attention
 from attnkd.attention.problem import MERGES
 from attnkd.attention.resample import MODES, resample_attention
 from attnkd.capture.blocks import Blocks, pair_blocks
-from attnkd.capture.models import resolve_model
+from attnkd.capture.models import check_final_norm, resolve_model
 from attnkd.capture.tap import AttentionTap
 from attnkd.capture.tokens import patch_grid, token_layout
 from attnkd.methods.alignment import make_projector, resize_tokens
-from attnkd.methods.schedule import Schedule, Schedules
+from attnkd.methods.schedule import Schedule
 from attnkd.methods.student_teacher import FeatureTeacher, TappedStudent
-from attnkd.methods.task import DistillTask, check_pair
+from attnkd.methods.task import DistillTask, check_numbers, check_pair, check_student
 
 _logger = logging.getLogger(__name__)
 
@@ -119,17 +119,20 @@ class AttnDistill(DistillTask):
         check_choice("merge", merge, ("auto", *MERGES))
         check_choice("resample_mode", resample_mode, MODES)
         check_pair(student, "teacher", teacher, class_token=True)
-        schedules = Schedules(
-            pa_weight=pa_weight,
-            patch_weight=patch_weight,
-            attn_weight=attn_weight,
-            task_loss_weight=task_loss_weight,
-            **({} if temperature is None else {"temperature": temperature}),
-        )
-        schedules.check_weights("pa_weight", "patch_weight", "attn_weight")
+        check_student(student, criterion)
+        weights = {
+            "pa_weight": pa_weight,
+            "patch_weight": patch_weight,
+            "attn_weight": attn_weight,
+            "task_loss_weight": task_loss_weight,
+        }
+        schedules = check_numbers(weights, temperature=temperature, one_of=list(weights)[:3])
         student_layout, teacher_layout = token_layout(student), token_layout(teacher)
         student_paths, teacher_paths, pairs = pair_blocks(student, teacher, blocks, teacher_blocks)
         align = not (schedules.numbers["pa_weight"].off and schedules.numbers["patch_weight"].off)
+        if align:
+            check_final_norm("student", student)
+            check_final_norm("teacher", teacher)
         student_tap = AttentionTap(student, student_paths, stop=not align and criterion is None)
         teacher_tap = AttentionTap(teacher, teacher_paths, stop=not align)
         projector = make_projector(student_layout.feature_dim, teacher_layout.feature_dim) if align else None
@@ -192,11 +195,9 @@ class AttnDistill(DistillTask):
             result["attn_loss"] = torch.stack(losses).mean()
         if self.criterion is not None:
             result["task_loss"] = self.criterion(output, targets)
-        if not result:
-            raise RuntimeError("AttnDistill: nothing to train on: all weights are 0 now and criterion is None")
-        parts = [weights[name] * value for name, value in result.items()]
-        loss = sum(parts[1:], parts[0])
-        if self.check_finite and not bool(torch.isfinite(loss)):
+        loss = self.total([(weights[name], value) for name, value in result.items()])
+        # A compiled forward cannot look at a number on its way: check_finite is for the eager one.
+        if self.check_finite and not torch.compiler.is_compiling() and not bool(torch.isfinite(loss)):
             _blame_teacher(self.teacher.tap.model, target_features, teacher_calls)
         if output is not None:
             result["output"] = output
@@ -231,6 +232,11 @@ class AttnDistill(DistillTask):
         prefix, teacher_prefix = self.student_layout.num_prefix_tokens, self.teacher_layout.num_prefix_tokens
         student_grid = patch_grid(self.student, size, student.key.shape[2] - prefix)
         teacher_grid = patch_grid(self.teacher.tap.model, size, teacher.key.shape[2] - teacher_prefix)
+        for name, call in (("student", student), ("teacher", teacher)):
+            if call.has_cls is False:
+                raise ValueError(
+                    f"{name}: this attention runs before the model adds its class token; choose a later block"
+                )
         s, t = class_row(student, prefix), class_row(teacher, teacher_prefix)
         merge = self.merge
         if merge == "auto":
@@ -263,10 +269,6 @@ class AttnDistill(DistillTask):
     def leaves_parameters_unused(self) -> bool:
         changing = any(not self.schedules.numbers[name].constant for name in ("pa_weight", "patch_weight"))
         return super().leaves_parameters_unused() or changing  # the projector
-
-    def untap(self) -> tuple[nn.Module, nn.Module]:
-        """Give student and teacher back as plain models; the task cannot run after that."""
-        return self.student_tap.untap(), self.teacher.tap.untap()
 
 
 def _blame_teacher(teacher: nn.Module, features: Tensor | None, calls: list[AttentionCall]) -> None:

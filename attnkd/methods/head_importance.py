@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from attnkd import files
-from attnkd.capture.blocks import Blocks, attention_paths, plain_class
-from attnkd.methods.silence import block_path, silenced
+from attnkd.capture.blocks import Blocks, attention_paths, block_path, plain_class
+from attnkd.capture.models import evaluating
+from attnkd.methods.silence import silenced
 from attnkd.methods.whole_map import num_heads
 
 SELECTIONS = ("importance", "average", "random")
@@ -98,7 +99,7 @@ def head_importance(
     """Accuracy on a held-out loader with heads silenced, for every head or every combination of one head a block.
 
     The images of a batch run through the unaltered lower blocks once; at every block of ``blocks`` the batch is then
-    multiplied by its heads. All combinations over the last three of 12 blocks with 6 heads (6³ = 216) so cost 9 + 6 + 36 + 216
+    multiplied by its heads; before the first block, if the model uses the outputs of several blocks. All combinations over the last three of 12 blocks with 6 heads (6³ = 216) so cost 9 + 6 + 36 + 216
     blocks an image instead of 216 · 12.
 
     Args:
@@ -119,6 +120,8 @@ def head_importance(
     """
     paths = attention_paths(model, blocks)
     owners = [block_path(path) for path in paths]
+    if None in owners:
+        raise ValueError(f"blocks: expected attentions inside a list named 'blocks', got {paths}")
     running = [name for name, _ in model.named_modules() if name in owners]
     if owners != running:
         raise ValueError(f"blocks: expected at most one attention a block, in running order, got {paths}")
@@ -130,10 +133,9 @@ def head_importance(
     searches = [paths] if combinations else [[name] for name in paths]
     classify = (lambda output: output) if classifier is None else classifier
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
+    count_right = _Counter(model, classify, max_batch)
     crc, bar = 0, _progress(progress, loader)
-    try:
+    with evaluating(model):
         for index, (images, targets) in enumerate(bar):
             crc = zlib.crc32(targets.cpu().numpy().tobytes(), crc)
             if index < result.batches:
@@ -148,14 +150,12 @@ def head_importance(
             for search, count in zip(searches, counts, strict=True):
                 size = max(1, max_batch // math.prod(count.shape[_first_spread(count.shape, max_batch) :]))
                 for chunk, labels in zip(images.split(size), targets.split(size), strict=True):
-                    count += _count(model, classify, chunk, labels, search, count.shape, max_batch)
+                    count += count_right(chunk, labels, search, count.shape)
             result.images += len(images)
             result.batches, result.targets_crc = index + 1, crc
             result.correct = counts[0].tolist() if combinations else [count.tolist() for count in counts]
             if path is not None:
                 result.save(path)
-    finally:
-        model.train(training)
     if result.images == 0:
         raise ValueError("loader: expected images, got none")
     result.complete = True
@@ -229,24 +229,36 @@ def _first_spread(shape: Sequence[int], max_batch: int) -> int:
     return first
 
 
-def _count(
-    model: nn.Module,
-    classify: Callable[[Tensor], Tensor],
-    images: Tensor,
-    targets: Tensor,
-    search: Sequence[str],
-    shape: Sequence[int],
-    max_batch: int,
-) -> Tensor:
-    """[H1, H2, …]: how many of the images are right with that combination of heads silenced."""
-    first = _first_spread(shape, max_batch)
-    counts = torch.zeros(tuple(shape), dtype=torch.int64)
-    for fixed in itertools.product(*(range(size) for size in shape[:first])):
-        with silenced(model, dict(zip(search, (*fixed, *[None] * (len(shape) - first)), strict=True))):
-            output = classify(model(images))
-        right = output.argmax(-1).view(len(images), *shape[first:]) == targets.view(-1, *[1] * (len(shape) - first))
-        counts[fixed] = right.sum(0).cpu()
-    return counts
+class _Counter:
+    """Counts right images with every combination of heads silenced."""
+
+    def __init__(self, model: nn.Module, classify: Callable[[Tensor], Tensor], max_batch: int) -> None:
+        self.model, self.classify, self.max_batch = model, classify, max_batch
+        self.at_once = False
+
+    def __call__(self, images: Tensor, targets: Tensor, search: Sequence[str], shape: Sequence[int]) -> Tensor:
+        """[H1, H2, …]: how many of the images are right with that combination of heads silenced."""
+        first = _first_spread(shape, self.max_batch)
+        counts = torch.zeros(tuple(shape), dtype=torch.int64)
+        for fixed in itertools.product(*(range(size) for size in shape[:first])):
+            output = self._output(images, dict(zip(search, (*fixed, *[None] * (len(shape) - first)), strict=True)))
+            right = output.argmax(-1).view(len(images), *shape[first:]) == targets.view(-1, *[1] * (len(shape) - first))
+            counts[fixed] = right.sum(0).cpu()
+        return counts
+
+    def _output(self, images: Tensor, heads: dict[str, int | None]) -> Tensor:
+        if not self.at_once:
+            try:
+                with silenced(self.model, heads):
+                    return self.classify(self.model(images))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                # A model that puts outputs of several blocks together cannot run with batches that grow from block to
+                # block. If that is not the reason, the next lines raise the same error.
+                self.at_once = True
+        with silenced(self.model, heads, at_once=True):
+            return self.classify(self.model(images))
 
 
 def _progress(show: bool, loader: Iterable[tuple[Tensor, Tensor]]) -> Iterable[tuple[Tensor, Tensor]]:

@@ -17,9 +17,9 @@ from attnkd.capture.blocks import Blocks, pair_blocks
 from attnkd.capture.models import resolve_model
 from attnkd.capture.tap import AttentionTap
 from attnkd.capture.tokens import token_layout
-from attnkd.methods.schedule import Schedule, Schedules
+from attnkd.methods.schedule import Schedule
 from attnkd.methods.student_teacher import FrozenTeacher, TappedStudent
-from attnkd.methods.task import DistillTask, build_student, check_pair
+from attnkd.methods.task import DistillTask, build_student, check_numbers, check_pair, check_student
 from attnkd.methods.whole_map import Heads, check_heads, num_heads, whole_map_divergence
 
 _logger = logging.getLogger(__name__)
@@ -112,34 +112,41 @@ class HeadKD(DistillTask):
         student = build_student(student, criterion, num_classes)
         teacher = resolve_model(teacher, pretrained=True)
         check_pair(student, "teacher", teacher)
-        check_sample_weights(student, teacher, wrong_teacher_weight, wrong_student_weight, criterion)
-        alpha = check_alpha(alpha, divergence)
-        if alpha == 1 and criterion is None:
+        check_student(student, criterion)
+        schedules = check_numbers(
+            {},
+            fractions={
+                "alpha": _alpha(alpha, divergence),
+                "wrong_teacher_weight": wrong_teacher_weight,
+                "wrong_student_weight": wrong_student_weight,
+            },
+            temperature=temperature,
+        )
+        if min(schedules.numbers["alpha"].reached) == 1 and criterion is None:
             raise ValueError("alpha: 1 leaves the class loss alone, but criterion is None")
+        _check_wrong_weights(student, teacher, wrong_teacher_weight, wrong_student_weight, criterion)
         if blocks is None:
             blocks = "all" if mode == "encoder_to_encoder" else -1
         student_paths, teacher_paths, pairs = pair_blocks(student, teacher, blocks, teacher_blocks)
+        chosen: list[tuple[Heads, Heads]] = []
+        for index, (s, t) in enumerate(pairs):
+            ours = _student_heads(mode, student, student_paths[s], index, len(pairs), heads)
+            theirs = _teacher_heads(mode, teacher, teacher_paths[t], index, len(pairs), len(ours), teacher_heads)
+            chosen.append((ours, theirs))
         student_tap = AttentionTap(student, student_paths, stop=criterion is None)
         teacher_tap = AttentionTap(teacher, teacher_paths, stop=wrong_teacher_weight == 1)
         super().__init__(
             TappedStudent(student_tap, train_head=criterion is not None),
             {"teacher": FrozenTeacher(teacher_tap, input_norm)},
             criterion=criterion,
-            schedules=Schedules(alpha=alpha, temperature=temperature),
+            schedules=schedules,
             impl=impl,
             device=device,
             dtype=dtype,
             verbose=verbose,
         )
-        self.mode, self.divergence = mode, divergence
-        self.wrong_teacher_weight, self.wrong_student_weight = wrong_teacher_weight, wrong_student_weight
+        self.divergence, self.pairs, self.heads = divergence, pairs, chosen
         self.layouts = token_layout(student), token_layout(teacher)
-        self.pairs = pairs
-        self.heads: list[tuple[Heads, Heads]] = []
-        for index, (s, t) in enumerate(pairs):
-            ours = self._student_heads(student, student_paths[s], index, len(pairs), heads)
-            theirs = self._teacher_heads(teacher, teacher_paths[t], index, len(pairs), len(ours), teacher_heads)
-            self.heads.append((ours, theirs))
         if verbose:
             for (s, t), (ours, theirs) in zip(pairs, self.heads, strict=True):
                 _logger.info(
@@ -164,16 +171,16 @@ class HeadKD(DistillTask):
         """
         output, _, student_calls = self.run_student(images, targets)
         alpha = self.schedules["alpha"]
-        result, parts = {}, []
+        result: dict[str, Tensor] = {}
+        parts = []
         if alpha < 1:
             target_output, teacher_calls = self.teachers["teacher"](images)
             weight = self.sample_weight(output, target_output, targets)
             losses = [
                 whole_map_divergence(
                     student_calls[s],
-                    self.layouts[0],
                     teacher_calls[t],
-                    self.layouts[1],
+                    layouts=self.layouts,
                     student_heads=ours,
                     teacher_heads=theirs,
                     sample_weight=weight,
@@ -184,21 +191,23 @@ class HeadKD(DistillTask):
                 for (s, t), (ours, theirs) in zip(self.pairs, self.heads, strict=True)
             ]
             result["attn_loss"] = torch.stack(losses).mean()
-            parts.append((1 - alpha) * result["attn_loss"])
+            parts.append((1 - alpha, result["attn_loss"]))
             if weight is not None:
                 result["attn_sample_weight"] = weight
         if self.criterion is not None:
             result["task_loss"] = self.criterion(output, targets)
-            parts.append(alpha * result["task_loss"])
+            parts.append((alpha, result["task_loss"]))
             result["output"] = output
-        return {"loss": sum(parts[1:], parts[0]), **result}
+        return {"loss": self.total(parts), **result}
 
     def sample_weight(
         self, output: Tensor | None, target_output: Tensor | None, targets: Tensor | None
     ) -> Tensor | None:
         """[B] factors of the images' attention losses; None when all are 1."""
         weight = None
-        for factor, scores in ((self.wrong_teacher_weight, target_output), (self.wrong_student_weight, output)):
+        scored = {"wrong_teacher_weight": target_output, "wrong_student_weight": output}
+        for name, scores in scored.items():
+            factor = self.schedules[name]
             if factor == 1:
                 continue
             assert scores is not None and targets is not None
@@ -208,68 +217,63 @@ class HeadKD(DistillTask):
             weight = own if weight is None else weight * own
         return weight
 
-    def _student_heads(
-        self, student: nn.Module, path: str, index: int, pairs: int, heads: int | Sequence[int] | None
-    ) -> Heads:
-        count = num_heads(student, path)
-        if self.mode != "head_to_head":
-            if heads is not None:
-                raise ValueError(f"heads: {self.mode!r} distils all heads of a student block, got {heads!r}")
-            return tuple(range(count))
-        return check_heads("heads", [_one(heads, "heads", index, pairs)], count, path)
 
-    def _teacher_heads(
-        self,
-        teacher: nn.Module,
-        path: str,
-        index: int,
-        pairs: int,
-        wanted: int,
-        heads: int | Sequence[int] | Sequence[Sequence[int]] | None,
-    ) -> Heads:
-        count = num_heads(teacher, path)
-        if self.mode == "head_to_head":
-            return check_heads("teacher_heads", [_one(heads, "teacher_heads", index, pairs)], count, path)
-        if wanted > count:
-            raise ValueError(
-                f"{self.mode}: the student block has m = {wanted} heads and {path} of the teacher n = {count}; every "
-                "student head needs a teacher head of its own, m <= n. Distil single heads with mode='head_to_head'"
-            )
-        if heads is None:
-            return tuple(range(wanted))
-        if isinstance(heads, int):
-            heads = [heads]
-        if heads and not isinstance(heads[0], int):
-            if len(heads) != pairs:
-                raise ValueError(f"teacher_heads: expected one sequence for each of {pairs} blocks, got {len(heads)}")
-            heads = heads[index]
-        chosen = check_heads("teacher_heads", heads, count, path)  # type: ignore[arg-type]
-        if len(chosen) != wanted:
-            raise ValueError(f"teacher_heads: expected m = {wanted} heads like the student block, got {list(chosen)}")
-        return chosen
+def _student_heads(
+    mode: str, student: nn.Module, path: str, index: int, pairs: int, heads: int | Sequence[int] | None
+) -> Heads:
+    count = num_heads(student, path)
+    if mode != "head_to_head":
+        if heads is not None:
+            raise ValueError(f"heads: {mode!r} distils all heads of a student block, got {heads!r}")
+        return tuple(range(count))
+    return check_heads("heads", [_one(heads, "heads", index, pairs)], count, path)
 
 
-def check_alpha(alpha: float | Schedule | None, divergence: str) -> float | Schedule:
-    """α as given, or the paper's for this divergence; every value it can take must lie in [0, 1]."""
-    if alpha is None:
-        if divergence not in ALPHAS:
-            raise ValueError(
-                f"alpha: needed for divergence={divergence!r}; the paper has values for {', '.join(ALPHAS)} only"
-            )
-        return ALPHAS[divergence][0]
-    for value in alpha.reached if isinstance(alpha, Schedule) else [alpha]:
-        if not 0 <= value <= 1:
-            raise ValueError(f"alpha: expected a number from 0 to 1, got {value}")
-    return alpha
+def _teacher_heads(
+    mode: str,
+    teacher: nn.Module,
+    path: str,
+    index: int,
+    pairs: int,
+    wanted: int,
+    heads: int | Sequence[int] | Sequence[Sequence[int]] | None,
+) -> Heads:
+    count = num_heads(teacher, path)
+    if mode == "head_to_head":
+        return check_heads("teacher_heads", [_one(heads, "teacher_heads", index, pairs)], count, path)
+    if wanted > count:
+        raise ValueError(
+            f"{mode}: the student block has m = {wanted} heads and {path} of the teacher n = {count}; every "
+            "student head needs a teacher head of its own, m <= n. Distil single heads with mode='head_to_head'"
+        )
+    if heads is None:
+        return tuple(range(wanted))
+    if isinstance(heads, int):
+        heads = [heads]
+    if heads and not isinstance(heads[0], int):
+        if len(heads) != pairs:
+            raise ValueError(f"teacher_heads: expected one sequence for each of {pairs} blocks, got {len(heads)}")
+        heads = heads[index]
+    chosen = check_heads("teacher_heads", heads, count, path)  # type: ignore[arg-type]
+    if len(chosen) != wanted:
+        raise ValueError(f"teacher_heads: expected m = {wanted} heads like the student block, got {list(chosen)}")
+    return chosen
 
 
-def check_sample_weights(
+def _alpha(alpha: float | Schedule | None, divergence: str) -> float | Schedule:
+    """α as given, or the paper's for this divergence."""
+    if alpha is None and divergence not in ALPHAS:
+        raise ValueError(
+            f"alpha: needed for divergence={divergence!r}; the paper has values for {', '.join(ALPHAS)} only"
+        )
+    return ALPHAS[divergence][0] if alpha is None else alpha
+
+
+def _check_wrong_weights(
     student: nn.Module, teacher: nn.Module, wrong_teacher: float, wrong_student: float, criterion: nn.Module | None
 ) -> None:
-    """Refuse weights out of range, and weights whose right or wrong cannot be told."""
+    """Refuse weights of images whose right or wrong cannot be told."""
     for name, factor in (("wrong_teacher_weight", wrong_teacher), ("wrong_student_weight", wrong_student)):
-        if not 0 <= factor <= 1:
-            raise ValueError(f"{name}: expected a number from 0 to 1, got {factor}")
         if factor != 1 and criterion is None:
             raise ValueError(f"{name}: needs targets and the student's output, but criterion is None")
     classes, theirs = (getattr(model, "num_classes", None) for model in (student, teacher))

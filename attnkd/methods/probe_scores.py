@@ -13,10 +13,7 @@ from torch import Tensor, nn
 from attnkd.attention.api import attention_rows
 from attnkd.attention.call import class_row, take_heads
 from attnkd.attention.checks import check_choice
-from attnkd.capture.outputs import Blocks, block_count, block_indices, default_blocks
-from attnkd.capture.tap import AttentionTap
-from attnkd.capture.tokens import token_layout
-from attnkd.capture.outputs import Blocks, block_count, block_indices, default_blocks
+from attnkd.capture.blocks import Blocks, block_path, default_blocks
 from attnkd.capture.tap import AttentionTap
 from attnkd.capture.tokens import token_layout
 
@@ -73,12 +70,10 @@ class ProbeScorer(nn.Module):
             raise ValueError(
                 f"teacher: expected a classifier, got {type(teacher).__name__} with num_classes = {classes}"
             )
-        depth = block_count("teacher", teacher)
-        self.blocks = sorted(
-            set(default_blocks(depth, 2) if blocks is None else block_indices("blocks", teacher, blocks))
-        )
         self.prefix, self.head, self.impl = layout.num_prefix_tokens, head, impl
-        self.tap = AttentionTap(teacher.eval(), self.blocks)
+        self.tap = AttentionTap(teacher, default_blocks(teacher, 2) if blocks is None else blocks)
+        self.tap.eval()
+        self.blocks = [int(str(block_path(path)).rpartition(".")[2]) for path in self.tap.paths]
         if isinstance(head, str):
             check_choice("head", head, ("mean",))
         for path in self.tap.paths:

@@ -145,20 +145,6 @@ class Schedules:
         """Whether no number changes, so that no time is needed."""
         return all(number.constant for number in self.numbers.values())
 
-    def check_weights(self, *weights: str) -> None:
-        """Refuse weights below 0, weights of which none is ever above it, and a ``temperature`` that is not above 0.
-
-        Raises:
-            ValueError: naming the number.
-        """
-        for name, number in self.numbers.items():
-            if name in weights and min(number.reached) < 0:
-                raise ValueError(f"{name}: expected a number >= 0, got {number}")
-            if name == "temperature" and min(number.reached) <= 0:
-                raise ValueError(f"{name}: expected a number > 0, got {number}")
-        if all(self.numbers[name].off for name in weights):
-            raise ValueError(f"{', '.join(weights)}: all are 0, nothing would be distilled")
-
     def __str__(self) -> str:
         return ", ".join(f"{name}={number}" for name, number in self.numbers.items())
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,33 +13,42 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from attnkd.capture.blocks import block_path
 from attnkd.methods.whole_map import num_heads
 
 
 @contextmanager
-def silenced(model: nn.Module, heads: dict[str, int | None]) -> Iterator[None]:
-    """While open, heads of attentions give zero: probabilities set to zero, no renormalisation.
+def silenced(model: nn.Module, heads: dict[str, int | None], at_once: bool = False) -> Iterator[None]:
+    """While open, heads of attentions give zero in this thread: probabilities set to zero, no renormalisation.
 
     Args:
         heads: for every attention path the head to silence, or None for each in turn: there the batch [B, …] becomes
             [B·H, …], copy h of an image with head h silenced. The outputs of several such blocks are ordered
             [B, H of the first, H of the second, …]. At most one attention a block, in running order.
+        at_once: multiply the batch before the model and not block by block: the same outputs, for a model that uses the
+            outputs of several blocks together, whose batches would differ otherwise.
     """
     mode, handles, switched = _Silence(), [], []
+    device = next(model.parameters()).device
+    spread = {path: num_heads(model, path) for path, head in heads.items() if head is None}
     try:
         for path, head in heads.items():
             attention: Any = model.get_submodule(path)
             if getattr(attention, "fused_attn", None) is False:  # its SDPA path exists but is switched off
                 attention.fused_attn = True
                 switched.append(attention)
-            count = num_heads(model, path)
-            keep = 1 - torch.eye(count, device=next(model.parameters()).device)
-            if head is None:
-                handles.append(model.get_submodule(block_path(path)).register_forward_pre_hook(_spread(count)))
-            else:
+            keep = 1 - torch.eye(num_heads(model, path), device=device)
+            if head is not None:
                 keep = keep[head : head + 1]
-            handles.append(attention.register_forward_pre_hook(mode.arm(keep)))
-            handles.append(attention.register_forward_hook(mode.check(path)))
+            elif at_once:
+                keep = keep[_turns(list(spread.values()), list(spread).index(path)).to(device)]
+            else:
+                block = model.get_submodule(str(block_path(path)))
+                handles.append(block.register_forward_pre_hook(mode.here(_spread(spread[path]))))
+            handles.append(attention.register_forward_pre_hook(mode.here(mode.arm(keep))))
+            handles.append(attention.register_forward_hook(mode.here(mode.check(path))))
+        if at_once:
+            handles.append(model.register_forward_pre_hook(mode.here(_spread(math.prod(spread.values())))))
         with mode:
             yield
     finally:
@@ -52,6 +62,14 @@ class _Silence(TorchFunctionMode):
     """Multiplies the next attention output by ``keep`` [copies, H]: row c for the images c, c + copies, …"""
 
     keep: Tensor | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = threading.get_ident()
+
+    def here(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """The hook for this thread alone: another one may run the same model."""
+        return lambda *args: hook(*args) if threading.get_ident() == self.thread else None
 
     def arm(self, keep: Tensor) -> Callable[..., None]:
         def hook(*_: Any) -> None:
@@ -76,13 +94,10 @@ class _Silence(TorchFunctionMode):
 
 
 def _spread(copies: int) -> Callable[..., tuple]:
-    """Before a block: every image of the batch ``copies`` times, one after the other."""
+    """Before a module: every image of the batch ``copies`` times, one after the other."""
     return lambda _, args: (args[0].repeat_interleave(copies, 0), *args[1:])
 
 
-def block_path(path: str) -> str:
-    """The path of the block that an attention belongs to: where the residual stream enters."""
-    match = re.match(r"(.*\.)?blocks\.\d+", path)
-    if match is None:
-        raise ValueError(f"blocks: expected attentions inside a list named 'blocks', got {path!r}")
-    return match.group()
+def _turns(counts: Sequence[int], position: int) -> Tensor:
+    """[product of counts] int64: the head that is silent in attention ``position``, for every combination in row-major order."""
+    return torch.arange(math.prod(counts)) // math.prod(counts[position + 1 :]) % counts[position]

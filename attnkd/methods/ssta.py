@@ -22,12 +22,12 @@ from attnkd.capture.tokens import token_layout
 from attnkd.methods.head_kd import CROSS_ENTROPY
 from attnkd.methods.schedule import Schedule, Schedules
 from attnkd.methods.student_teacher import FrozenTeacher, TappedStudent
-from attnkd.methods.task import DistillTask, build_student, check_pair
+from attnkd.methods.task import DistillTask, build_student, check_numbers, check_pair, check_student
 from attnkd.methods.whole_map import Heads, check_heads, num_heads, whole_map_divergence
 
 _logger = logging.getLogger(__name__)
 
-WEIGHTS = {"teacher": "beta", "assistant": "lambda"}
+WEIGHTS = {"teacher": "beta", "assistant": "lam"}
 """The teachers' names in results and logs, and the names of their weights."""
 
 
@@ -120,8 +120,14 @@ class SSTA(DistillTask):
         if teacher is not None and assistant is not None and student_heads[0] == student_heads[1]:
             raise ValueError(f"student_heads: expected a head of its own for each teacher, got {student_heads!r}")
 
-        self_layouts = {"student": token_layout(student)}
-        teachers: dict[str, FrozenTeacher] = {}
+        check_student(student, criterion)
+        weights = {"alpha": alpha, "beta": _until(beta, stop_epoch), "lam": _until(lam, stop_epoch)}
+        on = [WEIGHTS[name] for name, (source, _, _) in given.items() if source is not None]
+        schedules = check_numbers(
+            weights, temperature=temperature, one_of=[*(["alpha"] if criterion is not None else []), *on]
+        )
+        layouts = {"student": token_layout(student)}
+        models: dict[str, tuple[nn.Module, list[str]]] = {}
         links: dict[str, list[_Link]] = {}
         paths: list[str] = []
         for (name, (source, source_blocks, heads)), head in zip(given.items(), student_heads, strict=True):
@@ -131,32 +137,33 @@ class SSTA(DistillTask):
                 continue
             model = resolve_model(source, pretrained=True)
             check_pair(student, name, model)
-            paths, model_paths, pairs = pair_blocks(student, model, blocks, source_blocks)
+            paths, model_paths, pairs = pair_blocks(student, model, blocks, source_blocks, teacher_name=name)
             for path in paths:
                 check_heads("student_heads", [head], num_heads(student, path), path)
             chosen = _teacher_heads(name, model, [model_paths[t] for _, t in pairs], heads)
             links[name] = [(s, (head,), t, theirs) for (s, t), theirs in zip(pairs, chosen, strict=True)]
-            self_layouts[name] = token_layout(model)
-            teachers[name] = FrozenTeacher(AttentionTap(model, model_paths, stop=True), input_norm)
+            layouts[name] = token_layout(model)
+            models[name] = model, model_paths
             if verbose:
                 for (s, ours, t, _), h in zip(links[name], chosen, strict=True):
                     which = "the mean of its heads" if heads == "average" else f"head {h[0]}"
                     _logger.info(f"SSTA: {paths[s]} head {ours[0]} <- {name} {model_paths[t]} {which}")
         student_tap = AttentionTap(student, paths, stop=criterion is None)
+        teachers = {
+            name: FrozenTeacher(AttentionTap(model, model_paths, stop=True), input_norm)
+            for name, (model, model_paths) in models.items()
+        }
         super().__init__(
             TappedStudent(student_tap, train_head=criterion is not None),
             teachers,
             criterion=criterion,
-            schedules=Schedules(
-                **{"alpha": alpha, "beta": _until(beta, stop_epoch), "lambda": _until(lam, stop_epoch)},
-                temperature=temperature,
-            ),
+            schedules=schedules,
             impl=impl,
             device=device,
             dtype=dtype,
             verbose=verbose,
         )
-        self.layouts, self.links, self.divergence = self_layouts, links, divergence
+        self.layouts, self.links, self.divergence = layouts, links, divergence
         self.averaged = {name: heads == "average" for name, (_, _, heads) in given.items()}
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> dict[str, Tensor]:
@@ -175,7 +182,8 @@ class SSTA(DistillTask):
             RuntimeError: a weight that changes with the epoch before ``set_epoch`` was called; nothing left to train on.
         """
         output, _, calls = self.run_student(images, targets)
-        result, parts = {}, []
+        result: dict[str, Tensor] = {}
+        parts = []
         for name, teacher in self.teachers.items():
             weight = self.schedules[WEIGHTS[name]]
             if weight == 0:
@@ -190,9 +198,8 @@ class SSTA(DistillTask):
             losses = [
                 whole_map_divergence(
                     calls[s],
-                    self.layouts["student"],
                     teacher_calls[t],
-                    self.layouts[name],
+                    layouts=(self.layouts["student"], self.layouts[name]),
                     student_heads=ours,
                     teacher_heads=theirs,
                     **options,
@@ -200,14 +207,12 @@ class SSTA(DistillTask):
                 for s, ours, t, theirs in self.links[name]
             ]
             result[f"{name}_attn_loss"] = torch.stack(losses).mean()
-            parts.append(weight * result[f"{name}_attn_loss"])
+            parts.append((weight, result[f"{name}_attn_loss"]))
         if self.criterion is not None:
             result["task_loss"] = self.criterion(output, targets)
-            parts.append(self.schedules["alpha"] * result["task_loss"])
+            parts.append((self.schedules["alpha"], result["task_loss"]))
             result["output"] = output
-        if not parts:
-            raise RuntimeError("SSTA: nothing to train on: every teacher's weight is 0 and criterion is None")
-        return {"loss": sum(parts[1:], parts[0]), **result}
+        return {"loss": self.total(parts), **result}
 
 
 _Link = tuple[int, Heads, int, Heads]
@@ -235,4 +240,5 @@ def _teacher_heads(name: str, model: nn.Module, paths: list[str], heads: Sequenc
 def _until(weight: float | Schedule, stop_epoch: float | None) -> float | Schedule:
     if isinstance(weight, Schedule) or stop_epoch is None:
         return weight
+    Schedules(stop_epoch=stop_epoch)  # names it, should it be no number
     return Schedule(weight, stop=stop_epoch)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attnkd.attention.call import AttentionCall
-from attnkd.capture.models import final_tokens, input_stats
+from attnkd.capture.models import final_tokens, input_stats, modes, parameter_dtype, restore_modes
 from attnkd.capture.tap import AttentionTap
 
 
@@ -75,6 +75,8 @@ class FrozenTeacher(nn.Module):
             in place.
         input_norm: ((mean, ...), (std, ...)) per channel that images come normalised with; None when they come as the
             teacher wants them.
+
+    The images are given to the teacher in its own dtype: a bfloat16 teacher may stand beside a float32 student.
     """
 
     def __init__(self, tap: Any, input_norm: tuple[Sequence[float], Sequence[float]] | None = None) -> None:
@@ -86,6 +88,8 @@ class FrozenTeacher(nn.Module):
         scale, shift = (None, None) if input_norm is None else _renormalise(self.tap.model, input_norm)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
+        model: nn.Module = tap.model
+        self._found = modes(model), {name: p.requires_grad for name, p in model.named_parameters()}
         super().train(False)
         self.requires_grad_(False)
 
@@ -95,10 +99,19 @@ class FrozenTeacher(nn.Module):
         return self.tap(self.normalise(images))
 
     def normalise(self, images: Tensor) -> Tensor:
-        """The images in the teacher's own normalisation."""
-        if self.scale is None or self.shift is None:
-            return images
-        return (images * self.scale + self.shift).to(images.dtype)
+        """The images in the teacher's own normalisation and dtype."""
+        if self.scale is not None and self.shift is not None:
+            images = images * self.scale + self.shift
+        return images.to(parameter_dtype(self.tap.model))
+
+    def release(self) -> nn.Module:
+        """Give the teacher back as it was found: without tap, modes and ``requires_grad`` of its parameters as before."""
+        model = self.tap.untap()
+        found_modes, trained = self._found
+        restore_modes(model, found_modes)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained.get(name, False))
+        return model
 
     def train(self, mode: bool = True) -> FrozenTeacher:
         """Does nothing: a teacher stays in evaluation mode."""

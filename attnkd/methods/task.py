@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnkd.capture.models import TrainingTask, image_size, input_stats, resolve_model, unwrap_model
+from attnkd.capture.models import (
+    TrainingTask,
+    check_images,
+    image_size,
+    input_channels,
+    input_stats,
+    parameter_dtype,
+    resolve_model,
+    unwrap_model,
+)
+from attnkd.capture.outputs import NO_DATA_PARALLEL
 from attnkd.capture.tap import AttentionTap
 from attnkd.capture.tokens import token_layout
-from attnkd.methods.schedule import Schedules
+from attnkd.methods.schedule import Schedule, Schedules
 from attnkd.methods.student_teacher import FrozenTeacher, TrainedStudent
 
 _logger = logging.getLogger(__name__)
@@ -91,7 +101,45 @@ class DistillTask(TrainingTask):
             raise ValueError(f"images: expected [B, C, H, W], got {got}; NaFlex batches of patches are not supported")
         if self.criterion is not None and targets is None:
             raise ValueError("targets: needed by criterion, got None (criterion=None trains without labels)")
-        return self.trainable_module(images, **options)
+        check_images("student", self.student, images)
+        for name, teacher in self.teachers.items():
+            check_images(name, teacher.tap.model, images)
+        if not torch.compiler.is_compiling():
+            self._check_wrapper()
+        return self.trainable_module(images.to(parameter_dtype(self.student)), **options)
+
+    def total(self, parts: Sequence[tuple[float, Tensor]]) -> Tensor:
+        """Σ weight · loss over the parts that are on.
+
+        Raises:
+            RuntimeError: there are none, or no parameter that trains takes part.
+        """
+        if not parts:
+            raise RuntimeError(
+                f"{type(self).__name__}: nothing to train on: all weights of the teachers are 0 now and criterion is None"
+            )
+        weighted = [weight * loss for weight, loss in parts]
+        loss = sum(weighted[1:], weighted[0])
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise RuntimeError(
+                f"{type(self).__name__}: nothing would train: no parameter of the student that requires grad takes part in "
+                "the loss. Unfreeze some below its last compared block, or run the task under torch.no_grad()"
+            )
+        return loss
+
+    def _check_wrapper(self) -> None:
+        """DistributedDataParallel around the whole task does not know which parameters get no gradient; the task does."""
+        active: Any = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+        if active is None or unwrap_model(active) is not self or not self.leaves_parameters_unused():
+            return
+        if not active.find_unused_parameters and not active.static_graph:
+            raise RuntimeError(
+                f"{type(self).__name__}: DistributedDataParallel around the task would wait for parameters that get no "
+                "gradient; call task.prepare_distributed() instead, or give it find_unused_parameters=True"
+            )
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        raise NotImplementedError(f"{type(self).__name__}: {NO_DATA_PARALLEL} and task.prepare_distributed()")
 
     def leaves_parameters_unused(self) -> bool:
         """Whether a step may give some parameter no gradient; DistributedDataParallel must know."""
@@ -151,8 +199,15 @@ class DistillTask(TrainingTask):
             self.schedules.load_state_dict(state["schedules"])
 
     def untap(self) -> tuple[nn.Module, Any]:
-        """Give student and teachers back as plain models; the task cannot run after that."""
-        return self.student_tap.untap(), [teacher.tap.untap() for teacher in self.teachers.values()]
+        """Give student and teachers back as plain models, teachers with their modes and ``requires_grad`` as found.
+
+        The task cannot run after that.
+        """
+        trained = unwrap_model(self.trainable_module)
+        student = getattr(trained, trained.wrapper).untap()
+        # Backwards: of a model that is teacher and assistant, the first one found it as it was.
+        given = [teacher.release() for teacher in reversed(self.teachers.values())][::-1]
+        return student, given[0] if len(given) == 1 else given
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> DistillTask:
         for teacher in self.teachers.values():
@@ -174,6 +229,58 @@ def build_student(student: str | nn.Module, criterion: nn.Module | None, num_cla
     return model
 
 
+def check_numbers(
+    weights: Mapping[str, float | Schedule],
+    *,
+    fractions: Mapping[str, float | Schedule] | None = None,
+    temperature: float | Schedule | None = None,
+    one_of: Sequence[str] = (),
+) -> Schedules:
+    """All numbers of a method, checked at construction: what a schedule will ever reach counts.
+
+    Args:
+        weights: by argument name; at least 0.
+        fractions: from 0 to 1.
+        temperature: above 0; None leaves it out.
+        one_of: weights of which one must be above 0 at some time.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    fractions = fractions or {}
+    schedules = Schedules(**weights, **fractions, **({} if temperature is None else {"temperature": temperature}))
+    for name, number in schedules.numbers.items():
+        low, high = min(number.reached), max(number.reached)
+        if name in weights and low < 0:
+            raise ValueError(f"{name}: expected a number >= 0, got {number}")
+        if name in fractions and not 0 <= low <= high <= 1:
+            raise ValueError(f"{name}: expected a number from 0 to 1, got {number}")
+        if name == "temperature" and low <= 0:
+            raise ValueError(f"{name}: expected a number > 0, got {number}")
+    if one_of and all(schedules.numbers[name].off for name in one_of):
+        raise ValueError(f"{', '.join(one_of)}: all are 0, nothing would be distilled")
+    return schedules
+
+
+def check_student(student: nn.Module, criterion: nn.Module | None) -> None:
+    """Refuse a student that would not train.
+
+    Raises:
+        ValueError: frozen, or without a classifier under a class loss.
+    """
+    parameters = list(student.parameters())
+    if not parameters or not any(parameter.requires_grad for parameter in parameters):
+        raise ValueError(
+            f"student: no parameter of {type(student).__name__} requires grad, so nothing would train; unfreeze it with "
+            "student.requires_grad_()"
+        )
+    if criterion is not None and getattr(student, "num_classes", None) == 0:
+        raise ValueError(
+            f"student: {type(student).__name__} has no classifier (num_classes = 0), but criterion compares its output with "
+            "targets; build it with num_classes, or give criterion=None"
+        )
+
+
 def check_pair(student: nn.Module, name: str, teacher: nn.Module, class_token: bool = False) -> None:
     """Refuse models that cannot be compared on the same images.
 
@@ -187,7 +294,10 @@ def check_pair(student: nn.Module, name: str, teacher: nn.Module, class_token: b
     """
     for label, model in (("student", student), (name, teacher)):
         if not isinstance(model, nn.Module) or not hasattr(model, "forward_features"):
-            raise TypeError(f"{label}: expected a timm model or its name, got {type(model).__name__}")
+            raise TypeError(
+                f"{label}: expected a timm model or its name, got {type(model).__name__}; models of other libraries can be "
+                "compared in a loop of your own with AttentionTap and attention_divergence"
+            )
         if class_token and not token_layout(model).has_cls:
             raise ValueError(
                 f"{label}: class tokens are compared, but {type(model).__name__} has none "
@@ -195,6 +305,12 @@ def check_pair(student: nn.Module, name: str, teacher: nn.Module, class_token: b
             )
     if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
         raise ValueError(f"{name}: shares parameters with student; freezing the teacher would freeze the student")
+    channels = input_channels(student), input_channels(teacher)
+    if None not in channels and channels[0] != channels[1]:
+        raise ValueError(
+            f"student and {name} see the same images, but student takes {channels[0]} channels and {name} {channels[1]}; "
+            "build one of them with another in_chans"
+        )
     sizes = image_size(student), image_size(teacher)
     if None not in sizes and sizes[0] != sizes[1]:
         raise ValueError(

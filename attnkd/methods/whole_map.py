@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from attnkd.attention.api import attention_divergence
 from attnkd.attention.call import AttentionCall, Heads, shared_tokens, take_heads
+from attnkd.attention.problem import HIDDEN_BELOW
 from attnkd.capture.blocks import plain_class
-from attnkd.capture.tokens import TokenLayout
+from attnkd.capture.tokens import TokenLayout, check_same_grid
 
 
 def num_heads(model: nn.Module, path: str) -> int:
@@ -35,10 +37,9 @@ def check_heads(name: str, heads: Sequence[int], count: int, path: str) -> Heads
 
 def whole_map_divergence(
     student: AttentionCall,
-    student_layout: TokenLayout,
     teacher: AttentionCall,
-    teacher_layout: TokenLayout,
     *,
+    layouts: tuple[TokenLayout, TokenLayout],
     student_heads: Heads,
     teacher_heads: Heads,
     merge: str | None = None,
@@ -47,9 +48,11 @@ def whole_map_divergence(
 ) -> Tensor:
     """The divergence of whole maps, averaged over images, heads and query rows; a scalar.
 
+    Rows of padding do not count: tokens that the student's mask hides from all rows, see :func:`padding`.
+
     Args:
         student, teacher: as an :class:`attnkd.AttentionTap` returns them.
-        student_layout, teacher_layout: which of their tokens are class token, other prefix tokens and patches.
+        layouts: student's and teacher's, for calls that do not say which of their tokens are class token and prefix tokens.
         student_heads, teacher_heads: student head i learns from teacher head i; with ``merge`` any numbers of heads.
         merge: None, or how the heads of each side become one map first.
         sample_weight: [B], multiplies every image's rows; the divisor stays the number of rows, so that a batch of
@@ -57,21 +60,26 @@ def whole_map_divergence(
         options: divergence, temperature, impl; see :func:`attnkd.attention_divergence`.
 
     Raises:
-        ValueError: maps of different sizes.
+        ValueError: maps of different sizes or patch grids.
     """
-    keep_cls = student_layout.has_cls and teacher_layout.has_cls
-    s = take_heads(shared_tokens(student, keep_cls, student_layout.num_prefix_tokens), student_heads)
-    t = take_heads(shared_tokens(teacher, keep_cls, teacher_layout.num_prefix_tokens), teacher_heads)
+    check_same_grid(student, teacher)
+    student, teacher = _with_layout(student, layouts[0]), _with_layout(teacher, layouts[1])
+    keep_cls = bool(student.has_cls and teacher.has_cls)
+    s = take_heads(shared_tokens(student, keep_cls), student_heads)
+    t = take_heads(shared_tokens(teacher, keep_cls), teacher_heads)
     if s.query.shape[2] != t.query.shape[2]:
         raise ValueError(
             f"whole maps need the same tokens: the student's map is {s.query.shape[2]} x {s.key.shape[2]}, the "
             f"teacher's {t.query.shape[2]} x {t.key.shape[2]} (class token and patches); use models with the same patch "
             "grid, or a method that compares class-token rows (AttnDistill), which can be resized"
         )
-    reduction, row_weight = "mean", None
+    padded = padding(s)
+    reduction, row_weight = "mean", None if padded is None else (~padded).float()[:, None]
     if sample_weight is not None:
-        rows = (s.query.shape[1] if merge is None else 1) * s.query.shape[2]
-        reduction, row_weight = "batchmean", (sample_weight / rows)[:, None, None]
+        heads = s.query.shape[1] if merge is None else 1
+        counted = heads * s.query.shape[2] if row_weight is None else heads * row_weight.mean(0).sum()
+        row_weight = (sample_weight / counted)[:, None, None] * (1 if row_weight is None else row_weight)
+        reduction = "batchmean"
     return attention_divergence(
         s.query,
         s.key,
@@ -86,3 +94,22 @@ def whole_map_divergence(
         reduction=reduction,
         **options,
     )
+
+
+def padding(call: AttentionCall) -> Tensor | None:
+    """[B or 1, N] boolean: tokens of padding, which the mask hides as keys from every row of every head.
+
+    None where no mask could hide any, or where rows and keys are not the same tokens.
+    """
+    mask = call.mask
+    if mask is None or mask.ndim < 2 or mask.shape[-1] == 1 or call.query.shape[2] != call.key.shape[2]:
+        return None
+    hidden = ~mask if mask.dtype == torch.bool else mask.detach() <= HIDDEN_BELOW
+    hidden = hidden[(None,) * (4 - hidden.ndim)]
+    return hidden.flatten(1, 2).all(1)
+
+
+def _with_layout(call: AttentionCall, layout: TokenLayout) -> AttentionCall:
+    if call.num_prefix_tokens is not None:
+        return call
+    return call._replace(num_prefix_tokens=layout.num_prefix_tokens, has_cls=layout.has_cls)

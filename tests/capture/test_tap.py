@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -526,6 +528,156 @@ class TestRefused:
             AttentionTap(nn.DataParallel(make()))
         with pytest.raises(TypeError, match="expected a torch.nn.Module, got str"):
             AttentionTap("vit_tiny_patch16_224")
+
+
+class TestTokens:
+    """What the rows of a call are: decided block by block, from the number of tokens and the images."""
+
+    @pytest.mark.parametrize(
+        ("name", "changes", "size", "expected"),
+        [
+            ("vit_tiny_patch16_224", {}, (32, 32), (1, True, (4, 4))),
+            ("vit_tiny_patch16_224", {"patch_size": (4, 16)}, (32, 32), (1, True, (8, 2))),
+            ("vit_tiny_patch16_224", {"dynamic_img_size": True, "dynamic_img_pad": True}, (16, 41), (1, True, (2, 6))),
+            ("deit_tiny_distilled_patch16_224", {}, (32, 32), (2, True, (4, 4))),
+            ("vit_medium_patch16_reg4_gap_256", {}, (32, 32), (4, False, (4, 4))),
+            ("vit_base_patch16_siglip_gap_224", {}, (32, 32), (0, False, (4, 4))),
+            ("naflexvit_base_patch16_gap", {}, (32, 32), (5, True, (4, 4))),
+        ],
+    )
+    def test_layout(self, name: str, changes: dict, size: tuple, expected: tuple) -> None:
+        _, (call,) = AttentionTap(make(name, **changes))(torch.randn(2, 3, *size))
+        assert call[4:] == expected
+        _, (call,) = AttentionTap(nn.Sequential(make(name, **changes)))(torch.randn(2, 3, *size))
+        assert call[4:] == expected, "a model inside another one"
+
+    def test_class_attention_has_the_class_tokens_row(self) -> None:
+        model = make("cait_xxs24_224", depth=2)
+        _, (call,) = AttentionTap(model, "blocks_token_only.1.attn")(images())
+        assert call[4:] == (1, True, (4, 4))
+
+    def test_visible_patches_are_no_grid(self) -> None:
+        """Also where their number happens to be that of the whole grid, or of a grid without class token."""
+        for rate in (0.5, 1 / 16):
+            model = make(patch_drop_rate=rate).train()
+            tap = AttentionTap(model)
+            assert tap(images())[1][0][4:] == (1, True, None)
+            assert tap.eval()(images())[1][0][4:] == (1, True, (4, 4))
+
+    def test_what_nobody_knows(self) -> None:
+        class Windows(nn.Module):  # rows of windows are in the batch
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                x = x.reshape(4, -1, 4)[:, None]
+                return F.scaled_dot_product_attention(x, x, x)
+
+        model = make()
+        model.windows = Windows()
+        tap = AttentionTap(model, "windows")
+        _, (call,) = tap.capture(lambda x: model.windows(x), images()[:, :1, :, :4])
+        assert call[4:] == (None, None, None)
+        _, (call,) = AttentionTap(nn.Sequential(Windows()), "0")(torch.randn(4, 5, 4))
+        assert call[4:] == (None, None, None)
+
+
+class TestThreads:
+    def test_other_threads_run_the_same_model(self) -> None:
+        """They are not stopped, and what they run is not captured here; two taps at once capture each their own."""
+        model = make()
+        stopping, whole = AttentionTap(model, stop=True), AttentionTap(model, "all")
+        batches = [images(2).roll(shift, -1) for shift in range(3)]
+        with torch.no_grad():
+            plain = [model(x) for x in batches]
+            expected = [stopping(x)[1][0].query for x in batches]
+        wrong: list[str] = []
+
+        def run(kind: int) -> None:
+            with torch.no_grad():
+                for turn in range(25):
+                    index = (turn + kind) % 3
+                    try:
+                        if kind == 0:
+                            right = torch.equal(model(batches[index]), plain[index])
+                        elif kind == 1:
+                            right = torch.equal(stopping(batches[index])[1][0].query, expected[index])
+                        else:
+                            output, calls = whole(batches[index])
+                            right = torch.equal(output, plain[index]) and torch.equal(calls[-1].query, expected[index])
+                    except BaseException as error:
+                        right = False
+                        wrong.append(repr(error))
+                    if not right:
+                        wrong.append(f"{kind}: another result")
+
+        threads = [threading.Thread(target=run, args=(kind,)) for kind in (0, 1, 2, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong, wrong
+
+
+class TestModelsPeopleBring:
+    def test_a_forward_on_the_instance(self) -> None:
+        """Accelerate's hooks and others put one there; it hides the forward of any class."""
+        model, x = make(), images()
+        _, (expected,) = AttentionTap(copy.deepcopy(model))(x)
+        for before in (True, False):
+            attention = model.blocks[-1].attn
+            tap = AttentionTap(model) if not before else None
+            plain = type(attention).forward
+            attention.forward = functools.partial(plain, attention)
+            tap = tap or AttentionTap(model)
+            assert torch.equal(tap(x)[1][0].query, expected.query)
+            tap.untap()
+            del attention.forward
+
+    def test_an_index_finds_attention_without_a_flag(self) -> None:
+        class Attention(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.qkv = nn.Linear(12, 36)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                q, k, v = self.qkv(x).unflatten(-1, (3, 2, 6)).permute(2, 0, 3, 1, 4)
+                return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+        class Block(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.norm, self.attn = nn.LayerNorm(12), Attention()
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return x + self.attn(self.norm(x))
+
+        model = nn.Module()
+        model.blocks = nn.Sequential(Block(), Block())
+        tap = AttentionTap(model, "all")
+        assert tap.paths == ["blocks.0.attn", "blocks.1.attn"]
+        _, calls = tap.capture(model.blocks, torch.randn(2, 5, 12))
+        assert [call.query.shape for call in calls] == [(2, 2, 5, 6)] * 2
+        assert AttentionTap(model, -1).paths == ["blocks.1.attn"], "while it is tapped"
+
+    def test_weight_shared_blocks(self) -> None:
+        for share in (lambda m: m.blocks, lambda m: m.blocks[2]._modules):
+            model = make()
+            key = 2 if share(model) is model.blocks else "attn"
+            share(model)[key] = model.blocks[0] if key == 2 else model.blocks[0].attn
+            for block in (0, -1, "all"):
+                with pytest.raises(ValueError, match="weight-shared: blocks 0, 2 use one module"):
+                    AttentionTap(model, block)
+            assert AttentionTap(model, 1).paths == ["blocks.1.attn"]
+            with pytest.raises(NotImplementedError, match="the model runs it more than once"):
+                AttentionTap(model, "blocks.0.attn")(images())
+
+    def test_multi_head_attention_names_what_to_do(self) -> None:
+        model = make()
+        model.blocks[2].attn = nn.MultiheadAttention(48, 3)
+        with pytest.raises(NotImplementedError, match=r"blocks.2.attn .* such as timm.layers.Attention"):
+            AttentionTap(model)
+
+    def test_data_parallel_is_refused(self) -> None:
+        with pytest.raises(NotImplementedError, match="nn.DataParallel .* use DistributedDataParallel"):
+            AttentionTap(make())._replicate_for_data_parallel()  # what nn.DataParallel calls first
 
 
 class TestDistributed:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attnkd.capture.outputs import BlockOutputs, default_blocks
+from attnkd.capture.blocks import default_blocks
+from attnkd.capture.outputs import BlockOutputs
 from attnkd.methods.attention_probe import AttentionProbe, kd_loss
 from attnkd.methods.noise_adaptation import NoiseAdaptation, noisy_cross_entropy
 from attnkd.methods.schedule import Schedule
@@ -120,8 +121,9 @@ def test_implementations_agree_in_the_student(device, impl):
 
 
 def test_default_blocks_are_the_authors():
-    assert default_blocks(12, 3) == [3, 7, 11] and default_blocks(12, 2) == [3, 7]
-    assert default_blocks(24, 3) == [7, 15, 23] and default_blocks(2, 3) == [0, 1]
+    twelve = vit(1, 8, 12, 2)
+    assert default_blocks(twelve, 3) == [3, 7, 11] and default_blocks(twelve, 2) == [3, 7]
+    assert default_blocks(vit(1, 8, 24, 2), 3) == [7, 15, 23] and default_blocks(vit(1, 8, 2, 2), 3) == [0, 1]
 
 
 def test_trains_student_and_q_and_nothing_else():
@@ -156,12 +158,14 @@ def test_trains_student_and_q_and_nothing_else():
 def test_registers_of_either_model_are_left_out():
     student, teacher = vit(1, 16, 3, 2, reg_tokens=2), vit(2, 32, 3, 4, name="deit_tiny_distilled_patch16_224")
     task = AttentionProbe(student, teacher, 0.9, kd_weight=0.0, noisy_weight=0.0, blocks=[0, 2], verbose=False)
-    assert task.prefixes == (3, 2)
     images = torch.randn(2, 1, 16, 16)
-    _, s = BlockOutputs(student, [0, 2])(images)
-    _, t = BlockOutputs(teacher.eval(), [0, 2])(images)
+    _, s = BlockOutputs(student, ["blocks.0", "blocks.2"])(images)
+    _, t = BlockOutputs(teacher.eval(), ["blocks.0", "blocks.2"])(images)
+    assert [(b.num_prefix_tokens, b.has_cls, b.grid) for b in (s[0], t[1])] == [(3, True, (4, 4)), (2, True, (4, 4))]
     want = [
-        relation_row_loss(torch.cat([a[:, :1], a[:, 3:]], 1), torch.cat([b[:, :1], b[:, 2:]], 1))
+        relation_row_loss(
+            torch.cat([a.tokens[:, :1], a.tokens[:, 3:]], 1), torch.cat([b.tokens[:, :1], b.tokens[:, 2:]], 1)
+        )
         for a, b in zip(s, t, strict=True)
     ]
     torch.testing.assert_close(task(images)["loss"], 0.8 * torch.stack(want).mean())
@@ -209,7 +213,7 @@ def test_ema_copies_hooks_and_holders_together():
     assert isinstance(model, timm.models.VisionTransformer) and model is not task.student
     output, tokens, _ = copied(images)
     # The copy's own blocks were listened to: its last tokens give its output.
-    torch.testing.assert_close(model.head(model.norm(tokens[-1])[:, 0]), output)
+    torch.testing.assert_close(model.head(model.norm(tokens[-1].tokens)[:, 0]), output)
 
 
 def test_compile_fullgraph():
@@ -265,8 +269,8 @@ REFUSED = {
     "one model": (ValueError, "shares parameters", lambda: (*[vit(1, 16, 3, 2)] * 2, {})),
     "block out of range": (ValueError, r"blocks: expected indices in \[-3, 2\]", lambda: (vit(1, 16, 3, 2), vit(2, 16, 3, 2), {"blocks": 3})),
     "block twice": (ValueError, "every block once", lambda: (vit(1, 16, 3, 2), vit(2, 16, 3, 2), {"blocks": [2, -1]})),
-    "no block": (ValueError, "at least one block", lambda: (vit(1, 16, 3, 2), vit(2, 16, 3, 2), {"blocks": []})),
-    "path as block": (TypeError, "an index, a sequence of indices", lambda: (vit(1, 16, 3, 2), vit(2, 16, 3, 2), {"blocks": "blocks.0"})),
+    "no block": (ValueError, "at least one", lambda: (vit(1, 16, 3, 2), vit(2, 16, 3, 2), {"blocks": []})),
+    "path without its teacher": (ValueError, "teacher_blocks: needed when blocks are module paths", lambda: (vit(1, 16, 3, 2), vit(2, 16, 3, 2), {"blocks": "blocks.0"})),
     "unpaired": (ValueError, "teacher_blocks: expected 1", lambda: (vit(1, 16, 3, 2), vit(2, 16, 3, 2), {"blocks": 0, "teacher_blocks": [0, 1]})),
     "negative weight": (ValueError, "kd_weight: expected a number >= 0", lambda: (vit(1, 16, 3, 2), vit(2, 16, 3, 2), {"kd_weight": -1.0})),
     "cold": (ValueError, "temperature: expected a number > 0", lambda: (vit(1, 16, 3, 2), vit(2, 16, 3, 2), {"temperature": 0.0})),
@@ -286,7 +290,7 @@ def test_refusals_name_the_argument(case):
 def test_refuses_other_patch_grids_and_other_images():
     student, teacher = vit(1, 16, 3, 2), vit(2, 16, 3, 2, patch_size=2)
     task = AttentionProbe(student, teacher, 0.9, verbose=False)
-    with pytest.raises(ValueError, match="different patch grids"):
+    with pytest.raises(ValueError, match="the student's grid is 4x4 .* the teacher's 8x8"):
         task(torch.randn(2, 1, 16, 16))
     with pytest.raises(ValueError, match=r"images: expected \[B, C, H, W\]"):
         task(torch.randn(1, 16, 16))

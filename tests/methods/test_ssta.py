@@ -190,7 +190,7 @@ def test_refusals_about_the_teachers():
     with pytest.raises(ValueError, match="student_heads: expected a head of its own for each teacher"):
         SSTA(vit(2), vit(2), vit(2), teacher_heads="average", assistant_heads="average", student_heads=(1, 1))
     task = SSTA(vit(2), vit(2, patch_size=2), teacher_heads="average", stop_epoch=None, verbose=False)
-    with pytest.raises(ValueError, match="whole maps need the same tokens"):
+    with pytest.raises(ValueError, match="the student's grid is 4x4 .* the teacher's 8x8; whole maps"):
         task(*batch())
 
 
@@ -311,6 +311,26 @@ def test_a_model_without_classifier_takes_one(held_out):
     found = head_importance(model, loader, blocks=-1, classifier=probe, progress=False)
     right = sum(int((probe(model(images)).argmax(-1) == targets).sum()) for images, targets in loader)
     assert found.full == right
+
+
+def test_a_classifier_that_reads_several_blocks(held_out):
+    """As DINO's linear probe does: batches that grow from block to block could not be put together."""
+    _, images, targets, loader = held_out
+
+    class FourBlocks(timm.models.VisionTransformer):
+        def forward(self, images):
+            tokens, found = self._pos_embed(self.patch_embed(images)), []
+            for block in self.blocks:
+                tokens = block(tokens)
+                found.append(self.norm(tokens)[:, 0])
+            return self.probe(torch.cat(found, -1))
+
+    torch.manual_seed(0)
+    model = FourBlocks(img_size=16, patch_size=4, in_chans=1, embed_dim=36, depth=4, num_heads=3, num_classes=0)
+    model.probe = torch.nn.Linear(4 * 36, 10)
+    found = head_importance(model, loader, blocks=(-2, -1), max_batch=30, progress=False)
+    for first, second in [(0, 2), (1, 1), (2, 0)]:
+        assert found.correct[first][second] == right_without(model, {2: first, 3: second}, images, targets)
 
 
 def test_attentions_out_of_order_are_refused(held_out):
