@@ -53,13 +53,13 @@ class BlockOutputs(nn.Module):
             TypeError: a block or the model returns something else.
         """
         for keeper in self.keepers:
-            keeper.kept = []
+            keeper.kept.runs = []
         try:
             output = self.model(images)
-            kept = [keeper.kept for keeper in self.keepers]
+            kept = [keeper.kept.runs for keeper in self.keepers]
         finally:
             for keeper in self.keepers:
-                keeper.kept = None
+                keeper.kept.runs = None
         if not isinstance(output, Tensor) or output.ndim != 2:
             raise TypeError(f"{type(self.model).__name__}: expected class scores [B, K], got {_shape(output)}")
         return output, [self._tokens(*one, images) for one in zip(self.paths, kept, strict=True)]
@@ -95,18 +95,24 @@ class BlockOutputs(nn.Module):
         raise NotImplementedError(f"{type(self).__name__}: {NO_DATA_PARALLEL}")
 
 
-class _Keeper(threading.local):
+class _Kept(threading.local):
+    """What a hook keeps in this thread: another thread may run the same model at the same time."""
+
+    runs: list[tuple[Any, bool]] | None = None
+
+
+class _Keeper:
     """A forward hook that keeps a block's output while this thread runs :meth:`BlockOutputs.forward`.
 
-    Another thread may run the same model at the same time; it sees a hook that is off. An object, so that a copied or
-    pickled model keeps hook and holder together.
+    An object, so that a copied or pickled model keeps hook and holder together.
     """
 
-    kept: list[tuple[Any, bool]] | None = None
+    def __init__(self) -> None:
+        self.kept = _Kept()
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.kept is not None:
-            self.kept.append((output, torch.is_grad_enabled()))
+        if self.kept.runs is not None:
+            self.kept.runs.append((output, torch.is_grad_enabled()))
 
     def __reduce__(self) -> tuple:
         return type(self), ()

@@ -111,6 +111,17 @@ def patch_grid(model: nn.Module, size: Sequence[int], num_patches: int) -> Grid:
     return height, width
 
 
+def filled_in(tokens: Any, layout: TokenLayout) -> Any:
+    """Captured tokens whose model could not say what they are, with the layout of the tokens that it puts out.
+
+    Args:
+        tokens: an AttentionCall or BlockTokens.
+    """
+    if tokens.num_prefix_tokens is not None:
+        return tokens
+    return tokens._replace(num_prefix_tokens=layout.num_prefix_tokens, has_cls=layout.has_cls)
+
+
 def check_same_grid(student: Any, teacher: Any) -> None:
     """Refuse tokens of two models that are not the same patches: equal numbers do not make equal grids.
 

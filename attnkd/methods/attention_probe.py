@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from attnkd.capture.blocks import Blocks, block_paths, default_blocks, pair_blocks
 from attnkd.capture.models import resolve_model, unwrap_model
 from attnkd.capture.outputs import BlockOutputs, BlockTokens
-from attnkd.capture.tokens import TokenLayout, check_same_grid, token_layout
+from attnkd.capture.tokens import check_same_grid, filled_in, token_layout
 from attnkd.methods.noise_adaptation import NoiseAdaptation, noisy_cross_entropy
 from attnkd.methods.schedule import Schedule
 from attnkd.methods.student_teacher import FrozenTeacher, TrainedStudent
@@ -174,11 +174,14 @@ class AttentionProbe(DistillTask):
                     f"{name}: a compared block has no class token yet, the model adds it after that block; choose later blocks"
                 )
         check_same_grid(student, teacher)
+        prefixes = [
+            filled_in(b, layout).num_prefix_tokens for b, layout in zip((student, teacher), self.layouts, strict=True)
+        ]
         return relation_row_loss(
             student.tokens,
             teacher.tokens,
-            student_prefix_tokens=_prefix(student, self.layouts[0]),
-            teacher_prefix_tokens=_prefix(teacher, self.layouts[1]),
+            student_prefix_tokens=prefixes[0],
+            teacher_prefix_tokens=prefixes[1],
             normalize_dim=self.normalize_dim,
             impl=self.impl,
         )
@@ -222,7 +225,3 @@ def kd_loss(output: Tensor, target_output: Tensor, temperature: float) -> Tensor
     """T²·KL(softmax(target / T) ‖ softmax(output / T)) of scores [B, K], averaged over the batch (Hinton et al., 2015)."""
     log_p, log_t = ((x.float() / temperature).log_softmax(1) for x in (output, target_output))
     return temperature**2 * F.kl_div(log_p, log_t, reduction="batchmean", log_target=True)
-
-
-def _prefix(block: BlockTokens, layout: TokenLayout) -> int:
-    return layout.num_prefix_tokens if block.num_prefix_tokens is None else block.num_prefix_tokens
