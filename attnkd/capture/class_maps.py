@@ -76,7 +76,7 @@ def class_maps(
     with evaluating(model):
         _, calls = tap(images)
     call = class_row(calls[tap.paths.index(wanted)], layout.num_prefix_tokens)
-    rows = attention_rows(call.query, call.key, scale=call.scale, mask=call.mask, impl=impl)
+    rows = attention_rows(call, rows="cls", impl=impl)
     grid = patch_grid(model, images.shape[-2:], rows.shape[-1] - 1)
     rolled = attention_rollout(calls, layout, impl) if rollout else None
     return ClassMaps(call, rows, merge_attention(rows, merge), rolled, grid)
@@ -126,19 +126,15 @@ def class_kl(student: ClassMaps, teacher: ClassMaps, merge: str = "mean") -> tup
     per_head = None
     if rows.shape[1] == call.query.shape[1]:
         per_head = attention_divergence(
-            call.query,
-            call.key,
+            call,
+            rows="cls",
             teacher_probs=rows,
-            student_scale=call.scale,
-            student_mask=call.mask,
             reduction="none",
         )[..., 0]
     merged = attention_divergence(
-        call.query,
-        call.key,
+        call,
+        rows="cls",
         teacher_probs=merge_attention(rows, merge),
-        student_scale=call.scale,
-        student_mask=call.mask,
         merge=merge,
         reduction="none",
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnkd.attention.api import attention_divergence, attention_rows
-from attnkd.attention.call import AttentionCall, class_row
+from attnkd.attention.call import AttentionCall
 from attnkd.attention.checks import check_choice
 from attnkd.attention.merging import merge_attention
 from attnkd.attention.problem import MERGES
@@ -23,7 +23,7 @@ from attnkd.attention.resample import MODES, resample_attention
 from attnkd.capture.blocks import Blocks, pair_blocks
 from attnkd.capture.models import check_final_norm, resolve_model
 from attnkd.capture.tap import AttentionTap
-from attnkd.capture.tokens import patch_grid, token_layout
+from attnkd.capture.tokens import filled_in, patch_grid, token_layout
 from attnkd.methods.alignment import make_projector, resize_tokens
 from attnkd.methods.schedule import Schedule
 from attnkd.methods.student_teacher import FeatureTeacher, TappedStudent
@@ -237,34 +237,29 @@ class AttnDistill(DistillTask):
                 raise ValueError(
                     f"{name}: this attention runs before the model adds its class token; choose a later block"
                 )
-        s, t = class_row(student, prefix), class_row(teacher, teacher_prefix)
+        student, teacher = filled_in(student, self.student_layout), filled_in(teacher, self.teacher_layout)
         merge = self.merge
         if merge == "auto":
-            merge = None if s.query.shape[1] == t.query.shape[1] else "logsum"
+            merge = None if student.query.shape[1] == teacher.query.shape[1] else "logsum"
         temperature = 10.0 if merge == "logsum" else 1.0
         if "temperature" in self.schedules.numbers:
             temperature = self.schedules["temperature"]
         options: dict[str, Any] = {
-            "student_scale": s.scale,
-            "student_mask": s.mask,
+            "rows": "cls",
             "merge": merge,
             "temperature": temperature,
             "reduction": "batchmean",
             "impl": self.impl,
         }
         if student_grid == teacher_grid:
-            return attention_divergence(
-                s.query, s.key, t.query, t.key, teacher_scale=t.scale, teacher_mask=t.mask, **options
-            )
+            return attention_divergence(student, teacher, **options)
         with torch.no_grad():
             rows_temperature = temperature if merge is None else 1.0  # merging applies it to the finished rows
-            rows = attention_rows(
-                t.query, t.key, scale=t.scale, mask=t.mask, temperature=rows_temperature, impl=self.impl
-            )
+            rows = attention_rows(teacher, rows="cls", temperature=rows_temperature, impl=self.impl)
             rows = resample_attention(rows, teacher_grid, student_grid, self.resample_mode)
             if merge is not None:
                 rows = merge_attention(rows, merge, temperature)
-        return attention_divergence(s.query, s.key, teacher_probs=rows, **options)
+        return attention_divergence(student, teacher_probs=rows, **options)
 
     def leaves_parameters_unused(self) -> bool:
         changing = any(not self.schedules.numbers[name].constant for name in ("pa_weight", "patch_weight"))

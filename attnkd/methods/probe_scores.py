@@ -90,7 +90,7 @@ class ProbeScorer(nn.Module):
             row = class_row(call, self.prefix)
             if not isinstance(self.head, str):
                 row = take_heads(row, (self.head,))
-            rows = attention_rows(row.query, row.key, scale=row.scale, mask=row.mask, impl=self.impl)
+            rows = attention_rows(row, rows="cls", impl=self.impl)
             cosines.append(cosine_to_uniform(rows.mean(1)[:, 0, 1:]))
         worst, label = logits.float().log_softmax(1).max(1)
         return ProbeScores(torch.stack(cosines, 1), -worst, label)

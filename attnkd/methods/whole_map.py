@@ -12,7 +12,7 @@ from attnkd.attention.api import attention_divergence
 from attnkd.attention.call import AttentionCall, Heads, shared_tokens, take_heads
 from attnkd.attention.problem import HIDDEN_BELOW
 from attnkd.capture.blocks import plain_class
-from attnkd.capture.tokens import TokenLayout, check_same_grid
+from attnkd.capture.tokens import TokenLayout, check_same_grid, filled_in
 
 
 def num_heads(model: nn.Module, path: str) -> int:
@@ -63,7 +63,7 @@ def whole_map_divergence(
         ValueError: maps of different sizes or patch grids.
     """
     check_same_grid(student, teacher)
-    student, teacher = _with_layout(student, layouts[0]), _with_layout(teacher, layouts[1])
+    student, teacher = filled_in(student, layouts[0]), filled_in(teacher, layouts[1])
     keep_cls = bool(student.has_cls and teacher.has_cls)
     s = take_heads(shared_tokens(student, keep_cls), student_heads)
     t = take_heads(shared_tokens(teacher, keep_cls), teacher_heads)
@@ -80,20 +80,7 @@ def whole_map_divergence(
         counted = heads * s.query.shape[2] if row_weight is None else heads * row_weight.mean(0).sum()
         row_weight = (sample_weight / counted)[:, None, None] * (1 if row_weight is None else row_weight)
         reduction = "batchmean"
-    return attention_divergence(
-        s.query,
-        s.key,
-        t.query,
-        t.key,
-        student_scale=s.scale,
-        teacher_scale=t.scale,
-        student_mask=s.mask,
-        teacher_mask=t.mask,
-        merge=merge,
-        row_weight=row_weight,
-        reduction=reduction,
-        **options,
-    )
+    return attention_divergence(s, t, merge=merge, row_weight=row_weight, reduction=reduction, **options)
 
 
 def padding(call: AttentionCall) -> Tensor | None:
@@ -107,9 +94,3 @@ def padding(call: AttentionCall) -> Tensor | None:
     hidden = ~mask if mask.dtype == torch.bool else mask.detach() <= HIDDEN_BELOW
     hidden = hidden[(None,) * (4 - hidden.ndim)]
     return hidden.flatten(1, 2).all(1)
-
-
-def _with_layout(call: AttentionCall, layout: TokenLayout) -> AttentionCall:
-    if call.num_prefix_tokens is not None:
-        return call
-    return call._replace(num_prefix_tokens=layout.num_prefix_tokens, has_cls=layout.has_cls)
