@@ -98,7 +98,8 @@ class BlockOutputs(nn.Module):
 class _Kept(threading.local):
     """What a hook keeps in this thread: another thread may run the same model at the same time."""
 
-    runs: list[tuple[Any, bool]] | None = None
+    def __init__(self) -> None:
+        self.runs: list[tuple[Any, bool]] | None = None
 
 
 class _Keeper:

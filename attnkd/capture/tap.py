@@ -167,7 +167,8 @@ class _Slot(NamedTuple):
 class _Armed(threading.local):
     """The slot of a tapped attention in this thread: another thread may run the same model at the same time."""
 
-    slot: _Slot | None = None
+    def __init__(self) -> None:
+        self.slot: _Slot | None = None  # not on the class: torch.compile must find it on the object, in every thread
 
 
 class _CatchSDPA(TorchFunctionMode):

@@ -221,7 +221,9 @@ class TestSchedules:
     def test_nothing_left_to_train_on_is_an_error(self) -> None:
         task = AttnDistill(student(), teacher(), pa_weight=0, attn_weight=Schedule(1.0, stop=1))
         task.set_epoch(1)
-        with pytest.raises(RuntimeError, match="nothing to train on: all weights are 0 now and criterion is None"):
+        with pytest.raises(
+            RuntimeError, match="nothing to train on: all weights of the teachers are 0 now and criterion is None"
+        ):
             task(images())
 
     def test_time_is_task_state(self) -> None:
