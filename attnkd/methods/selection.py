@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from attnkd import files
-from attnkd.capture.outputs import Blocks
+from attnkd.capture.blocks import Blocks
 from attnkd.methods.image_stream import (
     ENCODING,
     ListedImages,
