@@ -121,7 +121,7 @@ class SSTA(DistillTask):
             raise ValueError(f"student_heads: expected a head of its own for each teacher, got {student_heads!r}")
 
         check_student(student, criterion)
-        weights = {"alpha": alpha, "beta": _until(beta, stop_epoch), "lam": _until(lam, stop_epoch)}
+        weights = {"alpha": alpha, "beta": _until("beta", beta, stop_epoch), "lam": _until("lam", lam, stop_epoch)}
         on = [WEIGHTS[name] for name, (source, _, _) in given.items() if source is not None]
         schedules = check_numbers(
             weights, temperature=temperature, one_of=[*(["alpha"] if criterion is not None else []), *on]
@@ -237,8 +237,8 @@ def _teacher_heads(name: str, model: nn.Module, paths: list[str], heads: Sequenc
     ]
 
 
-def _until(weight: float | Schedule, stop_epoch: float | None) -> float | Schedule:
+def _until(name: str, weight: float | Schedule, stop_epoch: float | None) -> float | Schedule:
     if isinstance(weight, Schedule) or stop_epoch is None:
         return weight
-    Schedules(stop_epoch=stop_epoch)  # names it, should it be no number
+    Schedules(**{name: weight, "stop_epoch": stop_epoch})  # names what is no number
     return Schedule(weight, stop=stop_epoch)

@@ -47,7 +47,7 @@ NUMBERS = [
     ("HeadKD", {"alpha": Schedule(1.0), "criterion": None}, "alpha: 1 leaves the class loss alone"),
     ("HeadKD", {"wrong_student_weight": math.nan}, "wrong_student_weight: expected a finite number"),
     ("SSTA", {"lam": -1.0}, "lam: expected a number >= 0, got -1"),
-    ("SSTA", {"lam": math.nan}, "lam: expected a finite number"),
+    ("SSTA", {"lam": math.nan, "stop_epoch": 100}, "lam: expected a finite number"),
     ("SSTA", {"beta": math.inf}, "beta: expected a finite number"),
     ("SSTA", {"temperature": -1.0}, "temperature: expected a number > 0"),
     ("SSTA", {"stop_epoch": math.nan}, "stop_epoch: expected a finite number"),
