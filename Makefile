@@ -14,7 +14,7 @@ help:
 	@echo "make check     lint and types"
 	@echo "make gate      compile every kernel for every GPU target, full sweep (no GPU needed; an hour or more on two cores)"
 	@echo "make bench     benchmarks on this machine's GPU"
-	@echo "make validate  kernels against the reference on this machine"
+	@echo "make validate  kernels against a float64 oracle on this machine"
 	@echo "make matrix    kernels and capture with the oldest, middle, locked and newest torch, Triton and timm (20 GB, an hour)"
 	@echo "make lock      renew requirements.lock, the packages of make demo and make test"
 
