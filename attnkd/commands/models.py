@@ -162,7 +162,7 @@ def image_transform(config: Mapping[str, Any]) -> Callable[[Any], Tensor]:
     """Pillow image → [C, H, W] as :func:`image_config` says."""
     from timm.data import create_transform
 
-    return create_transform(**config, is_training=False)  # type: ignore[return-value]
+    return create_transform(**config, is_training=False)
 
 
 def _create(name: str, kwargs: dict[str, Any]) -> nn.Module:

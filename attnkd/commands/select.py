@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
     files.check_writable("out", args.out)  # before a model is downloaded
     kwargs = {**args.model_kwargs, **({} if args.num_classes is None else {"num_classes": args.num_classes})}
     teacher = load_model("teacher", args.teacher, args.checkpoint, **kwargs)
-    names = ("img_size", "mean", "std", "crop_pct", "interpolation")
-    config = image_config(teacher, **{name: getattr(args, name) for name in names})
+    data = ("img_size", "mean", "std", "crop_pct", "interpolation")
+    config = image_config(teacher, **{name: getattr(args, name) for name in data})
     names = ("scores", "blocks", "attn_weight", "output_weight", "batch_size", "workers", "amp", "restart")
     done = select_images(
         teacher,

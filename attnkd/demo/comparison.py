@@ -242,12 +242,13 @@ class AllMethods:
         everything = sorted(str(path.relative_to(folder / "images")) for path in (folder / "images").rglob("*.png"))
 
         def chosen(**options: Any) -> list[str]:
-            where = {"data": folder / "images", "out": folder / "selected.txt", "device": self.device}
             return select_images(
                 self.coarse.model,
+                folder / "images",
+                folder / "selected.txt",
                 num_select=config.wild_digits,
                 transform=wild.transform(digits),
-                **where,
+                device=self.device,
                 **options,
                 progress=False,
             ).names()

@@ -193,7 +193,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     """Replace ``path`` in one step: whoever reads it, even after a kill, finds the old state or the new one, whole."""
     content = io.BytesIO()
     torch.save(state, content)
-    files.write_bytes(path, content.getbuffer())
+    files.write_bytes(path, content.getvalue())
 
 
 def _finite_parts(result: Mapping[str, Tensor], epoch: int, step: int) -> Record:

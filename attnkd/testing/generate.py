@@ -184,7 +184,8 @@ def _simpler(case: Case) -> Iterator[Case]:
     for f in fields(Case):
         value = getattr(case, f.name)
         if f.name not in ("operation", "seed", "B", "H", "M", "N", "D", "Ht", "Dt") and value != f.default:
-            yield replace(case, **{f.name: f.default})
+            simpler: dict[str, Any] = {f.name: f.default}
+            yield replace(case, **simpler)
     least = {"M": MAX_ROWS + 1 if case.operation == "map" else 1}
     for name in ("B", "H", "Ht", "M", "N", "D", "Dt"):
         size = getattr(case, name)

@@ -87,8 +87,8 @@ def prove_method(case: MethodCase, impl: str, device: torch.device) -> list[Resu
     results = []
     for name, value in truth.items():
         if name in result:
-            mine, plain = (float(x.detach()) for x in (result[name], value))
-            results.append(_judge(f"{label} {name}", abs(mine - plain) / max(abs(plain), 1.0), allowed))
+            ours, theirs = (float(x.detach()) for x in (result[name], value))
+            results.append(_judge(f"{label} {name}", abs(ours - theirs) / max(abs(theirs), 1.0), allowed))
     pairs = [pair for mine, plain in trained for pair in _gradients(mine, plain)]
     whole = math.sqrt(sum(float(plain.square().sum()) for _, _, plain in pairs))
     for name, mine, plain in pairs:
@@ -108,10 +108,10 @@ class _Setting:
         import timm
 
         kind, width = self.rng.choice(kinds), 12 * heads
-        options: dict[str, Any] = {
-            "plain": {}, "registers": {"reg_tokens": 2}, "qk_norm": {"qk_norm": True},
-            "pooled": {"class_token": False, "global_pool": "avg"}, "bias": {}, "rotary": {},
-        }[kind]  # fmt: skip
+        extra: dict[str, dict[str, Any]] = {
+            "registers": {"reg_tokens": 2}, "qk_norm": {"qk_norm": True}, "pooled": {"class_token": False, "global_pool": "avg"},
+        }  # fmt: skip
+        options = extra.get(kind, {})
         names = {"bias": "beit_base_patch16_224", "rotary": "eva02_tiny_patch14_224"}
         if kind in names:
             options = {"global_pool": "token"}

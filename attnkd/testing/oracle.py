@@ -62,8 +62,8 @@ def reduce_rows(rows: Tensor, alive: Tensor, weight: Tensor | None, reduction: s
     weighted = torch.where(w == 0, 0.0, rows) * w
     if reduction == "none":
         return weighted
-    divisor = {"sum": 1.0, "batchmean": len(rows), "mean": w[alive].sum()}[reduction]
-    return weighted.sum() / divisor
+    divisors: dict[str, Any] = {"sum": 1.0, "batchmean": len(rows), "mean": w[alive].sum()}
+    return weighted.sum() / divisors[reduction]
 
 
 def attention_rows(
@@ -238,7 +238,7 @@ def relation_row_loss(
     for s, t in zip(student_features.double(), teacher_features.detach().double(), strict=True):
         r_s = relation_row(s[0], s[student_prefix_tokens:], normalize_dim)
         r_t = relation_row(t[0], t[teacher_prefix_tokens:], normalize_dim)
-        images.append(sum((a - b) ** 2 for a, b in zip(r_s, r_t, strict=True)) / len(r_s))
+        images.append(torch.stack([(a - b) ** 2 for a, b in zip(r_s, r_t, strict=True)]).mean())
     loss = torch.stack(images)
     return {"none": loss, "sum": loss.sum(), "mean": loss.mean()}[reduction]
 

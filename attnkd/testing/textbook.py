@@ -84,14 +84,14 @@ class _SoftmaxInputs(TorchFunctionMode):
 
 @contextmanager
 def _unfused(model: nn.Module) -> Iterator[None]:
-    before = [(module, module.fused_attn) for module in model.modules() if hasattr(module, "fused_attn")]
+    before: list[tuple[Any, Any]] = [(m, m.fused_attn) for m in model.modules() if hasattr(m, "fused_attn")]
     try:
         for module, _ in before:
             module.fused_attn = False
         yield
     finally:
         for module, fused in before:
-            module.fused_attn = fused  # type: ignore[assignment]
+            module.fused_attn = fused
 
 
 def head_kd(
@@ -286,4 +286,5 @@ def _keep(z: Tensor, prefix: int, keep_cls: bool) -> Tensor:
 
 def _rest(seen: Seen) -> Seen:
     """A teacher's run, without gradient."""
-    return Seen(seen.output.detach(), *([x.detach() for x in xs] for xs in seen[1:3]), seen.features.detach())  # type: ignore[arg-type]
+    scores, tokens = ([x.detach() for x in xs] for xs in seen[1:3])
+    return Seen(seen.output.detach(), scores, tokens, seen.features.detach())
