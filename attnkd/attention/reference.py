@@ -1,7 +1,7 @@
 """The specification: plain PyTorch that materialises everything and computes in float64 (or in a precision asked for).
 
-Nothing here is fast and nothing fast imports it. Every kernel and the chunked implementation are proved against this
-file, so it is written to be read beside the papers. It imports torch only.
+Nothing here is fast and nothing fast imports it. It is written to be compared with the papers line by line, and imports torch
+only. Its own results are tested against :mod:`attnkd.testing.oracle`, like those of every implementation.
 
 Notation: z = (scale · q·k + mask) / T are the logits, p = softmax(z), s the student, t the teacher.
 """
