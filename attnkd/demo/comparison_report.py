@@ -57,10 +57,10 @@ def _compare(comparison: Comparison, arms: Mapping[str, Any]) -> dict[str, Any]:
 def _words(name: str, change: Mapping[str, Any], unit: str, digits: int, good: int) -> str:
     mean, interval = change["mean"], change["interval_95"]
     if interval is None:
-        return f"{name} {mean:+.{digits}f} {unit} in one seed, which says nothing about chance"
+        return f"{name} {mean:+.{digits}f} {unit} in one seed, which cannot show whether this is chance"
     span = f"{mean:+.{digits}f} {unit}, 95 % interval {interval[0]:+.{digits}f} to {interval[1]:+.{digits}f}"
     if interval[0] <= 0 <= interval[1]:
-        return f"{name} not different beyond the seeds' spread ({span})"
+        return f"{name} not significantly different ({span})"
     return f"{name} {'better' if mean * good > 0 else 'worse'} ({span})"
 
 

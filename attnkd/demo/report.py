@@ -71,10 +71,10 @@ def sentence(metric: str, change: dict[str, Any]) -> str:
     mean, interval = change["mean"], change["interval_95"]
     by = f"{mean:+.{digits}f} {unit}"
     if interval is None:
-        return f"{words}: {by} with attention guidance in one seed, which says nothing about chance."
+        return f"{words}: {by} with attention guidance in one seed, which cannot show whether this is chance."
     span = f"95 % interval {interval[0]:+.{digits}f} to {interval[1]:+.{digits}f}, {len(change['values'])} seeds, one teacher"
     if interval[0] <= 0 <= interval[1]:
-        return f"{words}: no difference that stands out from the seeds' spread ({by}; {span})."
+        return f"{words}: no significant difference ({by}; {span})."
     verdict = "better" if (mean > 0) == more_is_better else "worse"
     return f"{words}: {verdict} with attention guidance, {by} ({span})."
 
