@@ -25,6 +25,7 @@ pytest.importorskip("rich")
 
 from attnkd import files
 from attnkd.commands import cli
+from attnkd.demo.data import load_digits
 from attnkd.methods.head_importance import head_importance
 
 command = importlib.import_module("attnkd.demo.command")  # before the forks
@@ -79,18 +80,18 @@ def kill_until_done(run, seed, kills):
 
 @pytest.fixture(scope="module")
 def selecting(tmp_path_factory):
-    """`attnkd select` over 60 tiny images, as a function of the list to write."""
+    """`attnkd select` over 24 tiny images, as a function of the list to write."""
     folder = tmp_path_factory.mktemp("select")
     (folder / "wild").mkdir()
     generator = torch.Generator().manual_seed(0)
-    for index in range(60):
+    for index in range(24):
         pixels = torch.randint(0, 256, (16, 16, 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(folder / "wild" / f"{index}.png")
     (folder / "wild" / "broken.png").write_text("no image")
     torch.manual_seed(0)
     torch.save(timm.create_model("test_vit", img_size=32, patch_size=8, num_classes=5).state_dict(), folder / "t.pth")
     options = ["--data", folder / "wild", "--teacher", "test_vit", "--checkpoint", folder / "t.pth"]
-    options += ["--model-kwargs", "img_size=32", "patch_size=8", "--num-select", 20, "--batch-size", 4, "--workers", 0]
+    options += ["--model-kwargs", "img_size=32", "patch_size=8", "--num-select", 9, "--batch-size", 4, "--workers", 0]
     options += ["--device", "cpu"]
 
     def run(out, *more, **limits):
@@ -109,7 +110,7 @@ def outputs(folder):
 def test_select_killed_at_random_moments(selecting, tmp_path):
     for name in ("undisturbed", "killed"):
         (tmp_path / name).mkdir()
-    kill_until_done(lambda name: selecting(tmp_path / name / "l.txt"), seed=1, kills=14)
+    kill_until_done(lambda name: selecting(tmp_path / name / "l.txt"), seed=1, kills=8)
     assert outputs(tmp_path / "killed") == outputs(tmp_path / "undisturbed")
     assert not [path for path in (tmp_path / "killed").rglob("*") if path.name == "again.txt"]
 
@@ -123,12 +124,13 @@ def test_two_selections_into_one_list(selecting, tmp_path):
     assert outputs(tmp_path / "two") == outputs(tmp_path / "one")
 
 
-@pytest.mark.parametrize("limit", [300, 1500, 2500])
-def test_select_on_a_full_disk(selecting, tmp_path, limit):
-    """The list of files, the scores, and the table are what does not fit."""
-    for name in ("undisturbed", "full"):
-        (tmp_path / name).mkdir()
+@pytest.mark.parametrize("name", ["l.txt.work/files.txt", "l.txt.work/scores.csv", "l.csv"])
+def test_select_on_a_full_disk(selecting, tmp_path, name):
+    """The list of files, the scores, or the table does not fit."""
+    for folder in ("undisturbed", "full"):
+        (tmp_path / folder).mkdir()
     assert finish(selecting(tmp_path / "undisturbed" / "l.txt")) == 0
+    limit = (tmp_path / "undisturbed" / name).stat().st_size - 1
     reader, writer = os.pipe()
     process = selecting(tmp_path / "full" / "l.txt", file_limit=limit, log=f"/dev/fd/{writer}")
     assert finish(process) == 1
@@ -141,21 +143,16 @@ def test_select_on_a_full_disk(selecting, tmp_path, limit):
     assert outputs(tmp_path / "full") == outputs(tmp_path / "undisturbed")
 
 
-@pytest.fixture(scope="module")
-def demonstrating():
-    words = [
-        "demo",
-        "--quick",
-        "--epochs",
-        "1",
-        "--teacher-epochs",
-        "2",
-        "--seeds",
-        "1",
-        "--device",
-        "cpu",
-        "--output-dir",
-    ]
+@pytest.fixture
+def demonstrating(monkeypatch):
+    """`attnkd demo` on a handful of digits, as a function of its folder; without the pictures, which take most of the time."""
+    load_digits(128, 64)  # imports scikit-learn before the forks
+    for drawing in ("draw_curves", "draw_attention"):
+        monkeypatch.setattr(command.figures, drawing, lambda outcome, path: files.write_bytes(path, bytes(1000)))
+    monkeypatch.setattr(
+        command, "QUICK", {**command.QUICK, "seeds": 1, "epochs": 1, "train_size": 128, "test_size": 64}
+    )
+    words = ["demo", "--quick", "--device", "cpu", "--output-dir"]
     return lambda folder, **limits: start(cli.main, [*words, str(folder)], **limits)
 
 
@@ -178,7 +175,7 @@ def test_demo_killed_at_random_moments_twice_at_once_and_on_a_full_disk(demonstr
         last = said.read().splitlines()[-1]
     assert last.startswith(f"attnkd demo: {tmp_path / 'killed'}") and last.endswith("File too large"), last
 
-    kill_until_done(lambda name: demonstrating(tmp_path / name), seed=2, kills=3)
+    kill_until_done(lambda name: demonstrating(tmp_path / name), seed=2, kills=2)
     assert results(tmp_path / "killed") == results(tmp_path / "undisturbed")
     both = [demonstrating(tmp_path / "killed") for _ in range(2)]
     assert sorted(finish(process) for process in both) in ([0, 0], [0, 1])  # the second may be refused
@@ -194,7 +191,7 @@ def test_head_importance_killed_at_random_moments(tmp_path):
         head_importance(model, batches, (-2, -1), path=path, progress=False)
         return 0
 
-    kill_until_done(lambda name: start(search, tmp_path / name), seed=3, kills=6)
+    kill_until_done(lambda name: start(search, tmp_path / name), seed=3, kills=4)
     assert (tmp_path / "killed").read_bytes() == (tmp_path / "undisturbed").read_bytes()
 
 
