@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and one writer at a time: everything that the package writes goes through here."""
+"""Writes files in one step, with one writer at a time: a file is complete or absent. The whole package writes through it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LEFT_OVER = 3600.0
 def replacing(path: str | os.PathLike, mode: str = "w", **options: Any) -> Iterator[IO]:
     """A new file that takes the place of ``path`` when the block ends; after an error or a kill ``path`` is as it was.
 
-    The new file lies in the same folder under a name of its own, and is on the disk before it gets its name. What is
+    The new file is in the same folder under another name, and is on the disk before it gets its final name. What is
     no ordinary file (/dev/stdout, a pipe) is written to directly.
 
     Args:

@@ -66,7 +66,7 @@ def first_order_only(backward: Callable[..., tuple[Tensor | None, ...]]) -> Call
     """Decorates the ``backward`` of an autograd.Function, below ``@staticmethod``.
 
     PyTorch's ``once_differentiable`` refuses only where the upstream gradient requires grad. With ``create_graph=True`` and a
-    plain loss it hands over gradients that silently count as constants; here differentiating them raises.
+    plain loss it returns gradients that silently count as constants; here differentiating them raises.
     """
 
     @functools.wraps(backward)

@@ -25,7 +25,7 @@ KINDS = {
 class Change:
     """One number in both files.
 
-    ours: whether the package's own; an opponent that became slower is told, but is no regression.
+    ours: whether the package's own; an opponent that became slower is printed, but is no regression.
     """
 
     label: str

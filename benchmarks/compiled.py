@@ -1,6 +1,6 @@
 """Compiles what a call launches, for a GPU that is not there, and reads the machine code. Worker side of the gate.
 
-Nothing is described by hand. A stand-in for Triton's GPU driver names the target; every launch of the call then goes through
+No kernel is described a second time. A replacement for Triton's GPU driver names the target; every launch of the call then goes through
 Triton's own specialisation (pointer alignment, integers equal to 1 or divisible by 16) and compilation, and stops before the
 GPU would be needed. So what is read is what that GPU would run.
 

@@ -8,7 +8,7 @@ does not run. **Remarks** are about the quality of the code, which one release o
   pieces (tiles with less than 128 bits a thread aside); the same for stores, unless a matrix unit laid out what is stored;
 * a dot of a 16-bit type does not run on the architecture's matrix unit.
 
-Remarks are faults with :data:`COMPILER`, the release of Triton that the tiles were chosen with, and are only told of others.
+Remarks are faults with :data:`COMPILER`, the release of Triton that the tiles were chosen with, and are only printed for others.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 :mod:`attnkd.testing.tolerance` decides. The oracle is the reference in float64 on the same rounded inputs. What rounding alone
 explains is the reference's error in float32 (for results that the package computes and returns in float32) and in the input's own
 precision (for the rest). Implementations that are not the package's are held to the second, :data:`SLACK` times over and never
-beyond the tolerance's cap: rounding scores to bfloat16 makes a baseline inexact, not wrong, and its error stands beside its time.
+beyond the tolerance's cap: rounding scores to bfloat16 makes a baseline inexact, not wrong, and its error is printed next to its time.
 Large calls are computed in slices that fit into memory.
 """
 
@@ -32,7 +32,7 @@ class Truth:
     Attributes:
         upstream: of the results that need a gradient, float64.
         results: (oracle, in float32, in the input's precision) of each. The last two of a loss are as far off as if the
-            errors of all its rows had one sign, for those of an honest sum cancel by luck.
+            errors of all its rows had one sign, because the errors of a correct sum cancel by chance.
         gradients: (oracle, in the input's precision) by tensor.
     """
 

@@ -1,7 +1,7 @@
 """`python -m benchmarks plot`: figures (PNG) from result files.
 
 Colours are those of Okabe and Ito, which people with any common colour blindness tell apart; every implementation also has a
-hatch or a marker of its own, so that nothing is told by colour alone.
+hatch or a marker of its own, so that colour is never the only difference.
 """
 
 from __future__ import annotations

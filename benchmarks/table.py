@@ -54,7 +54,7 @@ def pages(root: Path) -> list[Path]:
 
 
 def render(text: str, results: Path | None = None) -> str:
-    """The page with every marked table written anew.
+    """The page with every marked table written again.
 
     Raises:
         ValueError: an unknown table, a result file that is missing or does not fit, an unclosed marker.

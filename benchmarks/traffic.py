@@ -1,9 +1,9 @@
 """`python -m benchmarks traffic`: bytes that every operation moves, per tensor, divided by the least it must.
 
 Runs in Triton's interpreter on the CPU, where every access has an address (:class:`attnkd.testing.traffic.Meter`); a kernel
-that left its tensor would raise. Two ratios are told for the forward and the backward of each call:
+that left its tensor would raise. Two ratios are printed for the forward and the backward of each call:
 
-* **moved**: bytes asked for ÷ floor. Re-reads count in full, though a cache may serve them.
+* **moved**: bytes asked for ÷ floor. Repeated reads are counted in full, although a cache may serve them.
 * **touched**: bytes of the distinct elements asked for ÷ floor. What is above 1 is scratch: written and read again.
 
 The floors are the calls' own (:meth:`benchmarks.calls.Attention.floors`). Kernels are metered, PyTorch's own operations

@@ -1,4 +1,4 @@
-"""The arrows of the house: who may import whom, checked in fresh processes and in the source."""
+"""Which folder may import which, checked in new processes and in the source."""
 
 import ast
 import subprocess
@@ -59,7 +59,7 @@ def imports(path: Path) -> set[str]:
 
 PRODUCT = {"operators", "files", "attention", "relation", "capture", "methods"}
 MAY_IMPORT = {
-    # room: the rooms of attnkd that it may import, beside itself; "attnkd" is the package's own public names
+    # folder: the folders of attnkd that it may import, besides itself; "attnkd" is the package's own public names
     "operators": set(),
     "files": set(),
     "attention": {"operators", "attnkd_kernels"},
@@ -80,7 +80,7 @@ FAST = ("chunked", "fused", "fused_rows", "fused_maps")
 
 
 def room(name: str) -> str | None:
-    """The room of an imported name, None for what is not ours."""
+    """The folder of an imported name, None for what is not ours."""
     first, _, rest = name.partition(".")
     if first != "attnkd":
         return first if first in ("attnkd_kernels", "benchmarks", "tests") else None
@@ -89,11 +89,11 @@ def room(name: str) -> str | None:
 
 
 def test_arrows_point_one_way():
-    """Every file of the package; a new room must be entered above."""
+    """Every file of the package; a new folder must be added above."""
     for file in (ROOT / "attnkd").rglob("*.py"):
         path = file.relative_to(ROOT)
         here = path.parts[1].removesuffix(".py")
-        assert here in MAY_IMPORT, f"{path}: no room of that name is known to this test"
+        assert here in MAY_IMPORT, f"{path}: this test knows no folder of that name"
         allowed = MAY_IMPORT[here] | {here} | EXCEPTIONS.get(path.as_posix(), set())
         found = {found for name in imports(file) - {"attnkd"} if (found := room(name)) is not None}
         assert found <= allowed, f"{path} imports {found - allowed}"

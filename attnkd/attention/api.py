@@ -83,8 +83,8 @@ def attention_divergence(
         attention_divergence(student, teacher, rows="cls", ...)          # as an AttentionTap captured them
         attention_divergence(student_query, student_key, teacher_query, teacher_key, student_scale=..., ...)
 
-    Captured calls bring their scales and masks, and know their tokens: registers, a distillation token, and a class token
-    that one model alone has are left out of both, before the softmax.
+    Captured calls contain their scales and masks, and say what their tokens are: registers, a distillation token, and a class token
+    that only one model has are left out of both, before the softmax.
 
     With z = (scale·q·k + mask) / T and p = softmax(z) for student s and teacher t, the value of every query row is
 
@@ -115,10 +115,10 @@ def attention_divergence(
         teacher_mask: broadcasts to [B, Ht, M, N].
         merge: None compares head h with head h. 'logsum' compares softmax((1/T)·Σ_h log p^h), 'mean', 'max', 'min' the
             renormalised mean, max or min of the heads' probabilities. A key that one head's mask hides has probability 0 in
-            that head; a row that some head cannot see at all has the value 0.
+            that head; a row in which some head sees no key has the value 0.
         divergence: see above.
         temperature: a number T > 0, divides scores and masks of both sides.
-        row_weight: broadcasts to [B, H, M] ([B, 1, M] with a merge); multiplies the rows. A row of weight 0 leaves the loss
+        row_weight: broadcasts to [B, H, M] ([B, 1, M] with a merge); multiplies the rows. A row of weight 0 is left out of the loss
             even where it is infinite or NaN (NaN among its queries still reaches the gradients of the keys). Weights may be
             negative; a NaN weight makes the loss NaN. Gets no gradient.
         reduction: 'none' [B, H, M] ([B, 1, M] with a merge); 'sum'; 'batchmean', the sum divided by B; 'mean', the
@@ -201,7 +201,7 @@ def attention_rows(
 ) -> Tensor:
     """The attention rows of the given queries: softmax(z), merged over heads or not. Differentiable.
 
-    Meant for a few rows (a class token to cache, to resample or to look at): the result has a value per query and key. Two
+    Meant for a few rows (a class token to cache, to resample or to draw): the result has a value per query and key. Two
     forms::
 
         attention_rows(call, rows="cls")                    # as an AttentionTap captured it: scale and mask are in it
@@ -303,7 +303,7 @@ def _per_row(implementation: str, problem: Problem) -> Tensor:
 
 
 def _weighted_sum(implementation: str, problem: Problem, weight: Tensor | float) -> Tensor:
-    """Σ weight·row. ``chunked`` is told the weights so that it can finish the gradients in its forward sweep."""
+    """Σ weight·row. ``chunked`` gets the weights so that it can finish the gradients in its forward sweep."""
     if implementation == "chunked":
         if not isinstance(weight, Tensor):
             assert problem.student.query is not None

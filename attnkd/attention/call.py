@@ -20,7 +20,7 @@ class AttentionCall(NamedTuple):
     """What one call of ``scaled_dot_product_attention`` put into its softmax: scale · query · keyᵀ + mask.
 
     An :class:`attnkd.AttentionTap` returns them. The last three fields say which tokens the N keys of *this* call are: in a
-    block that runs before the class token is added, there are no prefix tokens and no class token. None: nobody knows; then
+    block that runs before the class token is added, there are no prefix tokens and no class token. None: unknown; then
     nothing is left out, and token 0 is taken for the class token where one is asked for.
     """
 

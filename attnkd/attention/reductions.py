@@ -31,7 +31,7 @@ def check_weight(weight: Tensor | None, problem: Problem) -> Tensor | None:
         raise TypeError(f"row_weight: expected a floating point or boolean tensor, got {got}")
     if weight.device != device:
         raise ValueError(f"row_weight: expected device {device} like student_query, got {weight.device}")
-    # A copy, if made under inference_mode: such a tensor cannot take part in the rows' backward.
+    # A copy, if made under inference_mode: such a tensor cannot be used in the rows' backward.
     copy = not torch.compiler.is_compiling() and weight.is_inference()
     try:
         return weight.detach().to(problem.dtype, copy=copy).expand(problem.rows_shape)

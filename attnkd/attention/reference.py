@@ -23,13 +23,13 @@ HIDDEN_BELOW = -1e30  # an additive mask at or below this hides the key, like âˆ
 def per_row(problem: Problem, dtype: torch.dtype = torch.float64) -> Tensor:
     """The divergence of every query row, [B, Ho, M], float32 (float64 for float64 inputs).
 
-    A row that sees no key on either side is worth 0 and sends no gradient. A row where one side gives weight to a key that
-    the other hides is +inf, and its gradient means nothing.
+    A row that sees no key on either side has the value 0 and no gradient. A row where one side gives weight to a key that
+    the other hides is +inf, and its gradient has no meaning.
 
     Args:
         problem: the validated inputs.
-        dtype: precision of the computation. Anything but float64 makes this the eager code that people write, which the
-            tolerances are measured with.
+        dtype: precision of the computation. With another one than float64 this is usual eager code; the tolerances are
+            measured with it.
     """
     z_s, visible_s = side_logits(problem.student, problem.merge, problem.temperature, dtype)
     z_t, visible_t = side_logits(problem.teacher, problem.merge, problem.temperature, dtype)

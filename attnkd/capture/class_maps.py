@@ -91,7 +91,7 @@ def attention_rollout(calls: Sequence[AttentionCall], layout: TokenLayout, impl:
 
     Args:
         calls: all blocks' calls in running order, query and key [B, H, N, D] over all tokens.
-        layout: of the model; the other prefix tokens take part on the way and are left out at the end.
+        layout: of the model; the other prefix tokens are used in between and left out at the end.
 
     Returns:
         [B, patches].

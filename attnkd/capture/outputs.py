@@ -13,7 +13,7 @@ from attnkd.capture.tokens import Grid, block_layout, input_images
 
 
 class BlockTokens(NamedTuple):
-    """What one block put out. The last three fields say which tokens they are; None where nobody knows."""
+    """The output of one block. The last three fields say which tokens they are; None where it is unknown."""
 
     tokens: Tensor
     """[B, N, D], with the autograd graph of the model."""

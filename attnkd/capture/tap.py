@@ -1,6 +1,6 @@
 """Takes the exact query and key tensors out of a model's attention while its fused attention stays on.
 
-The attention module of a tapped block gets a subclass of its own class, made on the fly. While its forward runs under
+The attention module of a tapped block gets a subclass of its own class, made at run time. While its forward runs under
 :meth:`AttentionTap.capture`, a ``TorchFunctionMode`` sees the call of ``F.scaled_dot_product_attention`` and keeps what
 enters the softmax: queries and keys after normalisation and rotary embedding, mask (or learned bias) and scale. Hooks
 on ``q_norm`` and ``k_norm`` would miss the rotary embedding, hooks on ``qkv`` the norms too. At all other times, and in

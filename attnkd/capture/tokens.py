@@ -26,7 +26,7 @@ class TokenLayout:
 
 
 class BlockLayout(NamedTuple):
-    """The tokens of one block in one forward. None where nobody can know."""
+    """The tokens of one block in one forward. None where it is unknown."""
 
     num_prefix_tokens: int | None = None
     """Tokens before the first patch."""

@@ -1,4 +1,4 @@
-"""The `attnkd` command: finds the command that was asked for, and turns what goes wrong into a sentence and a status."""
+"""The `attnkd` command: runs the requested command, and turns errors into one sentence and an exit status."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 done; 1 could not finish (or a check failed); 2 a request that cannot be honoured; 130 after
-        Ctrl-C, 143 after SIGTERM, 141 when nobody reads the output any more.
+        Ctrl-C, 143 after SIGTERM, 141 when the reader of the output has gone.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     name, args = "", argparse.Namespace()

@@ -16,12 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from timm.utils import ParseKwargs
 
     parser.description = (
-        "Scores every image under a folder with a Vision Transformer classifier and lists the most useful ones: those it is "
-        "sure about (low −log of the largest class probability) and where its class token looks at something (low cosine "
-        "between its attention to the patches and the uniform distribution). Memory does not grow with the folder."
+        "Scores every image under a folder with a Vision Transformer classifier and lists the most useful ones: those where "
+        "its prediction is certain (low −log of the largest class probability) and its class token's attention is concentrated (low "
+        "cosine between its attention to the patches and the uniform distribution). Memory does not grow with the folder."
     )
     parser.epilog = (
-        "Interrupt it at any time: the same command continues behind the last finished batch. Scores are kept in OUT.work; "
+        "Interrupt it at any time: the same command continues after the last finished batch. Scores are kept in OUT.work; "
         "another --num-select, --attn-weight or --output-weight then takes seconds. Delete OUT.work when done."
     )
     option = parser.add_argument

@@ -43,11 +43,11 @@ METHOD_EVERY = 8
 SHRINKING = 100
 """How many simpler cases are tried to find the smallest that fails."""
 EPILOG = """Every case compares the outputs and all gradients with an oracle that is written from the papers and computes in float64 on
-the same inputs; the allowed error is a small multiple of what plain PyTorch's rounding causes. Each case also runs twice (results
-must be bitwise equal) and, but for the reference, must keep the memory promise: no more than its results and, for a few rows, those
+the same inputs; the allowed error is a small multiple of the rounding error of plain PyTorch. Each case also runs twice (results
+must be bitwise equal) and, except for the reference, must allocate no more memory than its results and, for a few rows, those
 rows. The methods (--methods, and one in eight random cases) compare a training step's losses and all parameters' gradients with the
-papers' equations on attention maps that are written out. Exit status 1 if anything fails, with the command that runs the failing
-case alone, and one for the smallest case that fails like it."""
+papers' equations on complete attention maps. Exit status 1 if anything fails, with the command that runs only the failing
+case, and one for the smallest case that fails in the same way."""
 
 
 @dataclass
@@ -76,9 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cases", type=int, metavar="N", help="random cases after the fixed ones (default: 100, --quick: 10)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random cases (default: 0)")
-    parser.add_argument("--quick", action="store_true", help="every seventh fixed case only")
-    parser.add_argument("--methods", action="store_true", help="the methods only")
-    parser.add_argument("--minutes", type=float, metavar="M", help="fuzz: keep drawing random cases for M minutes")
+    parser.add_argument("--quick", action="store_true", help="only every seventh fixed case")
+    parser.add_argument("--methods", action="store_true", help="only the methods")
+    parser.add_argument("--minutes", type=float, metavar="M", help="run random cases for M minutes")
     parser.add_argument("--case", metavar="SPEC", help="run one case, as a failure prints it")
     parser.add_argument("--device", help="where to run (default: cuda when there is one)")
     parser.add_argument("--json", metavar="FILE", help="write every outcome to FILE")

@@ -17,12 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "fewer heads and fewer patches: with projector alignment only (PA) and with attention guidance (PA + AG), from "
         "the same initial weights, in the same data order. Prints k-NN, linear probe and the KL to the teacher's "
         "attention; writes summary.json, curves.json, curves.png, attention.png and timm checkpoints. Under 10 minutes "
-        "on two CPU cores. With --all, instead, all four methods (AttnDistill, head-specific KD, SSTA, Attention Probe), each "
-        "beside the same training without attention: under 30 minutes; writes summary.json, methods.md and methods.png."
+        "on two CPU cores. With --all, instead, all four methods (AttnDistill, head-specific KD, SSTA, Attention Probe), and "
+        "the same students without attention: under 30 minutes; writes summary.json, methods.md and methods.png."
     )
     parser.epilog = (
         "Interrupt it at any time: the same command continues after the last finished epoch. Stages whose settings "
-        "have not changed are reused, others are trained beside them; only summary and figures are written anew."
+        "have not changed are reused, others are trained in new directories; summary and figures are always written again."
     )
     option = parser.add_argument
     option("--all", action="store_true", help="compare all four methods with the same training without attention")
@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     option("--device", help="a PyTorch device (default: cuda if there is one, else cpu)")
     option(
-        "--quick", action="store_true", help="see in half a minute that everything works: few images, 2 epochs, 2 seeds"
+        "--quick",
+        action="store_true",
+        help="test in half a minute that everything works: few images, 2 epochs, 2 seeds",
     )
 
 

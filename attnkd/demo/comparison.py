@@ -69,7 +69,7 @@ COMPARISONS = (
 class ComparisonConfig(Config):
     """Fewer training images than in the demo, and students that see the labels of a third of them.
 
-    Who has seen everything has little to learn from a teacher.
+    A student that learns from all labels gains little from a teacher.
 
     labelled: training images whose labels the students of the supervised arms see.
     wild_digits, wild_photos: images of the folder that Attention Probe chooses ``wild_digits`` from.
@@ -169,7 +169,7 @@ class AllMethods:
         return lab.stage("assistant", SimCLR(model, augment), model, settings, self.config.teacher_epochs, augment=None)
 
     def choose_heads(self) -> dict[str, list]:
-        """The teachers' heads that matter on images nobody trained on, for each of their blocks."""
+        """The teachers' most important heads on images that no model was trained on, for each of their blocks."""
         images, labels = self.spare
         batches = list(zip(images.split(100), labels.split(100), strict=True))
         probe = linear_probe(features(self.assistant.model, self.lab.digits.train_images), self.lab.digits.train_labels)

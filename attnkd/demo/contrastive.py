@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class SimCLR(nn.Module):
-    """Two views of an image shall be nearer to each other than to all other views of the batch.
+    """Two views of an image shall be more similar to each other than to all other views of the batch.
 
     Chen, Kornblith, Norouzi, Hinton: A Simple Framework for Contrastive Learning of Visual Representations, ICML 2020,
     Eq. 1, on the projected output of a timm model without classifier.

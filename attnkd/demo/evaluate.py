@@ -1,4 +1,4 @@
-"""What a frozen backbone is worth: k-NN and linear probe on its class token, and where that class token looks."""
+"""Scores of a frozen backbone: k-NN and linear probe on its class token, and the attention of the class token."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ STUDENT: dict[str, Any] = {**_COMMON, "patch_size": 4, "num_classes": 0, "embed_
 def create(args: dict[str, Any], seed: int) -> nn.Module:
     """A timm model with the given ``timm.create_model`` arguments and reproducible initial weights.
 
-    Two choices matter on a thousand images, and are worth several times the epochs: Xavier weights (timm's default,
+    Two choices help on a thousand images as much as several times the epochs: Xavier weights (timm's default,
     a standard deviation of 0.02, is made for wide models) and position embeddings that start as 2-D sines and cosines.
     """
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Named training runs under one directory: each is reused, continued or trained anew, as its settings demand."""
+"""Named training runs under one directory: each is reused, continued or trained again, depending on its settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from attnkd.demo.training import Recipe, Record, load_state, train
 
 
 class Listener(Protocol):
-    """Is told how the run goes."""
+    """Gets reports on the progress of the run."""
 
     def begin(self, name: str, epochs: int, done: int, note: str) -> None:
         """``done`` of ``epochs`` were trained before; ``note`` says what is reused, or why not."""
@@ -29,7 +29,7 @@ class Listener(Protocol):
 
 @dataclass
 class Trained:
-    """A finished stage: a model, how it came about, where it is kept and what it scores on the test images."""
+    """A finished stage: a model, the history of its training, where it is kept and what it scores on the test images."""
 
     model: nn.Module
     history: list[Record]
@@ -43,12 +43,12 @@ class Trained:
 
 
 class Stages:
-    """Trains one stage after the other and keeps each in a directory of its own.
+    """Trains one stage after the other and keeps each in its own directory.
 
     Args:
         directory: where the stages' directories are made.
         circumstances: what every result depends on besides a stage's own settings.
-        listener: is told how it goes.
+        listener: gets reports on the progress.
         stats: mean and standard deviation that all images are normalised with.
     """
 
@@ -129,7 +129,7 @@ class StageDirectory:
         if not others:
             return 0, ""
         changed = "; ".join(_differences(json.loads(others[-1].read_text()), self.settings))
-        return 0, f"trained anew, {others[-1].parent.name} has other settings ({changed})"
+        return 0, f"trained again, {others[-1].parent.name} has other settings ({changed})"
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterable[str]:

@@ -72,7 +72,7 @@ def train(
 
     Args:
         method: ``forward(images [B, ...], targets [B, ...])`` → dict with ``loss``. Its ``state_dict()`` must hold all
-            that training changes. ``set_epoch``, if it has one, is told the epoch, from 0.
+            that training changes. ``set_epoch``, if it has one, gets the epoch, from 0.
         images, targets: the training set [n, ...], on the device of ``method``. The last incomplete batch is dropped.
         recipe: optimizer and schedule.
         seed: of data order and augmentation. Initial weights are the caller's.
@@ -80,7 +80,7 @@ def train(
         fingerprint: identifies everything that determines the result; a state with another one is refused.
         augment: (batch, CPU generator) → batch.
         evaluate: metrics, measured before the first and after every epoch.
-        on_epoch: is told every new record.
+        on_epoch: is called with every new record.
 
     Returns:
         A record for every epoch: epoch, seconds, mean of each part of the loss, and the metrics. Record 0 is from

@@ -81,7 +81,7 @@ class HeadImportance:
         try:
             return cls(**json.loads(Path(path).read_text()))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: is not a saved HeadImportance ({error}); delete it to start anew") from error
+            raise ValueError(f"{path}: is not a saved HeadImportance ({error}); delete it to start again") from error
 
 
 @torch.no_grad()
@@ -142,7 +142,7 @@ def head_importance(
                 if index + 1 == result.batches and crc != result.targets_crc:
                     raise ValueError(
                         f"loader: other targets than in the unfinished search at {path}; it must give the same batches in "
-                        "the same order (shuffle=False), or delete the file to start anew"
+                        "the same order (shuffle=False), or delete the file to start again"
                     )
                 continue
             images, targets = images.to(device), targets.to(device)
@@ -222,7 +222,7 @@ def _start(
 
 
 def _first_spread(shape: Sequence[int], max_batch: int) -> int:
-    """From which block on the heads are spread over the batch; those of earlier blocks are taken in turn."""
+    """From which block on the heads are spread over the batch; those of earlier blocks run one after another."""
     first = len(shape)
     while first > 0 and math.prod(shape[first - 1 :]) <= max_batch:
         first -= 1

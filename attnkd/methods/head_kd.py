@@ -163,7 +163,7 @@ class HeadKD(DistillTask):
 
         Returns:
             loss: what to call backward on. attn_loss, task_loss: its unweighted parts; attn_loss is absent while α is 1
-            and the teacher rests, task_loss and output [B, classes] without ``criterion``. attn_sample_weight [B]: the
+            and the teacher does not run, task_loss and output [B, classes] without ``criterion``. attn_sample_weight [B]: the
             images' weights, if ``wrong_teacher_weight`` or ``wrong_student_weight`` is below 1.
 
         Raises:
@@ -272,7 +272,7 @@ def _alpha(alpha: float | Schedule | None, divergence: str) -> float | Schedule:
 def _check_wrong_weights(
     student: nn.Module, teacher: nn.Module, wrong_teacher: float, wrong_student: float, criterion: nn.Module | None
 ) -> None:
-    """Refuse weights of images whose right or wrong cannot be told."""
+    """Refuse weights of images where one cannot decide whether a model is right."""
     for name, factor in (("wrong_teacher_weight", wrong_teacher), ("wrong_student_weight", wrong_student)):
         if factor != 1 and criterion is None:
             raise ValueError(f"{name}: needs targets and the student's output, but criterion is None")

@@ -60,7 +60,7 @@ def list_images(folder: Path, out: Path, on_found: Callable[[int], None] | None 
     Files count as images by the suffixes of :data:`FORMATS`. Links are followed, except back into a folder above them.
 
     Args:
-        on_found: is told the number of images found so far.
+        on_found: is called with the number of images found so far.
 
     Returns:
         The number of images, and of image files left out because their name has a line break.

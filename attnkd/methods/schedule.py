@@ -99,7 +99,7 @@ class Schedule:
 class Schedules:
     """The scheduled numbers of a training task by name, and the time at which they are read.
 
-    Plain numbers are constants. A number that changes cannot be read before the time was told: forgetting
+    Plain numbers are constants. A number that changes cannot be read before the time was set: forgetting
     :meth:`set_epoch` is an error, not a weight that never stops.
 
     Example::

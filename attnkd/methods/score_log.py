@@ -86,7 +86,7 @@ class ScoreLog:
         return count
 
     def merge(self, again: ScoreLog) -> None:
-        """Put the other log's rows, a part of these in the same order, in the place of these; the other log goes."""
+        """Replace these rows by the other log's, which are some of them in the same order, and delete the other log."""
         with files.replacing(self.rows, **ENCODING) as file:
             writer, better = csv.writer(file, lineterminator="\n"), again.read()
             new = next(better, None)

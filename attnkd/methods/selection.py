@@ -76,7 +76,7 @@ def select_images(
 ) -> Selection:
     """Score every image under a folder with a Vision Transformer classifier and list the K most useful ones.
 
-    Scores are kept in the folder ``OUT.work``. Interrupted at any moment, the same call goes on behind the last whole batch; a
+    Scores are kept in the folder ``OUT.work``. After an interruption the same call continues after the last whole batch; a
     finished one with another ``num_select`` or other weights takes seconds. Images that could not be read are left out
     and named in the table; the next call reads them again. Memory grows with K, not with the folder.
 
@@ -103,7 +103,7 @@ def select_images(
     Raises:
         TypeError, ValueError: an argument out of range or that cannot be written, an empty folder, fewer readable images
             than ``num_select``, a teacher that cannot take the images.
-        RuntimeError: another process is at work on ``out``, earlier scores were made with other settings, or the teacher's
+        RuntimeError: another process writes ``out``, earlier scores were made with other settings, or the teacher's
             output is not finite.
         OSError: a file that cannot be read or written.
     """
@@ -191,7 +191,7 @@ class _Scoring:
             tqdm(total=count, initial=done, unit="image", desc=title, disable=not self.progress) as bar,
         ):
             for expected, batch in enumerate(loader):
-                assert batch.number == expected, "batches came out of order"
+                assert batch.number == expected, "batches are not in order"
                 with autocast:
                     scores = (
                         None if batch.images is None else self.scorer(batch.images.to(self.device, non_blocking=True))
@@ -200,7 +200,7 @@ class _Scoring:
                 bar.update(len(batch.names))
 
     def _try_one(self) -> None:
-        """Find out on a grey image whether transform and teacher fit, so that no image takes the blame."""
+        """Find out on a grey image whether transform and teacher fit, so that no image is reported for a fault of theirs."""
         try:
             image = self.transform(Image.new(self.mode, (64, 64), "gray"))[None].to(self.device)
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Sets the attention of chosen heads to zero while a model runs, for one head or for every head in turn at once."""
+"""Sets the attention of chosen heads to zero while a model runs, for one head, or for each head in its own copy of the batch."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class TappedStudent(TrainedStudent):
     Args:
         tap: the student's tap.
         projector: from student to teacher features, or None to leave features out.
-        train_head: whether the head's output takes part in a loss.
+        train_head: whether a loss uses the head's output.
     """
 
     def __init__(self, tap: AttentionTap, projector: nn.Module | None = None, train_head: bool = True) -> None:
@@ -76,7 +76,7 @@ class FrozenTeacher(nn.Module):
         input_norm: ((mean, ...), (std, ...)) per channel that images come normalised with; None when they come as the
             teacher wants them.
 
-    The images are given to the teacher in its own dtype: a bfloat16 teacher may stand beside a float32 student.
+    The images are given to the teacher in its own dtype: a bfloat16 teacher can teach a float32 student.
     """
 
     def __init__(self, tap: Any, input_norm: tuple[Sequence[float], Sequence[float]] | None = None) -> None:

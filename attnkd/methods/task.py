@@ -112,7 +112,7 @@ class DistillTask(TrainingTask):
         """Σ weight · loss over the parts that are on.
 
         Raises:
-            RuntimeError: there are none, or no parameter that trains takes part.
+            RuntimeError: there are none, or the loss depends on no parameter that trains.
         """
         if not parts:
             raise RuntimeError(

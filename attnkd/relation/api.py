@@ -37,14 +37,14 @@ def relation_row_loss(
     its patches j of (r_s,j − r_t,j)².
 
     NaN in an image's features makes its loss NaN. What has no direction (a norm up to 1e-12) has similarity 0 and gets no gradient, where ``F.normalize`` would divide by
-    1e-12 and hand back gradients of that scale.
+    1e-12 and return gradients of that scale.
 
     Args:
         student_features: [B, N, C], any strides; float16, bfloat16 or float32 (float64: ``chunked``, ``reference``). Token 0
             is the class token. The widths C of student and teacher may differ, the patches must be as many.
         teacher_features: [B, Nt, Ct]. Gets no gradient.
         student_prefix_tokens: number of tokens before the first patch, class token included. The others among them
-            (registers, a distillation token) do not take part.
+            (registers, a distillation token) are left out.
         teacher_prefix_tokens: the same for the teacher.
         normalize_dim: as ``dim`` of ``F.normalize``. -1: every token has norm 1, so r_j is a cosine (the paper). -2: every
             channel has norm 1 over class token and patches (the authors' published code); no fused kernel.

@@ -53,7 +53,7 @@ def _has(case: Case, argument: str) -> bool:
     if case.operation not in ("row", "map", "rows"):
         return False
     if case.operation == "rows" and case.mask != "none":
-        return False  # whether a hidden key of a row that is NaN is 0 or NaN is nobody's business
+        return False  # whether a hidden key of a row that is NaN is 0 or NaN is not specified
     return {
         "student_query": True,
         "student_key": True,

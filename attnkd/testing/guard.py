@@ -1,6 +1,6 @@
-"""Memory that tells on a kernel: inputs surrounded by NaN, outputs by canaries, and every layout a model hands over.
+"""Memory that reveals faults of a kernel: NaN around inputs, canaries around outputs, and every layout that models produce.
 
-A kernel that reads past its tensor picks up NaN, one that writes past its output kills a canary, one that leaves an element
+A kernel that reads outside its tensor reads NaN, one that writes outside its output changes a canary, one that leaves an element
 unwritten returns NaN, and one that assumes a layout gets another. Unlike :class:`attnkd.testing.traffic.Meter` all of this
 works on a GPU too.
 """
@@ -84,7 +84,7 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
 
 @contextlib.contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """``torch.empty`` returns NaN (and its integer kin the largest value), so that an unwritten element shows.
+    """``torch.empty`` returns NaN (for integers the largest value), so that an unwritten element is visible.
 
     PyTorch's deterministic mode does this; the state before is restored on leaving.
     """

@@ -1,6 +1,6 @@
 """The operations once more, from the papers' formulas in float64: the truth that every implementation is judged by.
 
-It shares no code with the package, the reference included, so that a misread formula shows. It is written for reading: a row
+It shares no code with the package, the reference included, so that a mistake in a formula becomes visible. It is written for reading: a row
 is handled on the keys that it sees, and a head at a time where heads matter. Gradients are those of autograd through these
 formulas. Arguments are named as the public functions name theirs; all of them may have any floating point dtype, the results
 are float64 on the inputs' device.

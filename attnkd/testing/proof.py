@@ -26,12 +26,12 @@ PROBLEM = (
 DEFAULTS: dict[str, Any] = {"divergence": "forward_kl", "temperature": 1.0}
 LOGARITHMIC = ("forward_kl", "reverse_kl", "js", "cross_entropy")
 HONEST_ULPS = {2: 1, 4: 16, 8: 256}
-"""By the bytes of a result: its error in ulp where nothing simpler exists to measure what is honest. Half precision is rounded once
+"""By the bytes of a result: its error in ulp where nothing simpler exists to measure the error of rounding. Half precision is rounded once
 from float32, float32 has short sums, and in float64 the oracle rounds as well."""
 LOGITS = 256.0
-"""Logits beyond this are no excuse for a gradient: eager's own error alone is."""
+"""Larger logits allow a gradient no larger error; only eager's own error does."""
 ZERO = 1e-10
-"""A gradient below this fraction of the upstream gradients' sum is zero by right, and what is left of it the oracle's rounding."""
+"""A gradient below this fraction of the upstream gradients' sum counts as zero; what remains is the oracle's rounding."""
 
 
 def per_row(arguments: dict[str, Any], precision: torch.dtype) -> Tensor:

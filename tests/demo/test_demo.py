@@ -135,7 +135,7 @@ def test_a_second_run_reuses_what_has_not_changed_and_says_so(quick: Run, tmp_pa
 
     other = run_demo(directory, "--seeds", "1", "--attn-weight", "0.2")
     assert other.text.count("finished before, reused") == 2  # teacher and PA only
-    assert "student-pa_ag-seed1: trained anew" in other.text and "attn_weight 0.1, now 0.2" in other.text
+    assert "student-pa_ag-seed1: trained again" in other.text and "attn_weight 0.1, now 0.2" in other.text
     assert other.curves["pa"] == quick.curves["pa"][:1]
     assert other.curves["pa_ag"] != quick.curves["pa_ag"][:1]
     assert "one seed" in other.text

@@ -60,7 +60,7 @@ def row_logits(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, te
 
     query: [B, H, M, D]; key: [B, H, N, D]; mask: boolean (True = visible) or additive, [B, H, M, N] or broadcastable in
     four dimensions. Hidden keys are -inf and send no gradient; so a row that sees no key is all -inf and its softmax is NaN:
-    the caller decides what such a row is worth. Differentiable in query, key and a floating point mask.
+    the caller decides which value such a row gets. Differentiable in query, key and a floating point mask.
     """
     inputs = (query, key, _stored(mask))
     function = _RowLogits.apply if _needs_grad(inputs) else torch.ops.attnkd.chunked_logits
