@@ -120,8 +120,16 @@ def test_every_command_and_option_exists(monkeypatch: pytest.MonkeyPatch, capsys
                 assert given <= set(re.findall(r"--[\w-]+", helps[program + name])), f"{page.name}: {line}"
 
 
-def test_every_page_named_in_the_source_exists() -> None:
+def test_every_page_and_object_named_in_the_source_exists() -> None:
     for top in ("attnkd", "kernels", "benchmarks", "tests"):
         for source in (ROOT / top).rglob("*.py"):
-            for name in re.findall(r"\bdocs/[\w/]+\.md", source.read_text(encoding="utf-8")):
+            text = source.read_text(encoding="utf-8")
+            for name in re.findall(r"\b(?:docs|tests|benchmarks|attnkd|kernels)/[\w/]+\.(?:md|py)\b", text):
                 assert (ROOT / name).exists(), f"{source.relative_to(ROOT)}: {name}"
+            for name in re.findall(
+                r":(?:mod|func|class|meth|data):`~?((?:attnkd|attnkd_kernels|benchmarks)\.[\w.]+)`", text
+            ):
+                try:
+                    pkgutil.resolve_name(name)
+                except (ImportError, AttributeError) as error:
+                    raise AssertionError(f"{source.relative_to(ROOT)}: {error}") from None

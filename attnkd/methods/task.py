@@ -122,8 +122,8 @@ class DistillTask(TrainingTask):
         loss = sum(weighted[1:], weighted[0])
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise RuntimeError(
-                f"{type(self).__name__}: nothing would train: no parameter of the student that requires grad takes part in "
-                "the loss. Unfreeze some below its last compared block, or run the task under torch.no_grad()"
+                f"{type(self).__name__}: nothing would train: the loss depends on no parameter of the student "
+                "that requires grad. Unfreeze some below its last compared block, or run the task under torch.no_grad()"
             )
         return loss
 
