@@ -74,7 +74,6 @@ MAY_IMPORT = {
 }
 EXCEPTIONS = {
     "attnkd/commands/cli.py": {"demo"},  # the entry of `attnkd demo`, when it is asked for
-    "attnkd/commands/maps.py": {"demo"},  # loads saved students with it; to be separated
 }
 FAST = ("chunked", "fused", "fused_rows", "fused_maps")
 
