@@ -101,14 +101,22 @@ def relative_to(stats, top_s, top_t, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def more_keys(stats, s, t, DIVERGENCE: tl.constexpr):
-    """The statistics [ROWS] after one more key of each row, with logits s, t [ROWS]."""
+    """The statistics [ROWS] after one more key of each row, with logits s, t [ROWS]; and the weights [ROWS] that earlier sums
+    (a_s, a_t) and the new key (e_s, e_t) have relative to the new maxima. The order of the steps saves registers."""
     tl.static_assert(DIVERGENCE == "forward_kl" or DIVERGENCE == "cross_entropy")
-    old = relative_to(stats, tl.maximum(stats.top_s, s), tl.maximum(stats.top_t, t), DIVERGENCE)
-    d_s = s - old.top_s
-    d_t = t - old.top_t
-    e_t = tl.exp2(d_t)
-    difference = d_t - d_s if DIVERGENCE == "forward_kl" else -d_s
-    return Stats(old.top_s, old.sum_s + tl.exp2(d_s), old.top_t, old.sum_t + e_t, old.cross + e_t * difference)
+    top_s = tl.maximum(stats.top_s, s)
+    top_t = tl.maximum(stats.top_t, t)
+    a_s = tl.exp2(stats.top_s - top_s)
+    a_t = tl.exp2(stats.top_t - top_t)
+    e_s = tl.exp2(s - top_s)
+    e_t = tl.exp2(t - top_t)
+    if DIVERGENCE == "forward_kl":
+        cross = a_t * (stats.cross + stats.sum_t * ((stats.top_t - top_t) - (stats.top_s - top_s)))
+        cross += e_t * ((t - top_t) - (s - top_s))
+    else:
+        cross = a_t * (stats.cross - stats.sum_t * (stats.top_s - top_s))
+        cross -= e_t * (s - top_s)
+    return Stats(top_s, stats.sum_s * a_s + e_s, top_t, stats.sum_t * a_t + e_t, cross), a_s, a_t, e_s, e_t
 
 
 @triton.jit

@@ -81,17 +81,13 @@ def _row_kl_split_kernel(
         k_t = load_keys(teacher.key, n, N, T)
         t = row_logits(teacher, q_t, k_t, m, n, N, T)
         s = row_logits(student, q_s, k_s, m, n, N, S)
-        seen = more_keys(stats, s, t, DIVERGENCE)
         if ACC is not None:
             tl.store(LOGITS_S + row * N + n, s, mask=n < N)
             tl.store(LOGITS_T + row * N + n, t, mask=n < N)
-            e_s = tl.exp2(s - seen.top_s)
-            e_t = tl.exp2(t - seen.top_t)
-            a_s = tl.exp2(stats.top_s - seen.top_s)
-            a_t = tl.exp2(stats.top_t - seen.top_t)
+        stats, a_s, a_t, e_s, e_t = more_keys(stats, s, t, DIVERGENCE)
+        if ACC is not None:
             delta = delta * a_s[:, None] + acc_t * (a_s - a_t)[:, None] + k_s * (e_s - e_t)[:, None]
             acc_t = acc_t * a_t[:, None] + k_s * e_t[:, None]
-        stats = seen
     whole = relative_to(stats, tl.max(stats.top_s, 0), tl.max(stats.top_t, 0), DIVERGENCE)
     at = STATS + (row * splits + split) * 5
     tl.store(at, whole.top_s)
