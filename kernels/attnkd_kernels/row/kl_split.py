@@ -77,8 +77,8 @@ def _row_kl_split_kernel(
     last = tl.minimum(first + tiles_per_split * BN, N)
     for start in range(first, last, BN):
         n = start + tl.arange(0, BN)
-        k_s = load_keys(student.key, n, N, S).to(tl.float32)
         k_t = load_keys(teacher.key, n, N, T)
+        k_s = load_keys(student.key, n, N, S).to(tl.float32)
         t = row_logits(teacher, q_t, k_t, m, n, N, T)
         s = row_logits(student, q_s, k_s, m, n, N, S)
         if ACC is not None:
