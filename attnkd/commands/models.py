@@ -99,8 +99,8 @@ def load_weights(model: nn.Module, path: Path, keep_classifier: bool = False) ->
         "not in the model": sorted(state.keys() - own.keys()),
         "of another shape": [
             f"{key} {tuple(state[key].shape)}, here {tuple(own[key].shape)}"
-            for key in own.keys() & state.keys()
-            if own[key].shape != state[key].shape
+            for key in own  # in the model's order
+            if key in state and own[key].shape != state[key].shape
         ],
     }
     if any(problems.values()):

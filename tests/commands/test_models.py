@@ -41,10 +41,10 @@ def test_training_checkpoints_are_understood(checkpoint):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"patch_size": 4}, "2 of another shape (p"),
+        ({"patch_size": 4}, "2 of another shape (pos_embed"),
         ({"depth": 5}, "missing (blocks.5."),
         ({"depth": 7}, "not in the model (blocks.6."),
-        ({"num_classes": 7}, "of another shape (head.bias (7,), here (10,)"),
+        ({"num_classes": 7}, "2 of another shape (head.weight (7, 64), here (10, 64)"),
     ],
 )
 def test_what_else_differs_is_named(checkpoint, options, words):
