@@ -160,7 +160,10 @@ def plan(args: argparse.Namespace, device: torch.device) -> tuple[Settings, dict
         if name not in known and name not in training.VARIANTS:
             raise ValueError(f"implementation: expected one of {', '.join(sorted(known))}, got {name!r}")
     usual_names = shapes.SHAPES if args.full else shapes.SHORT_SHAPES
-    sizes = [shapes.SMOKE] if args.smoke else [shapes.find_shape(name) for name in args.shapes or usual_names]
+    named = [
+        shapes.find_shape(name) for name in args.shapes or usual_names
+    ]  # unknown names are refused in a smoke run too
+    sizes = [shapes.SMOKE] if args.smoke else named
     if args.batch:
         sizes = [replace(shape, batch=args.batch) for shape in sizes]
     dtypes = _dtypes(args)
