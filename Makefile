@@ -26,7 +26,7 @@ $(READY): requirements.lock pyproject.toml
 	"$(PYTHON)" -m venv "$(VENV)" || { rm -rf "$(VENV)" && \
 		"$(PYTHON)" -m pip install --quiet --target "$(VENV)-bootstrap" virtualenv==21.15.11 && \
 		PYTHONPATH="$(VENV)-bootstrap" "$(PYTHON)" -m virtualenv --quiet "$(VENV)"; }
-	"$(BIN)/python" -m pip install --quiet --no-compile --require-hashes --requirement requirements.lock
+	"$(BIN)/python" -m pip install --quiet --require-hashes --requirement requirements.lock
 	"$(BIN)/python" -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch "$(READY)"
 
