@@ -1,9 +1,10 @@
 """Killed at any moment, two at once, a full disk: every command that writes ends with the bytes of an undisturbed run.
 
-The commands run in forks of this process, which spares them the start of Python: hundreds of kills would fit in a minute.
+The commands run in forks of a server that has imported everything, which spares them the start of Python; of a server and not
+of this process, because autograd does not work in the fork of a process that has used it.
 """
 
-import importlib
+import contextlib
 import json
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ import resource
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,35 +27,47 @@ pytest.importorskip("rich")
 
 from attnkd import files
 from attnkd.commands import cli
-from attnkd.demo.data import load_digits
+from attnkd.demo import command
 from attnkd.methods.head_importance import head_importance
 
-command = importlib.import_module("attnkd.demo.command")  # before the forks
-
 pytestmark = pytest.mark.skipif(
-    "fork" not in multiprocessing.get_all_start_methods(), reason="commands are killed in forks"
+    "forkserver" not in multiprocessing.get_all_start_methods(), reason="commands are killed in forks"
 )
 
 
-def start(work, *words, file_limit=None, log=None):
-    """A fork that runs ``work(*words)`` and exits with what it returns."""
+def server():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sklearn.datasets", "attnkd.commands.cli", "attnkd.demo.command", "timm", "pytest"])
+    return context
 
-    def child():
-        torch.set_num_threads(1)  # threads do not survive a fork
-        stream = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(stream, 1)
-        os.dup2(stream, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        if file_limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-        status = work(*words)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
 
-    process = multiprocessing.get_context("fork").Process(target=child)
+def child(work, words, file_limit, log):
+    torch.set_num_threads(1)
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    if file_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    status = work(*words)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def start(work, *words, file_limit=None, log=os.devnull):
+    """A process that runs ``work(*words)`` and exits with what it returns."""
+    process = server().Process(target=child, args=(work, words, file_limit, log))
     process.start()
     return process
+
+
+def last_line(run, pipe, **limits):
+    """Exit status and last line of output of ``run(log=, **limits)``; through a pipe, which no limit on files cuts."""
+    os.mkfifo(pipe)
+    with open(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)) as said:
+        status = finish(run(log=str(pipe), **limits))
+        return status, said.read().splitlines()[-1]
 
 
 def finish(process):
@@ -71,7 +85,8 @@ def kill_until_done(run, seed, kills):
     for number in range(kills):
         process = run("killed")
         time.sleep(rng.uniform(0, whole))
-        os.kill(process.pid, signal.SIGKILL if number % 2 else signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # it was faster than the undisturbed run
+            os.kill(process.pid, signal.SIGKILL if number % 2 else signal.SIGTERM)
         statuses.append(finish(process))
     assert set(statuses) <= {0, 143, -signal.SIGKILL, -signal.SIGTERM}, statuses  # the last: before the command began
     assert finish(run("killed")) == 0
@@ -131,29 +146,25 @@ def test_select_on_a_full_disk(selecting, tmp_path, name):
         (tmp_path / folder).mkdir()
     assert finish(selecting(tmp_path / "undisturbed" / "l.txt")) == 0
     limit = (tmp_path / "undisturbed" / name).stat().st_size - 1
-    reader, writer = os.pipe()
-    process = selecting(tmp_path / "full" / "l.txt", file_limit=limit, log=f"/dev/fd/{writer}")
-    assert finish(process) == 1
-    os.close(writer)
-    with os.fdopen(reader) as said:
-        last = said.read().splitlines()[-1]
+    status, last = last_line(partial(selecting, tmp_path / "full" / "l.txt"), tmp_path / "said", file_limit=limit)
+    assert status == 1
     assert last.startswith(f"attnkd select: {tmp_path / 'full'}") and last.endswith("File too large"), last
     assert not (tmp_path / "full" / "l.txt").exists()
     assert finish(selecting(tmp_path / "full" / "l.txt")) == 0
     assert outputs(tmp_path / "full") == outputs(tmp_path / "undisturbed")
 
 
-@pytest.fixture
-def demonstrating(monkeypatch):
-    """`attnkd demo` on a handful of digits, as a function of its folder; without the pictures, which take most of the time."""
-    load_digits(128, 64)  # imports scikit-learn before the forks
+def demonstrating(folder, **limits):
+    """`attnkd demo` on a handful of digits."""
+    return start(small_demo, str(folder), **limits)
+
+
+def small_demo(folder):
+    """Without the pictures, which take most of the time."""
     for drawing in ("draw_curves", "draw_attention"):
-        monkeypatch.setattr(command.figures, drawing, lambda outcome, path: files.write_bytes(path, bytes(1000)))
-    monkeypatch.setattr(
-        command, "QUICK", {**command.QUICK, "seeds": 1, "epochs": 1, "train_size": 128, "test_size": 64}
-    )
-    words = ["demo", "--quick", "--device", "cpu", "--output-dir"]
-    return lambda folder, **limits: start(cli.main, [*words, str(folder)], **limits)
+        setattr(command.figures, drawing, lambda outcome, path: files.write_bytes(path, bytes(1000)))
+    command.QUICK.update(seeds=1, epochs=1, train_size=128, test_size=64)
+    return cli.main(["demo", "--quick", "--device", "cpu", "--output-dir", folder])
 
 
 def results(folder: Path):
@@ -166,13 +177,9 @@ def results(folder: Path):
 KEPT = (".safetensors", ".png")
 
 
-def test_demo_killed_at_random_moments_twice_at_once_and_on_a_full_disk(demonstrating, tmp_path):
-    reader, writer = os.pipe()
-    full = demonstrating(tmp_path / "killed", file_limit=100_000, log=f"/dev/fd/{writer}")
-    assert finish(full) == 1
-    os.close(writer)
-    with os.fdopen(reader) as said:
-        last = said.read().splitlines()[-1]
+def test_demo_killed_at_random_moments_twice_at_once_and_on_a_full_disk(tmp_path):
+    status, last = last_line(partial(demonstrating, tmp_path / "killed"), tmp_path / "said", file_limit=100_000)
+    assert status == 1
     assert last.startswith(f"attnkd demo: {tmp_path / 'killed'}") and last.endswith("File too large"), last
 
     kill_until_done(lambda name: demonstrating(tmp_path / name), seed=2, kills=2)
@@ -182,15 +189,15 @@ def test_demo_killed_at_random_moments_twice_at_once_and_on_a_full_disk(demonstr
     assert results(tmp_path / "killed") == results(tmp_path / "undisturbed")
 
 
-def test_head_importance_killed_at_random_moments(tmp_path):
+def search(path):
     torch.manual_seed(0)
     model = timm.create_model("test_vit", img_size=32, patch_size=8, num_classes=5)
     batches = [(torch.randn(2, 3, 32, 32), torch.tensor([0, 1])) for _ in range(12)]
+    head_importance(model, batches, (-2, -1), path=path, progress=False)
+    return 0
 
-    def search(path):
-        head_importance(model, batches, (-2, -1), path=path, progress=False)
-        return 0
 
+def test_head_importance_killed_at_random_moments(tmp_path):
     kill_until_done(lambda name: start(search, tmp_path / name), seed=3, kills=4)
     assert (tmp_path / "killed").read_bytes() == (tmp_path / "undisturbed").read_bytes()
 
@@ -207,17 +214,17 @@ def test_validate_leaves_the_old_report_or_the_new_one(tmp_path):
 # --- the helper itself ------------------------------------------------------------------------------------------------
 
 
+def write_forever(path, contents):
+    while True:
+        for content in contents:
+            files.write_text(path, content)
+
+
 def test_a_reader_finds_the_old_file_or_the_new_one_whole(tmp_path):
     path = tmp_path / "x.json"
     contents = [json.dumps(["old"] * 1000), json.dumps(["new"] * 2000)]
-
-    def write():
-        while True:
-            for content in contents:
-                files.write_text(path, content)
-
     files.write_text(path, contents[0])
-    writers = [start(write) for _ in range(2)]
+    writers = [start(write_forever, path, contents) for _ in range(2)]
     end = time.monotonic() + 1
     while time.monotonic() < end:
         assert path.read_text() in contents
@@ -257,14 +264,14 @@ def test_old_temporary_files_go_and_young_ones_stay(tmp_path):
     assert not old.exists() and young.exists() and other.exists()
 
 
-def test_a_lock_ends_with_its_process_and_names_the_file(tmp_path, monkeypatch):
-    def hold():
-        with files.locked(tmp_path / "lock"):
-            (tmp_path / "held").touch()
-            time.sleep(60)
-        return 0
+def hold(folder):
+    with files.locked(folder / "lock"):
+        (folder / "held").touch()
+        time.sleep(60)
 
-    holder = start(hold)
+
+def test_a_lock_ends_with_its_process_and_names_the_file(tmp_path, monkeypatch):
+    holder = start(hold, tmp_path)
     while not (tmp_path / "held").exists():
         time.sleep(0.01)
     monkeypatch.setattr(files, "PATIENCE", 0.2)
