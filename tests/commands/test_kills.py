@@ -5,6 +5,7 @@ of this process, because autograd does not work in the fork of a process that ha
 """
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -13,7 +14,6 @@ import resource
 import signal
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,9 +35,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@functools.cache
 def server():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sklearn.datasets", "attnkd.commands.cli", "attnkd.demo.command", "timm", "pytest"])
+    first = context.Process(target=os.getpid)  # starts the server, whose imports take longer than a run
+    first.start()
+    first.join()
     return context
 
 
@@ -78,6 +82,7 @@ def finish(process):
 
 def kill_until_done(run, seed, kills):
     """Start ``run()`` again and again and kill it: after a random part of an undisturbed run's time, by one signal or the other."""
+    server()  # its start is not part of a run
     rng, statuses = random.Random(seed), []
     began = time.monotonic()
     assert finish(run("undisturbed")) == 0
@@ -146,7 +151,9 @@ def test_select_on_a_full_disk(selecting, tmp_path, name):
         (tmp_path / folder).mkdir()
     assert finish(selecting(tmp_path / "undisturbed" / "l.txt")) == 0
     limit = (tmp_path / "undisturbed" / name).stat().st_size - 1
-    status, last = last_line(partial(selecting, tmp_path / "full" / "l.txt"), tmp_path / "said", file_limit=limit)
+    status, last = last_line(
+        functools.partial(selecting, tmp_path / "full" / "l.txt"), tmp_path / "said", file_limit=limit
+    )
     assert status == 1
     assert last.startswith(f"attnkd select: {tmp_path / 'full'}") and last.endswith("File too large"), last
     assert not (tmp_path / "full" / "l.txt").exists()
@@ -178,7 +185,9 @@ KEPT = (".safetensors", ".png")
 
 
 def test_demo_killed_at_random_moments_twice_at_once_and_on_a_full_disk(tmp_path):
-    status, last = last_line(partial(demonstrating, tmp_path / "killed"), tmp_path / "said", file_limit=100_000)
+    status, last = last_line(
+        functools.partial(demonstrating, tmp_path / "killed"), tmp_path / "said", file_limit=100_000
+    )
     assert status == 1
     assert last.startswith(f"attnkd demo: {tmp_path / 'killed'}") and last.endswith("File too large"), last
 
