@@ -215,7 +215,8 @@ class Attention(Call):
         A few rows: with a gradient, the forward also writes the coefficient rows (of every head that has logits of its own)
         and the unit query gradient, both fp32. The backward reads those, the student's query and the upstream gradient (one
         number), and writes the gradients: it need not read a key. Whole maps keep no rows, so their backward reads all
-        queries and keys once more. So does that of ``attention_rows``, whose upstream gradient has a value per key.
+        queries and keys once more; their forward writes the unit query gradient where it knows it (map/value.py). The backward of
+        ``attention_rows``, whose upstream gradient has a value per key, reads all queries and keys too.
         """
         size = SIZES[self.dtype]
         B, H, M, N, D = self.batch, self.heads, self.rows or self.keys, self.keys, self.dim
@@ -235,7 +236,9 @@ class Attention(Call):
         if not self.backward:
             return {"forward": forward}
         if self.rows == 0:
-            return {"forward": forward, "backward": student + teacher + masks + 4 + student + bias}
+            known = self.merge is None and D <= 128 and self.divergence in ("forward_kl", "cross_entropy", "logit_mse")
+            unit = B * H * M * D * size if known else 0
+            return {"forward": forward + unit, "backward": student + teacher + masks + 4 + unit + student + bias}
         kept = rows + B * H * M * D * 4
         return {"forward": forward + kept, "backward": kept + B * H * M * D * size + 4 + student + bias}
 

@@ -84,7 +84,7 @@ def _map_tile(op: str) -> tuple[Callable[[Config], list[tuple[str, str, Any]]], 
     )
 
 
-_TILES = {"queries": (32, 64, 128), "keys": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)}
+_TILES = {"stays": (32, 64, 128), "streams": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)}
 _WIDE = (197, 577, 1370)
 
 
@@ -117,10 +117,10 @@ def tunables() -> list[Tunable]:
         ),
     ]  # fmt: skip
     for op, operation, mode in (
-        ("fwd", "whole_map", "fwd"),
+        ("normaliser", "whole_map", "fwd"),
+        ("unit", "whole_map", "both"),
         ("dq", "whole_map", "bwd"),
         ("dk", "whole_map", "bwd"),
-        ("lse", "whole_map_mean", "fwd"),
         ("value", "whole_map_mean", "fwd"),
     ):
         found.append(Tunable(f"map_{op}", operation, mode, _WIDE, _TILES, *_map_tile(op)))

@@ -15,7 +15,7 @@ from torch import Tensor
 from attnkd.attention.problem import Problem, stored_mask
 from attnkd.operators import first_order_only, keep, kept, register
 from attnkd_kernels.launch import num_processors
-from attnkd_kernels.map.launch import Saved, Side, allocate, map_bias_bwd, map_bwd, map_fwd
+from attnkd_kernels.map.launch import Maps, Model, Saved, allocate, map_bias_bwd, map_bwd, map_fwd
 from attnkd_kernels.map.tiles import architecture
 
 MAX_WIDTH = 1024
@@ -25,49 +25,51 @@ _INPUTS = (
     "Tensor teacher_query, Tensor teacher_key, Tensor? teacher_mask, float teacher_scale, "
     "str? merge, str divergence, float temperature"
 )
-_SAVED = "Tensor lse_s, Tensor lse_t, Tensor centre, Tensor weight"
+_SAVED = "Tensor lse_s, Tensor lse_t, Tensor centre, Tensor weight, Tensor unit_dq"
 
 
-def _map_fwd(qs, ks, ms, scale_s, qt, kt, mt, scale_t, merge, divergence, temperature):
+def _maps(qs, ks, ms, scale_s, qt, kt, mt, scale_t, merge, divergence, temperature) -> Maps:
+    student, teacher = Model(qs, ks, ms, scale_s), Model(qt, kt, mt, scale_t)
+    return Maps(student, teacher, merge, divergence, temperature, architecture(qs.device))
+
+
+def _map_fwd(*inputs):
     """loss [B, Ho, M] and what the backward needs; see :class:`attnkd_kernels.map.launch.Saved`."""
-    student, teacher = Side(qs, ks, ms, scale_s), Side(qt, kt, mt, scale_t)
-    return tuple(map_fwd(student, teacher, merge, divergence, temperature, architecture(qs.device)))
+    return tuple(map_fwd(_maps(*inputs[:-1]), inputs[-1]))
 
 
-def _map_fwd_fake(qs, ks, ms, scale_s, qt, kt, mt, scale_t, merge, divergence, temperature):
-    student, teacher = Side(qs, ks, ms, scale_s), Side(qt, kt, mt, scale_t)
-    return tuple(allocate(student, teacher, merge, divergence))
+def _map_fwd_fake(*inputs):
+    return tuple(allocate(_maps(*inputs[:-1]), inputs[-1]))
 
 
-def _map_bwd(
-    grad, qs, ks, ms, scale_s, qt, kt, mt, scale_t, merge, divergence, temperature,
-    lse_s, lse_t, centre, weight, need_dq, need_dk, need_dmask,
-):  # fmt: skip
+def _map_bwd(grad, *inputs):
     """dq like query, dk like key, dmask fp32 [Bb, Hb, Mb, Nb]; what is not needed is empty."""
-    student, teacher, arch = Side(qs, ks, ms, scale_s), Side(qt, kt, mt, scale_t), architecture(qs.device)
-    problem = (student, teacher, merge, divergence, temperature, Saved(grad, lse_s, lse_t, centre, weight), grad)
+    *call, lse_s, lse_t, centre, weight, unit_dq, need_dq, need_dk, need_dmask = inputs
+    maps, saved = _maps(*call), Saved(grad, lse_s, lse_t, centre, weight, unit_dq)
     dq, dk, dmask = (grad.new_empty(0) for _ in range(3))
     if need_dq:
-        dq = map_bwd(*problem, True, arch)
+        dq = map_bwd(maps, saved, grad, True)
     if need_dk:
-        dk = map_bwd(*problem, False, arch)
+        dk = map_bwd(maps, saved, grad, False)
     if need_dmask:
-        dmask = map_bias_bwd(*problem, arch, num_processors(qs.device))
+        dmask = map_bias_bwd(maps, saved, grad, num_processors(grad.device))
     return dq, dk, dmask
 
 
-def _map_bwd_fake(
-    grad, qs, ks, ms, scale_s, qt, kt, mt, scale_t, merge, divergence, temperature,
-    lse_s, lse_t, centre, weight, need_dq, need_dk, need_dmask,
-):  # fmt: skip
+def _map_bwd_fake(grad, *inputs):
+    maps, need_dq, need_dk, need_dmask = _maps(*inputs[:11]), *inputs[-3:]
+    query, key, mask, _ = maps.student
     dq, dk, dmask = (grad.new_empty(0) for _ in range(3))
     if need_dmask:
-        b, h, m, n = ms.shape
-        dmask = grad.new_empty((b, 1 if merge == "logsum" else h, m, n))
-    return torch.empty_like(qs) if need_dq else dq, torch.empty_like(ks) if need_dk else dk, dmask
+        assert mask is not None
+        b, h, m, n = mask.shape
+        dmask = grad.new_empty((b, 1 if maps.merge == "logsum" else h, m, n))
+    return torch.empty_like(query) if need_dq else dq, torch.empty_like(key) if need_dk else dk, dmask
 
 
-_fwd = register(f"map_fwd({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _map_fwd, _map_fwd_fake)
+_fwd = register(
+    f"map_fwd({_INPUTS}, bool need_dq) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _map_fwd, _map_fwd_fake
+)
 _bwd = register(
     f"map_bwd(Tensor grad, {_INPUTS}, {_SAVED}, bool need_dq, bool need_dk, bool need_dmask) -> (Tensor, Tensor, Tensor)",
     _map_bwd,
@@ -82,12 +84,13 @@ class MapDivergenceFunction(torch.autograd.Function):
     def forward(
         ctx: Any, qs: Tensor, ks: Tensor, ms: Tensor | None, qt: Tensor, kt: Tensor, mt: Tensor | None, *options: Any
     ):
-        scale_s, scale_t, merge, divergence, temperature = options
+        scale_s, scale_t, *how, need_dq = options
         stored_s, stored_t = (None if mask is None else stored_mask(mask) for mask in (ms, mt))
+        call = (qs, ks, stored_s, scale_s, qt, kt, stored_t, scale_t, *how)
         with torch.autocast(qs.device.type, enabled=False):
-            loss, *saved = _fwd(qs, ks, stored_s, scale_s, qt, kt, stored_t, scale_t, merge, divergence, temperature)
+            loss, *saved = _fwd(*call, need_dq)
         keep(ctx, qs, ks, stored_s, qt, kt, stored_t, *saved)
-        ctx.options = options
+        ctx.options = (scale_s, scale_t, *how)
         ctx.mask_shape = None if ms is None else ms.shape
         return loss
 
@@ -95,28 +98,15 @@ class MapDivergenceFunction(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, grad: Tensor):
         qs, ks, stored_s, qt, kt, stored_t, *saved = kept(ctx)
-        scale_s, scale_t, merge, divergence, temperature = ctx.options
+        scale_s, scale_t, *how = ctx.options
         need = ctx.needs_input_grad[:3]
+        call = (qs, ks, stored_s, scale_s, qt, kt, stored_t, scale_t, *how)
         with torch.autocast(qs.device.type, enabled=False):
-            dq, dk, dmask = _bwd(
-                grad,
-                qs,
-                ks,
-                stored_s,
-                scale_s,
-                qt,
-                kt,
-                stored_t,
-                scale_t,
-                merge,
-                divergence,
-                temperature,
-                *saved,
-                *need,
-            )
+            dq, dk, dmask = _bwd(grad, *call, *saved, *need)
         if need[2]:
-            dmask = _spread(dmask, ctx.mask_shape, merge).to(stored_s.dtype)
-        return dq if need[0] else None, dk if need[1] else None, dmask if need[2] else None, *[None] * 8
+            assert stored_s is not None
+            dmask = _spread(dmask, ctx.mask_shape, how[0]).to(stored_s.dtype)
+        return dq if need[0] else None, dk if need[1] else None, dmask if need[2] else None, *[None] * 9
 
 
 def _spread(total: Tensor, shape: torch.Size, merge: str | None) -> Tensor:
@@ -156,16 +146,9 @@ def per_row(problem: Problem) -> Tensor:
     if reason is not None:
         raise NotImplementedError(reason)
     s, t = problem.student, problem.teacher
+    assert s.query is not None
+    need_dq = torch.is_grad_enabled() and s.query.requires_grad
     return MapDivergenceFunction.apply(
-        s.query,
-        s.key,
-        s.mask,
-        t.query,
-        t.key,
-        t.mask,
-        s.scale,
-        t.scale,
-        problem.merge,
-        problem.divergence,
-        problem.temperature,
-    )
+        s.query, s.key, s.mask, t.query, t.key, t.mask, s.scale, t.scale, problem.merge, problem.divergence,
+        problem.temperature, need_dq,
+    )  # fmt: skip

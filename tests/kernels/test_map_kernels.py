@@ -236,7 +236,7 @@ def test_offsets_beyond_32_bits(device):
 
 
 def test_sixteen_thousand_keys(device, monkeypatch):
-    monkeypatch.setattr(tiles, "_INTERPRETER", replace(tiles._INTERPRETER, keys=1024))
+    monkeypatch.setattr(tiles, "_INTERPRETER", replace(tiles._INTERPRETER, streams=1024, narrow=1024))
     for divergence in ("forward_kl", "mse"):
         assert_proved("triton", **call(device, B=1, H=1, M=17, N=16384, divergence=divergence))
 
@@ -283,16 +283,18 @@ def test_deterministic(device, merge):
 
 
 def test_every_problem_has_a_tile():
-    kernels, arches = ("fwd", "lse", "value", "dq", "dk", "bias"), ("cpu", "sm80", "sm90", "sm100", "sm120", "gfx942")
+    kernels = ("normaliser", "value", "unit", "dq", "dk", "bias")
+    arches = ("cpu", "sm80", "sm90", "sm100", "sm120", "gfx942")
     dtypes, widths = (torch.float16, torch.bfloat16, torch.float32), (16, 64, 72, 128, 144, 1024)
     for mean in (False, True):
-        unused = ("fwd", "lse") if mean else ()  # a mean has two sweeps, of which the first knows of one head only
+        unused = ("normaliser", "unit") if mean else ()  # each head has a normaliser of its own; no unit gradient
         every = itertools.product([k for k in kernels if k not in unused], arches, dtypes, widths, range(4))
         for kernel, arch, dtype, width, extras in every:
             if kernel == "bias" and extras < 2:
                 continue  # its mask is an additive one
             tile = pick_tile(kernel, arch, dtype, width, extras, mean)
-            assert tile.queries * tile.keys and tile.columns(width) >= 16, (kernel, arch, dtype, width, extras, mean)
+            asked = (kernel, arch, dtype, width, extras, mean)
+            assert tile.stays * tile.streams * tile.narrow and tile.columns(width) >= 16, asked
 
 
 def test_refusals_name_the_alternative(device):
@@ -314,8 +316,8 @@ def test_inside_pytorch(device):
     inputs = (arguments["student_query"], arguments["student_key"], torch.randn(1, 2, 20, 20, device=device), 0.25)
     inputs += (arguments["teacher_query"], arguments["teacher_key"], None, 0.25)
     for options in ((None, "mse", 1.0), ("logsum", "js", 2.0)):
-        loss, *saved = ops_map._fwd(*inputs, *options)
-        torch.library.opcheck(ops_map._fwd, (*inputs, *options))
+        loss, *saved = ops_map._fwd(*inputs, *options, True)
+        torch.library.opcheck(ops_map._fwd, (*inputs, *options, True))
         torch.library.opcheck(ops_map._bwd, (loss, *inputs, *options, *saved, True, True, True))
         torch.library.opcheck(ops_map._bwd, (loss, *inputs, *options, *saved, False, True, False))
 

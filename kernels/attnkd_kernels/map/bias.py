@@ -6,107 +6,80 @@ A program owns one tile of the *stored* bias [Bb, Hb, Mb, Nb] (each size 1 or fu
 recomputing the tile of dz each time: two products and two exponentials per (row, key), no [B, H, M, N] buffer, no atomics.
 A small bias gives few programs, so the walk can be cut in SPLITS parts that leave partial sums, added in a fixed order.
 
-OUT [SPLITS, Bb, Hb, Mb, Nb] fp32. Saved and recomputed: as in backward.py.
+OUT [SPLITS, Bb, Hb, Mb, Nb] fp32. Saved and recomputed: as in gradient.py.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from attnkd_kernels.map.backward import gradient_tile
-from attnkd_kernels.map.common import at_head, load_rows
+from attnkd_kernels.map.gradient import at_row, dz_tile, given_at, upstream_values
+from attnkd_kernels.map.tile import At, at_tile, load_left, load_whole_right
+
+
+class Bias(NamedTuple):
+    """The stored bias's sizes, and over how many images, heads, tiles of queries and tiles of keys one entry was broadcast."""
+
+    images: Any
+    heads: Any
+    queries: Any
+    keys: Any
+    sum_images: Any
+    sum_heads: Any
+    sum_queries: Any
+    sum_keys: Any
 
 
 @triton.jit
 def _map_bias_kernel(
-    QS,  # [B, H, M, D_S]
-    KS,  # [B, H, N, D_S]
-    MASK_S,  # [B, H, M, N] any strides
-    QT,  # [B, Ht, M, D_T]
-    KT,  # [B, Ht, N, D_T]
-    MASK_T,  # [B, Ht, M, N] or unused
-    GRAD,  # [B, Ho, M] fp32
-    LSE_S,  # [B, HP, M] fp32
-    LSE_T,  # [B, Ht', M] fp32
-    CENTRE,  # [B, HP, M] fp32
-    WEIGHT,  # [B, Ho, M] fp32 (the two MSEs)
+    student,  # Side: query [B, H, M, D_s], key [B, H, N, D_s], mask [B, H, M, N]
+    teacher,  # Side: the same with Ht, D_t
+    kept,  # Rows: lse_s, centre [B, Hs, M], lse_t [B, Ht', M], weight [B, Ho, M]
+    upstream,  # Upstream [B, Ho, M] fp32
     OUT,  # [SPLITS, Bb, Hb, Mb, Nb] fp32
-    qs_b, qs_h, qs_m, qs_d,
-    ks_b, ks_h, ks_n, ks_d,
-    ms_b, ms_h, ms_m, ms_n,
-    qt_b, qt_h, qt_m, qt_d,
-    kt_b, kt_h, kt_n, kt_d,
-    mt_b, mt_h, mt_m, mt_n,
-    g_b, g_h, g_m,
-    factor_s, bias_s, factor_t, bias_t, out_scale,
-    HP, M, N,
-    BB, HB, MB, NB, SUM_B, SUM_H, SUM_M, SUM_N, SPLITS,
-    MEAN: tl.constexpr, HEADS_S: tl.constexpr, HEADS_T: tl.constexpr,
-    D_S: tl.constexpr, D_T: tl.constexpr, WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr,
-    KIND_S: tl.constexpr, KIND_T: tl.constexpr, MASK_HEADS_S: tl.constexpr, MASK_HEADS_T: tl.constexpr,
-    DIV: tl.constexpr, OVER_M: tl.constexpr, OVER_N: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD_S: tl.constexpr, BD_T: tl.constexpr,
+    out_scale,  # 1/T, divided by the averaged heads
+    bias,  # Bias
+    splits,
+    HS, M, N,
+    OVER_M: tl.constexpr, OVER_N: tl.constexpr,
+    S: tl.constexpr, T: tl.constexpr, SWEEP: tl.constexpr,
 ):  # fmt: skip
-    tiles_m = tl.cdiv(MB, BM)
-    tiles_n = tl.cdiv(NB, BN)
+    tiles_m = tl.cdiv(bias.queries, SWEEP.BQ)
+    tiles_n = tl.cdiv(bias.keys, SWEEP.BK)
     tile_n = tl.program_id(0) % tiles_n
     tile_m = tl.program_id(0) // tiles_n % tiles_m
-    split = tl.program_id(0) // (tiles_n * tiles_m) % SPLITS
-    bias_row = tl.program_id(0) // (tiles_n * tiles_m * SPLITS)  # of [Bb, Hb]
-    bb = bias_row // HB
-    hb = bias_row % HB
-    acc = tl.zeros([BM, BN], tl.float32)
-    todo = SUM_B * SUM_H * SUM_M * SUM_N
-    each = tl.cdiv(todo, SPLITS)
+    split = tl.program_id(0) // (tiles_n * tiles_m) % splits
+    bias_row = tl.program_id(0) // (tiles_n * tiles_m * splits)  # of [Bb, Hb]
+    acc = tl.zeros([SWEEP.BQ, SWEEP.BK], tl.float32)
+    todo = bias.sum_images * bias.sum_heads * bias.sum_queries * bias.sum_keys
+    each = tl.cdiv(todo, splits)
     for i in range(split * each, tl.minimum(split * each + each, todo)):
-        n0 = (tile_n + i % SUM_N) * BN
-        m0 = (tile_m + i // SUM_N % SUM_M) * BM
-        h = hb + i // (SUM_N * SUM_M) % SUM_H
-        b = tl.cast(bb + i // (SUM_N * SUM_M * SUM_H), tl.int64)
-        row = b * HP + h
-        ho = h
-        lse_t = LSE_T + row * M
-        weight = WEIGHT + row * M
-        if MEAN:
-            ho = h * 0
-            lse_t = LSE_T + b * HEADS_T * M
-            weight = WEIGHT + b * M
-        all_qs = (QS + b * qs_b, qs_h, qs_m, qs_d)
-        all_ks = (KS + b * ks_b, ks_h, ks_n, ks_d)
-        all_ms = (MASK_S + b * ms_b, ms_h, ms_m, ms_n)
-        qs = at_head(all_qs, h)
-        ks = at_head(all_ks, h)
-        qt = at_head((QT + b * qt_b, qt_h, qt_m, qt_d), ho)
-        kt = at_head((KT + b * kt_b, kt_h, kt_n, kt_d), ho)
-        mask_t = at_head((MASK_T + b * mt_b, mt_h, mt_m, mt_n), ho)
-        dz = gradient_tile(
-            load_rows(qs, m0, M, 0, D_S, WIDTH_S, BM, BD_S, True), load_rows(ks, n0, N, 0, D_S, WIDTH_S, BN, BD_S, True),
-            load_rows(qt, m0, M, 0, D_T, WIDTH_T, BM, BD_T, True), load_rows(kt, n0, N, 0, D_T, WIDTH_T, BN, BD_T, True),
-            all_qs, all_ks, all_ms, qs, ks, at_head(all_ms, h), qt, kt, mask_t,
-            m0, M, n0, N, M, N, factor_s, bias_s, factor_t, bias_t,
-            LSE_S + row * M, LSE_S + b * HP * M, lse_t, CENTRE + row * M,
-            HEADS_S, HEADS_T, D_S, D_T, WIDTH_S, WIDTH_T, KIND_S, KIND_T, MASK_HEADS_S, MASK_HEADS_T,
-            DIV, True, BM, BN, BD_S, BD_T, True,
-        )  # fmt: skip
-        m = m0 + tl.arange(0, BM)
-        upstream = tl.load(
-            GRAD + b * g_b + tl.cast(ho, tl.int64) * g_h + tl.cast(m, tl.int64) * g_m, mask=m < M, other=0.0
-        )
-        if DIV == "mse" or DIV == "logit_mse":
-            upstream = upstream * tl.load(weight + m, mask=m < M, other=0.0)
-        acc += dz * upstream[:, None]
+        k0 = (tile_n + i % bias.sum_keys) * SWEEP.BK
+        q0 = (tile_m + i // bias.sum_keys % bias.sum_queries) * SWEEP.BQ
+        image_head = i // (bias.sum_keys * bias.sum_queries)
+        h = tl.cast(bias_row % bias.heads + image_head % bias.sum_heads, tl.int64)
+        b = tl.cast(bias_row // bias.heads + image_head // bias.sum_heads, tl.int64)
+        at = At(q0, k0, M, N)
+        one, other, given = at_row(student, teacher, kept, upstream, b, h, HS, M, S, T)
+        one, other, given = at_tile(one, at), at_tile(other, at), given_at(given, q0)
+        left = load_left(one, at, S, SWEEP), load_left(other, at, T, SWEEP)
+        right = load_whole_right(one, left[0], at, S, SWEEP), load_whole_right(other, left[1], at, T, SWEEP)
+        dz = dz_tile(one, other, given, left, right, at, S, T, SWEEP)
+        acc += dz * upstream_values(given, at, SWEEP)
 
     acc = acc * out_scale
-    out = OUT + (tl.cast(split, tl.int64) * BB * HB + bias_row) * MB * NB
-    m = tile_m * BM + tl.arange(0, BM)
-    n = tile_n * BN + tl.arange(0, BN)
+    out = OUT + (tl.cast(split, tl.int64) * bias.images * bias.heads + bias_row) * bias.queries * bias.keys
+    m = tile_m * SWEEP.BQ + tl.arange(0, SWEEP.BQ)
+    n = tile_n * SWEEP.BK + tl.arange(0, SWEEP.BK)
     if OVER_M and OVER_N:
         tl.store(out, tl.sum(tl.sum(acc, 1), 0))
     elif OVER_M:
-        tl.store(out + n, tl.sum(acc, 0), mask=n < NB)
+        tl.store(out + n, tl.sum(acc, 0), mask=n < bias.keys)
     elif OVER_N:
-        tl.store(out + m, tl.sum(acc, 1), mask=m < MB)
+        tl.store(out + m, tl.sum(acc, 1), mask=m < bias.queries)
     else:
-        pointers = out + tl.cast(m, tl.int64)[:, None] * NB + n[None, :]  # [BM, BN]
-        tl.store(pointers, acc, mask=(m < MB)[:, None] & (n < NB)[None, :])
+        pointers = out + tl.cast(m, tl.int64)[:, None] * bias.keys + n[None, :]  # [BQ, BK]
+        tl.store(pointers, acc, mask=(m < bias.queries)[:, None] & (n < bias.keys)[None, :])

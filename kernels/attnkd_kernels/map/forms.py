@@ -1,6 +1,7 @@
-"""The divergences of whole maps, as small forms that the sweeps share; ``DIV`` names one (attnkd_kernels.divergences).
+"""The divergences as small forms that the sweeps share; ``DIVERGENCE`` picks one at compile time.
 
-With logits z in log2 units and p the softmax, a row's value and its gradient with respect to the student's logits are
+With known normalisers every one is a sum over the keys. With p the softmax, a row's value and its gradient with respect to the
+student's logits are
 
     form            value                               term_j                              weight
     forward_kl      Σ p_t (log p_t − log p_s)           −p_t                                1
@@ -10,122 +11,128 @@ With logits z in log2 units and p the softmax, a row's value and its gradient wi
     mse             mean (p_s − p_t)²                   p_s (p_s − p_t)                     2 / count
     logit_mse       mean (z_s − z_t)²                   z_s − z_t                           2 / count
 
-    dz_s,j = weight · (term_j − p_s,j · centre),   centre = Σ_k term_k   (0 for logit_mse)
+    dz_s,j = weight · (term_j − p_s,j · centre),   centre = Σ_k term_k   (−1 for the first two, 0 for logit_mse)
 
-so one saved number per row (``centre``) turns the recomputed logits into the gradient of any of them. When the student
-is the mean of H heads, head h has term^h_j = (p^h_j / p_s,j) · term_j and the whole gradient is divided by H.
+so one number per row (``centre``) turns the recomputed logits into the gradient of any of them. When the student is the mean
+of H heads, head h has term^h_j = (p^h_j / p_s,j) · term_j and the whole gradient is divided by H.
+
+A normaliser is one fp32 number, so where logits are large every p of a row is off by one common factor. The sums of p are
+therefore added up as well (1, but for that factor), and the value is divided by what they say: it is *self-normalising*.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from attnkd_kernels.language import LN2, TINY, shown
+from attnkd_kernels.map.tile import fold
+
+
+class Sums(NamedTuple):
+    """What a sweep adds up of every row, in LANES partial sums. The first three in units of log 2 where they are logarithms."""
+
+    value: Any  # Σ of the value's terms; js: those of p_t
+    slope: Any  # js: Σ p_s log p_s/m; mse: Σ p_t (p_s − p_t)
+    square: Any  # mse: Σ p_t²
+    sum_s: Any  # Σ p_s
+    sum_t: Any  # Σ p_t
+    clash: Any  # Σ of the weighing side's p over keys that the other side hides
+    count: Any  # keys that both see; the two MSEs, with masks
 
 
 @triton.jit
-def online_kl(
-    w, v, factor_w, factor_v, top_w, top_v, sum_w, sum_v, cross, both, clash, MASKED: tl.constexpr, CROSS: tl.constexpr
-):
-    """One tile of Σ p_w (log p_w − log p_v), or of −Σ p_w log p_v (CROSS), relative to the running maxima.
-
-    w·factor_w [BM, BN]: logits of the side that weighs, v·factor_v: of the other; multiplied here, where the product fuses
-    with a subtraction (factors > 0, or 1 for finished logits). cross = Σ 2^(z_w−top_w) · ((z_w − top_w) − (z_v − top_v)) over
-    the keys that both see; both and clash split sum_w into the keys that the other side sees and those that it does not.
-    """
-    new_w = tl.maximum(top_w, tl.max(w, 1) * factor_w)
-    new_v = tl.maximum(top_v, tl.max(v, 1) * factor_v)
-    step_w = top_w - new_w
-    step_v = top_v - new_v
-    shrink_w = tl.exp2(step_w)
-    shrink_v = tl.exp2(step_v)
-    dw = w * factor_w - new_w[:, None]
-    dv = v * factor_v - new_v[:, None]
-    ew = tl.exp2(dw)
-    ev = tl.exp2(dv)
-    if CROSS:
-        difference = -dv
-        step = -step_v
-    else:
-        difference = dw - dv
-        step = step_w - step_v
-    sum_v = sum_v * shrink_v + tl.sum(ev, 1)
-    if MASKED:
-        sees_w = shown(w)
-        sees_v = shown(v)
-        lost = tl.where(sees_w & (sees_v == 0), ew, 0.0)
-        ew = tl.where(sees_w & sees_v, ew, 0.0)
-        cross = shrink_w * (cross + both * step) + tl.sum(ew * difference, 1)
-        both = both * shrink_w + tl.sum(ew, 1)
-        clash = clash * shrink_w + tl.sum(lost, 1)
-        sum_w = both + clash
-    else:
-        cross = shrink_w * (cross + sum_w * step) + tl.sum(ew * difference, 1)
-        sum_w = sum_w * shrink_w + tl.sum(ew, 1)
-    return new_w, new_v, sum_w, sum_v, cross, both, clash
+def no_sums(SWEEP: tl.constexpr):
+    zero = tl.zeros([SWEEP.BL, SWEEP.LANES], tl.float32)
+    return Sums(zero, zero, zero, zero, zero, zero, zero)
 
 
 @triton.jit
-def finish_kl(sum_w, sum_v, cross, both, clash, REVERSE: tl.constexpr, MASKED: tl.constexpr, CROSS: tl.constexpr):
-    """(value, centre) of the row from :func:`online_kl`; +inf where the weighing side has mass on keys hidden to the other.
-
-    The finite part covers the keys both see; their share of the weighing side is ``share`` (1 without a clash).
-    """
-    sum_w = tl.maximum(sum_w, TINY)
-    share = sum_w / sum_w
-    if MASKED:
-        share = both / sum_w
-    if CROSS:
-        logs = tl.log2(sum_v)
+def add_keys(sums, ls, lt, ps, pt, MASKED: tl.constexpr, SWEEP: tl.constexpr):
+    """The sums after one more tile of log2 p and p [BM, BN] of both sides. MASKED: some key of it may be hidden."""
+    DIVERGENCE: tl.constexpr = SWEEP.DIVERGENCE
+    value, slope, square, sum_s, sum_t, clash, count = sums
+    if DIVERGENCE == "logit_mse":
+        gap = gap_of_logits(ls, lt, MASKED)
+        value += fold(gap * gap, SWEEP)
     else:
-        logs = tl.log2(sum_v) - tl.log2(sum_w)
-    value = LN2 * (cross / sum_w + share * logs)
-    if REVERSE:
+        sum_s += fold(ps, SWEEP)
+        sum_t += fold(pt, SWEEP)
+    if DIVERGENCE == "forward_kl" or DIVERGENCE == "cross_entropy":
+        both = where_shown(pt, ls, MASKED)
+        if MASKED:
+            clash += fold(pt - both, SWEEP)
+        if DIVERGENCE == "forward_kl":
+            value += fold(both * (lt - ls), SWEEP)
+        else:
+            value += fold(both * -ls, SWEEP)
+    elif DIVERGENCE == "reverse_kl":
+        both = where_shown(ps, lt, MASKED)
+        if MASKED:
+            clash += fold(ps - both, SWEEP)
+        value += fold(both * (ls - lt), SWEEP)
+    elif DIVERGENCE == "js":
+        log_m = tl.log2(tl.maximum(ps + pt, TINY)) - 1.0
+        value += fold(pt * (lt - log_m), SWEEP)
+        slope += fold(ps * (ls - log_m), SWEEP)
+    elif DIVERGENCE == "mse":
+        gap = gap_of_probs(ps, pt, ls, lt, MASKED)
+        pt = where_shown(pt, ls, MASKED)
+        value += fold(gap * gap, SWEEP)
+        slope += fold(pt * gap, SWEEP)
+        square += fold(pt * pt, SWEEP)
+    if MASKED and (DIVERGENCE == "mse" or DIVERGENCE == "logit_mse"):
+        count += fold((shown(ls) & shown(lt)).to(tl.float32), SWEEP)
+    return Sums(value, slope, square, sum_s, sum_t, clash, count)
+
+
+@triton.jit
+def finish(sums, counted, MASKED: tl.constexpr, SWEEP: tl.constexpr):
+    """(value, centre, weight) [BM] of rows all of whose keys were added, in nats; +inf where the weighing side gives weight to
+    a key that the other one hides. counted: keys that both see and that ``sums.count`` leaves out."""
+    DIVERGENCE: tl.constexpr = SWEEP.DIVERGENCE
+    value = tl.sum(sums.value, 1)
+    slope = tl.sum(sums.slope, 1)
+    square = tl.sum(sums.square, 1)
+    sum_s = tl.sum(sums.sum_s, 1)
+    sum_t = tl.sum(sums.sum_t, 1)
+    clash = tl.sum(sums.clash, 1)
+    count = tl.sum(sums.count, 1) + counted
+    centre = value
+    weight = value
+    if DIVERGENCE == "logit_mse" or DIVERGENCE == "mse":
+        weight = 2.0 / tl.maximum(count, 1.0)
+        if DIVERGENCE == "mse":
+            # Σ (x p_s − y p_t)² with x = 1/Σp_s, y = 1/Σp_t, without ever subtracting two large numbers
+            x = 1.0 / sum_s
+            y = 1.0 / sum_t
+            value = x * x * value + (x - y) * (2.0 * x * slope + (x - y) * square)
+            centre = value + y * (x * slope + (x - y) * square)
+        value = 0.5 * weight * value
+    elif DIVERGENCE == "js":
+        centre = 0.5 * LN2 * slope / sum_s
+        value = 0.5 * LN2 * value / sum_t + centre
+    else:
+        if DIVERGENCE == "reverse_kl":
+            total, other = sum_s, sum_t
+        else:
+            total, other = sum_t, sum_s
+        logs = tl.log2(other)
+        if DIVERGENCE != "cross_entropy":
+            logs -= tl.log2(total)
+        share = 1.0 - clash / total
+        value = LN2 * (value / total + share * logs)
         centre = value + share - 1.0
-    else:
-        centre = -share
-    if MASKED:
-        value = tl.where(clash > 0.0, float("inf"), value)
-    return value, centre
-
-
-@triton.jit
-def online_mse(
-    s, t, factor_s, factor_t, top_s, top_t, sum_s, sum_t, square, slope, teacher, count, MASKED: tl.constexpr
-):
-    """One tile of square = Σ (p_s − p_t)², slope = Σ p_t (p_s − p_t), teacher = Σ p_t², p normalised by what was seen so far.
-
-    More keys turn p_s into x·p_s and p_t into y·p_t; the sums follow without ever subtracting two large ones.
-    """
-    new_s = tl.maximum(top_s, tl.max(s, 1) * factor_s)
-    new_t = tl.maximum(top_t, tl.max(t, 1) * factor_t)
-    old_s = sum_s * tl.exp2(top_s - new_s)
-    old_t = sum_t * tl.exp2(top_t - new_t)
-    es = tl.exp2(s * factor_s - new_s[:, None])
-    et = tl.exp2(t * factor_t - new_t[:, None])
-    sum_s = old_s + tl.sum(es, 1)
-    sum_t = old_t + tl.sum(et, 1)
-    over_s = 1.0 / sum_s
-    over_t = 1.0 / sum_t
-    x = old_s * over_s
-    y = old_t * over_t
-    pt = et * over_t[:, None]
-    gap = es * over_s[:, None] - pt
-    if MASKED:
-        seen = shown(s) & shown(t)
-        pt = tl.where(seen, pt, 0.0)
-        gap = tl.where(seen, gap, 0.0)
-        count += tl.sum(seen.to(tl.float32), 1)
-    square = x * x * square + (x - y) * (2.0 * x * slope + (x - y) * teacher) + tl.sum(gap * gap, 1)
-    slope = y * (x * slope + (x - y) * teacher) + tl.sum(pt * gap, 1)
-    teacher = y * y * teacher + tl.sum(pt * pt, 1)
-    return new_s, new_t, sum_s, sum_t, square, slope, teacher, count
+        if MASKED:
+            value = tl.where(clash > 0.0, float("inf"), value)
+    return value, centre, weight
 
 
 @triton.jit
 def gap_of_logits(s, t, MASKED: tl.constexpr):
-    """z_s − z_t over the keys that both see, in units of the natural logarithm."""
+    """z_s − z_t over the keys that both see, in nats."""
     gap = (s - t) * LN2
     if MASKED:
         gap = tl.where(shown(s) & shown(t), gap, 0.0)
@@ -133,52 +140,43 @@ def gap_of_logits(s, t, MASKED: tl.constexpr):
 
 
 @triton.jit
-def value_terms(ps, pt, ls, lt, DIV: tl.constexpr, MASKED: tl.constexpr):
-    """[BM, BN]: a key's share of the row's value from probabilities and their log2; mse is left to be divided by count."""
-    if DIV == "forward_kl":
-        value = LN2 * pt * (lt - ls)
-    elif DIV == "cross_entropy":
-        value = -LN2 * pt * ls
-    elif DIV == "reverse_kl":
-        value = LN2 * ps * (ls - lt)
-    elif DIV == "js":
-        middle = tl.log2(tl.maximum(ps + pt, TINY)) - 1.0
-        value = (0.5 * LN2) * (pt * (lt - middle) + ps * (ls - middle))
-    else:
-        tl.static_assert(DIV == "mse")
-        value = (ps - pt) * (ps - pt)
+def gap_of_probs(ps, pt, ls, lt, MASKED: tl.constexpr):
+    """p_s − p_t over the keys that both see."""
+    gap = ps - pt
     if MASKED:
-        if DIV != "js":
-            value = tl.where(shown(ls) & shown(lt), value, 0.0)
-    return value
+        gap = tl.where(shown(ls) & shown(lt), gap, 0.0)
+    return gap
 
 
 @triton.jit
-def terms(lh, ls, lt, DIV: tl.constexpr, MASKED: tl.constexpr, MERGED: tl.constexpr):
+def where_shown(p, other, MASKED: tl.constexpr):
+    """p over the keys that the other side, of log-probabilities ``other``, sees. (p itself is 0 where its own side hides.)"""
+    if MASKED:
+        p = tl.where(shown(other), p, 0.0)
+    return p
+
+
+@triton.jit
+def terms(lh, ls, lt, MASKED: tl.constexpr, MERGED: tl.constexpr, DIVERGENCE: tl.constexpr):
     """(term_j, p^h_j) [BL, BR] of the gradient; lh: log2 p of the head, ls: of the (merged) student, lt: of the teacher."""
     ph = tl.exp2(lh)
-    if DIV == "forward_kl" or DIV == "cross_entropy":
-        term = -tl.exp2(lt)
+    if DIVERGENCE == "forward_kl" or DIVERGENCE == "cross_entropy":
+        pt = tl.exp2(lt)
         if MERGED:
-            term = term * tl.exp2(lh - ls)  # p^h / p_s, at most H
-        if MASKED:
-            term = tl.where(shown(ls) & shown(lt), term, 0.0)
-    elif DIV == "reverse_kl":
+            pt = pt * tl.exp2(lh - ls)  # p^h / p_s, at most H; anything where the student hides the key
+        term = -where_shown(pt, ls, MASKED)
+    elif DIVERGENCE == "reverse_kl":
         term = LN2 * ph * (ls - lt)
         if MASKED:
-            term = tl.where(shown(ls) & shown(lt), term, -ph)
+            term = tl.where(shown(lt), term, -ph)
     else:
+        ps = ph
         if MERGED:
             ps = tl.exp2(ls)
-        else:
-            ps = ph
         pt = tl.exp2(lt)
-        if DIV == "js":
+        if DIVERGENCE == "js":
             term = (0.5 * LN2) * ph * (ls + 1.0 - tl.log2(tl.maximum(ps + pt, TINY)))
         else:
-            tl.static_assert(DIV == "mse")
-            gap = ps - pt
-            if MASKED:
-                gap = tl.where(shown(ls) & shown(lt), gap, 0.0)
-            term = ph * gap
+            tl.static_assert(DIVERGENCE == "mse")
+            term = ph * gap_of_probs(ps, pt, ls, lt, MASKED)
     return term, ph

@@ -1,26 +1,32 @@
 """Launchers of the whole-map kernels: allocate, pick the tiles and the grid, launch.
 
-A :class:`Side` carries views with any strides; nothing is copied.
+:class:`Maps` carries views with any strides; nothing is copied.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from attnkd_kernels.launch import LOG2E, OPTIONS, mask_kind, mask_operand, on_device
-from attnkd_kernels.map.backward import _map_bwd_kernel
-from attnkd_kernels.map.bias import _map_bias_kernel
-from attnkd_kernels.map.forward import _map_fwd_kernel
-from attnkd_kernels.map.lse import _map_lse_kernel
+from attnkd_kernels.language import BOOL_ROW, FLOAT_MASK, FLOAT_ROW, NO_MASK, Operand, Side
+from attnkd_kernels.launch import LOG2E, OPTIONS, mask_kind, mask_operand, on_device, operand
+from attnkd_kernels.map.bias import Bias, _map_bias_kernel
+from attnkd_kernels.map.gradient import Upstream, _map_gradient_kernel
+from attnkd_kernels.map.normaliser import _map_normaliser_kernel
+from attnkd_kernels.map.tile import MapHead, Rows, Sweep
 from attnkd_kernels.map.tiles import Tile, pick_tile
 from attnkd_kernels.map.value import _map_value_kernel
 
+ONE_SWEEP = ("forward_kl", "cross_entropy", "logit_mse")
+"""Divergences whose gradient needs nothing of a row's end: the value's sweep emits the unit query gradient."""
 
-class Side(NamedTuple):
+
+class Model(NamedTuple):
     """query [B, H, M, D], key [B, H, N, D], mask broadcastable 4-D [B|1, H|1, M|1, N|1] or None, the scale of the scores."""
 
     query: Tensor
@@ -29,241 +35,232 @@ class Side(NamedTuple):
     scale: float
 
 
-class Saved(NamedTuple):
-    """What the forward leaves: loss [B, Ho, M], LSEs [B, H', M] in log2 units, centre and weight.
+class Maps(NamedTuple):
+    """What is compared, and how; the last names the architecture that the tiles are for."""
 
-    H' counts the heads whose softmax is taken: all of a side's with a mean, else Ho.
-    """
+    student: Model
+    teacher: Model
+    merge: str | None
+    divergence: str
+    temperature: float
+    arch: str
+
+    @property
+    def size(self) -> tuple[int, int, int, int]:
+        """B, H, M, N of the student."""
+        B, H, M, _ = self.student.query.shape
+        return B, H, M, self.student.key.shape[2]
+
+    @property
+    def outer(self) -> int:
+        """Ho: rows of the loss per image and query."""
+        return self.size[1] if self.merge is None else 1
+
+    def heads(self, model: Model) -> int:
+        """Heads whose softmax is taken: all of a model's with a mean, else Ho."""
+        return model.query.shape[1] if self.merge == "mean" else self.outer
+
+    def width(self, model: Model) -> int:
+        """Channels of a (wide) head."""
+        _, H, _, D = model.query.shape
+        return H * D if self.merge == "logsum" else D
+
+    def tile(self, kernel: str) -> Tile:
+        """The tile of a launch that computes both maps."""
+        models = self.student, self.teacher
+        dtype = torch.promote_types(self.student.query.dtype, self.teacher.query.dtype)
+        masks = tuple(_masks(model) for model in models)
+        extras = 3 if masks == (2, 2) else max(*masks, 1 if self.divergence == "js" else 0)
+        return pick_tile(kernel, self.arch, dtype, max(map(self.width, models)), extras, self.merge == "mean")
+
+    @property
+    def emits_dq(self) -> bool:
+        """Whether the value's sweep can emit the unit query gradient: it must hold a whole row of it."""
+        if self.divergence not in ONE_SWEEP or self.merge == "mean":
+            return False
+        return self.width(self.student) <= self.tile("unit").out_columns
+
+
+class Saved(NamedTuple):
+    """What the forward leaves: loss [B, Ho, M] and, for the backward, the LSEs [B, H', M] in units of log 2, centre [B, Hs, M],
+    weight [B, Ho, M] and the unit query gradient [B, H, M, D]; those that the divergence does not need are empty, [0]."""
 
     loss: Tensor
     lse_s: Tensor
     lse_t: Tensor
     centre: Tensor
     weight: Tensor
+    unit_dq: Tensor
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(*(tensor if tensor.numel() else self.loss for tensor in self[1:5]))
 
 
-def needs_value_sweep(divergence: str, merge: str | None) -> bool:
-    """True when the forward needs finished normalisers: js, and every mean."""
-    return divergence == "js" or merge == "mean"
-
-
-def allocate(student: Side, teacher: Side, merge: str | None, divergence: str) -> Saved:
+def allocate(maps: Maps, need_dq: bool) -> Saved:
     """Empty outputs of the forward for these inputs (also used to describe them without running)."""
-    q = student.query
-    B, H, M, _ = q.shape
-    outer = H if merge is None else 1
-    heads_s = H if merge == "mean" else outer
-    heads_t = teacher.query.shape[1] if merge == "mean" else outer
-    weighted = divergence in ("mse", "logit_mse")
+    query = maps.student.query
+    B, H, M, _ = maps.size
+    outer, heads_s, heads_t = maps.outer, maps.heads(maps.student), maps.heads(maps.teacher)
 
-    def fp32(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=q.device)
+    def fp32(needed: bool, *shape: int) -> Tensor:
+        return torch.empty(shape if needed else (0,), dtype=torch.float32, device=query.device)
 
+    softmax = maps.divergence != "logit_mse"
+    unit_dq = fp32(False)
+    if need_dq and maps.emits_dq:  # fp16 could not hold a gradient before it meets its loss scale
+        unit_dq = torch.empty_like(query, dtype=torch.float32 if query.dtype == torch.float16 else query.dtype)
     return Saved(
-        loss=fp32(B, outer, M),
-        lse_s=fp32(B, heads_s, M),
-        lse_t=fp32(B, heads_t, M),
-        centre=fp32(B, heads_s, M),
-        weight=fp32(B, outer, M) if weighted else fp32(0),
+        loss=fp32(True, B, outer, M),
+        lse_s=fp32(softmax, B, heads_s, M),
+        lse_t=fp32(softmax, B, heads_t, M),
+        centre=fp32(maps.divergence in ("reverse_kl", "js", "mse") or heads_s > outer, B, heads_s, M),
+        weight=fp32(maps.divergence in ("mse", "logit_mse"), B, outer, M),
+        unit_dq=unit_dq,
     )
 
 
-def wide_width(side: Side, merge: str | None) -> int:
-    _, H, _, D = side.query.shape
-    return H * D if merge == "logsum" else D
-
-
-def map_fwd(student: Side, teacher: Side, merge: str | None, divergence: str, temperature: float, arch: str) -> Saved:
-    """The divergence of every row and what the backward needs."""
-    saved = allocate(student, teacher, merge, divergence)
+def map_fwd(maps: Maps, need_dq: bool) -> Saved:
+    """The divergence of every row and what the backward needs: the normalisers of each side, then the value."""
+    saved = allocate(maps, need_dq)
     if saved.loss.numel():
-        with on_device(student.query):
-            _fill(saved, student, teacher, merge, divergence, temperature, arch)
+        with on_device(saved.loss):
+            if maps.divergence != "logit_mse":
+                normaliser(maps, maps.student, saved.lse_s)
+                normaliser(maps, maps.teacher, saved.lse_t)
+            _value(maps, saved)
     return saved
 
 
-def _fill(
-    saved: Saved, student: Side, teacher: Side, merge: str | None, divergence: str, temperature: float, arch: str
-) -> None:
-    B, H, M, _ = student.query.shape
-    N = student.key.shape[2]
-    outer = H if merge is None else 1
-    widths = wide_width(student, merge), wide_width(teacher, merge)
-    if not needs_value_sweep(divergence, merge):
-        tile = pick_tile("fwd", arch, *_kind(student, teacher, merge, divergence))
-        arguments = {
-            "LOSS": saved.loss, "LSE_S": saved.lse_s, "LSE_T": saved.lse_t, "CENTRE": saved.centre,
-            "WEIGHT": saved.weight if saved.weight.numel() else saved.loss,
-            **_sides(student, teacher, merge, temperature),
-            "HO": outer, "M": M, "N": N,
-            **_widths(tile, widths), "DIV": divergence, "FUSE": _can_fuse(student, teacher, divergence, temperature), "BM": tile.queries, "BN": tile.keys,
-        }  # fmt: skip
-        _map_fwd_kernel[(B * outer * triton.cdiv(M, tile.queries),)](**arguments, **tile.options, **OPTIONS)
-        return
-
-    log_sums = torch.empty_like(saved.lse_s), torch.empty_like(saved.lse_t)
-    for side, top, log_sum, width in zip((student, teacher), (saved.lse_s, saved.lse_t), log_sums, widths, strict=True):
-        tile = pick_tile("lse", arch, side.query.dtype, width, _masks(side), False)
-        heads = top.shape[1]
-        arguments = {
-            "TOP": top, "LOG_SUM": log_sum, **_side("", side, merge, temperature), "HO": heads, "M": M, "N": N,
-            "WIDTH": width, "BM": tile.queries, "BN": tile.keys, "BD": tile.columns(width),
-        }  # fmt: skip
-        _map_lse_kernel[(B * heads * triton.cdiv(M, tile.queries),)](**arguments, **tile.options, **OPTIONS)
-    tile = pick_tile("value", arch, *_kind(student, teacher, merge, divergence))
-    heads_s, heads_t = _mean_heads(student, teacher, merge)
-    arguments = {
-        "LOSS": saved.loss, "LSE_S": saved.lse_s, "LSE_T": saved.lse_t, "LOG_SUM_S": log_sums[0], "LOG_SUM_T": log_sums[1],
-        "CENTRE": saved.centre, "WEIGHT": saved.weight if saved.weight.numel() else saved.loss,
-        **_sides(student, teacher, merge, temperature), "HO": outer, "M": M, "N": N,
-        "HEADS_S": heads_s, "HEADS_T": heads_t, "BH": triton.next_power_of_2(heads_s),
-        **_widths(tile, widths), "DIV": divergence, "BM": tile.queries, "BN": tile.keys,
-    }  # fmt: skip
-    _map_value_kernel[(B * outer * triton.cdiv(M, tile.queries),)](**arguments, **tile.options, **OPTIONS)
+def normaliser(maps: Maps, model: Model, lse: Tensor) -> None:
+    """Fills ``lse`` [B, H', M] with the LSEs of one side, in units of log 2."""
+    B, _, M, N = maps.size
+    heads = lse.shape[1]
+    tile = pick_tile("normaliser", maps.arch, model.query.dtype, maps.width(model), _masks(model), False)
+    side, head = _side(model, maps.merge, maps.temperature, tile, 1)
+    _map_normaliser_kernel[(B * heads * triton.cdiv(M, tile.stays),)](
+        side, lse, heads, M, N, FUSE=side.factor > 1e-15, HEAD=head, **_sweeps(maps, tile, True, _tiles_masked(head)),
+        **tile.options, **OPTIONS,
+    )  # fmt: skip
 
 
-def map_bwd(
-    student: Side,
-    teacher: Side,
-    merge: str | None,
-    divergence: str,
-    temperature: float,
-    saved: Saved,
-    grad: Tensor,
-    queries_left: bool,
-    arch: str,
-) -> Tensor:
+def _value(maps: Maps, saved: Saved) -> None:
+    """Loss, centre, weight and the unit query gradient from the LSEs."""
+    B, _, M, N = maps.size
+    emit = saved.unit_dq.ndim == 4
+    tile = maps.tile("unit" if emit else "value")
+    student, teacher, heads, masks = _sides(maps, tile)
+    columns = tile.columns_out(maps.width(maps.student)) if emit else 0
+    _map_value_kernel[(B * maps.outer * triton.cdiv(M, tile.stays),)](
+        student, teacher, saved.rows, saved.loss, operand(saved.unit_dq) if emit else student.query,
+        maps.student.scale / maps.temperature, maps.outer, M, N, BH=triton.next_power_of_2(heads["S"].MEAN.value),
+        **heads, **_sweeps(maps, tile, True, masks, columns), **tile.options, **OPTIONS,
+    )  # fmt: skip
+
+
+def map_bwd(maps: Maps, saved: Saved, grad: Tensor, queries_left: bool) -> Tensor:
     """dq [B, H, M, D] (``queries_left``) or dk [B, H, N, D], for the upstream gradient ``grad`` [B, Ho, M]."""
-    B, H, M, _ = student.query.shape
-    N = student.key.shape[2]
-    out = torch.empty_like(student.query if queries_left else student.key)
-    heads = 1 if merge == "logsum" else H
-    widths = wide_width(student, merge), wide_width(teacher, merge)
-    tile = pick_tile("dq" if queries_left else "dk", arch, *_kind(student, teacher, merge, divergence))
-    left, right = tile.left_right(queries_left)
-    heads_s, heads_t = _mean_heads(student, teacher, merge)
-    columns = tile.columns(widths[0])
-    chunk = columns if widths[0] <= columns else tile.out_columns
-    arguments = {
-        "GRAD": grad, "LSE_S": saved.lse_s, "LSE_T": saved.lse_t, "CENTRE": saved.centre,
-        "WEIGHT": saved.weight if saved.weight.numel() else saved.centre, "OUT": out,
-        **_sides(student, teacher, merge, temperature), **_strides("out", out, "bhrd"), **_strides("g", grad, "bhm"),
-        "out_scale": student.scale / temperature / (H if merge == "mean" else 1), "HP": heads, "M": M, "N": N,
-        "MEAN": merge == "mean", "HEADS_S": heads_s, "HEADS_T": heads_t, **_widths(tile, widths),
-        "DIV": divergence, "QUERIES_LEFT": queries_left, "BL": left, "BR": right, "BO": chunk,
-    }  # fmt: skip
-    rows = M if queries_left else N
-    programs = B * heads * triton.cdiv(rows, left) * triton.cdiv(widths[0], chunk)
+    out = torch.empty_like(maps.student.query if queries_left else maps.student.key)
+    if queries_left and saved.unit_dq.ndim == 4:
+        return torch.mul(saved.unit_dq, grad.unsqueeze(-1), out=out)
+    B, H, M, N = maps.size
+    heads = 1 if maps.merge == "logsum" else H
+    tile = maps.tile("dq" if queries_left else "dk")
+    student, teacher, specs, masks = _sides(maps, tile)
+    width = maps.width(maps.student)
+    columns = tile.columns_out(width)
+    programs = B * heads * triton.cdiv(M if queries_left else N, tile.stays) * triton.cdiv(width, columns)
     if programs:
         with on_device(grad):
-            _map_bwd_kernel[(programs,)](**arguments, **tile.options, **OPTIONS)
+            _map_gradient_kernel[(programs,)](
+                student, teacher, saved.rows, Upstream(grad, *grad.stride()), operand(out),
+                maps.student.scale / maps.temperature / (H if maps.merge == "mean" else 1), heads, M, N,
+                **specs, **_sweeps(maps, tile, queries_left, masks, columns), **tile.options, **OPTIONS,
+            )  # fmt: skip
     return out
 
 
-def map_bias_bwd(
-    student: Side,
-    teacher: Side,
-    merge: str | None,
-    divergence: str,
-    temperature: float,
-    saved: Saved,
-    grad: Tensor,
-    arch: str,
-    processors: int = 1,
-) -> Tensor:
+def map_bias_bwd(maps: Maps, saved: Saved, grad: Tensor, processors: int = 1) -> Tensor:
     """The gradient [Bb, Hb, Mb, Nb] fp32 of the student's additive mask in its stored shape; Hb = 1 for merged heads."""
-    assert student.mask is not None
-    B, H, M, _ = student.query.shape
-    N = student.key.shape[2]
-    heads = 1 if merge == "logsum" else H
-    widths = wide_width(student, merge), wide_width(teacher, merge)
-    tile = pick_tile("bias", arch, *_kind(student, teacher, merge, divergence))
-    bb, hb, mb, nb = student.mask.shape
-    hb = 1 if merge == "logsum" else hb
+    assert maps.student.mask is not None
+    B, H, M, N = maps.size
+    heads = 1 if maps.merge == "logsum" else H
+    tile = maps.tile("bias")
+    bb, hb, mb, nb = maps.student.mask.shape
+    hb = 1 if maps.merge == "logsum" else hb
     sums = (
         1 if bb == B else B,
         1 if hb == heads else heads,
-        1 if mb == M else triton.cdiv(M, tile.queries),
-        1 if nb == N else triton.cdiv(N, tile.keys),
+        1 if mb == M else triton.cdiv(M, tile.stays),
+        1 if nb == N else triton.cdiv(N, tile.narrow),
     )
-    tiles = bb * hb * triton.cdiv(mb, tile.queries) * triton.cdiv(nb, tile.keys)
+    tiles = bb * hb * triton.cdiv(mb, tile.stays) * triton.cdiv(nb, tile.narrow)
     todo = sums[0] * sums[1] * sums[2] * sums[3]
     splits = max(1, min(todo, 2 * processors // max(tiles, 1)))
     out = torch.empty((splits, bb, hb, mb, nb), dtype=torch.float32, device=grad.device)
-    heads_s, heads_t = _mean_heads(student, teacher, merge)
-    arguments = {
-        "GRAD": grad, "LSE_S": saved.lse_s, "LSE_T": saved.lse_t, "CENTRE": saved.centre,
-        "WEIGHT": saved.weight if saved.weight.numel() else saved.centre, "OUT": out,
-        **_sides(student, teacher, merge, temperature), **_strides("g", grad, "bhm"),
-        "out_scale": 1.0 / temperature / (H if merge == "mean" else 1), "HP": heads, "M": M, "N": N,
-        "BB": bb, "HB": hb, "MB": mb, "NB": nb,
-        "SUM_B": sums[0], "SUM_H": sums[1], "SUM_M": sums[2], "SUM_N": sums[3], "SPLITS": splits,
-        "MEAN": merge == "mean", "HEADS_S": heads_s, "HEADS_T": heads_t, **_widths(tile, widths),
-        "DIV": divergence, "OVER_M": mb != M, "OVER_N": nb != N, "BM": tile.queries, "BN": tile.keys,
-    }  # fmt: skip
     if tiles * splits == 0:
         return out.new_zeros(out.shape[1:])
+    student, teacher, specs, _ = _sides(maps, tile)
     with on_device(grad):
-        _map_bias_kernel[(tiles * splits,)](**arguments, **tile.options, **OPTIONS)
+        _map_bias_kernel[(tiles * splits,)](
+            student, teacher, saved.rows, Upstream(grad, *grad.stride()), out,
+            1.0 / maps.temperature / (H if maps.merge == "mean" else 1), Bias(bb, hb, mb, nb, *sums), splits, heads, M, N,
+            OVER_M=mb != M, OVER_N=nb != N, **specs, SWEEP=_sweeps(maps, tile, True, "any")["NARROW"],
+            **tile.options, **OPTIONS,
+        )  # fmt: skip
     return out.sum(0)
 
 
-def _kind(student: Side, teacher: Side, merge: str | None, divergence: str) -> tuple[torch.dtype, int, int, bool]:
-    """What the tile depends on: the wider dtype, the wider head, the extras (tiles.py), and whether heads are averaged."""
-    dtype = torch.promote_types(student.query.dtype, teacher.query.dtype)
-    width = max(wide_width(student, merge), wide_width(teacher, merge))
-    masks = _masks(student), _masks(teacher)
-    extras = 3 if masks == (2, 2) else max(*masks, 1 if divergence == "js" else 0)
-    return dtype, width, extras, merge == "mean"
+def _sweeps(maps: Maps, tile: Tile, queries_left: bool, masks: str, out: int = 0) -> dict[str, Sweep]:
+    """The compile-time part of a launch's two loops: over narrow tiles with checks, and over wide ones without."""
+    both = {}
+    for name, streams in (("NARROW", tile.narrow), ("WIDE", tile.streams)):
+        queries, keys = (tile.stays, streams) if queries_left else (streams, tile.stays)
+        both[name] = _constant(
+            Sweep, maps.divergence, queries_left, queries, keys, tile.stays, streams, name == "NARROW", masks, out, tile.lanes
+        )  # fmt: skip
+    return both
 
 
-def _masks(side: Side) -> int:
+@cache
+def _constant(kind: type, *values: Any) -> Any:
+    return kind(*map(tl.constexpr, values))
+
+
+def _masks(model: Model) -> int:
     """0 without a mask, 1 with one boolean row for all queries, 2 with any other."""
-    if side.mask is None:
+    if model.mask is None:
         return 0
-    return 1 if side.mask.dtype == torch.bool and side.mask.shape[2] == 1 else 2
+    return 1 if model.mask.dtype == torch.bool and model.mask.shape[2] == 1 else 2
 
 
-def _can_fuse(student: Side, teacher: Side, divergence: str, temperature: float) -> bool:
-    """Products may wait for their scale when nothing is added to them and the scale keeps their order."""
-    if student.mask is not None or teacher.mask is not None or divergence == "logit_mse":
-        return False
-    return min(student.scale, teacher.scale) / temperature > 1e-15
+def _tiles_masked(*heads: MapHead) -> str:
+    """Which tiles need a mask: "none"; "keys" where keys are hidden from all queries alike; else "any"."""
+    kinds = {head.MASK.value for head in heads}
+    if kinds == {NO_MASK.value}:
+        return "none"
+    return "keys" if kinds <= {BOOL_ROW.value, NO_MASK.value} else "any"
 
 
-def _mean_heads(student: Side, teacher: Side, merge: str | None) -> tuple[int, int]:
-    return (student.query.shape[1], teacher.query.shape[1]) if merge == "mean" else (1, 1)
+def _sides(maps: Maps, tile: Tile) -> tuple[Side, Side, dict[str, MapHead], str]:
+    """Both sides, their compile-time parts by the kernels' names, and which tiles need a mask."""
+    heads = [model.query.shape[1] if maps.merge == "mean" else 1 for model in (maps.student, maps.teacher)]
+    student, S = _side(maps.student, maps.merge, maps.temperature, tile, heads[0])
+    teacher, T = _side(maps.teacher, maps.merge, maps.temperature, tile, heads[1])
+    return student, teacher, {"S": S, "T": T}, _tiles_masked(S, T)
 
 
-def _widths(tile: Tile, widths: tuple[int, int]) -> dict[str, int]:
-    return {
-        "WIDTH_S": widths[0], "WIDTH_T": widths[1],
-        "BD_S": tile.columns(widths[0]), "BD_T": tile.columns(widths[1]),
-    }  # fmt: skip
-
-
-def _sides(student: Side, teacher: Side, merge: str | None, temperature: float) -> dict[str, Any]:
-    return {**_side("s", student, merge, temperature), **_side("t", teacher, merge, temperature)}
-
-
-def _side(letter: str, side: Side, merge: str | None, temperature: float) -> dict[str, Any]:
-    """Pointers, strides and factors of one side, named as the kernels name them (``letter`` 's', 't', or '' for one side)."""
+def _side(model: Model, merge: str | None, temperature: float, tile: Tile, mean: int) -> tuple[Side, MapHead]:
+    """What a kernel is given of one model; logits in units of log 2."""
+    query, key, mask, scale = model
+    _, H, _, D = query.shape
+    kind = mask_kind(mask)
     heads, repeat = 1, 1
-    mask, strides = side.query, (0, 0, 0, 0)
-    if side.mask is not None:
-        mask, *strides = mask_operand(side.mask)
-        if merge == "logsum" and side.mask.dtype != torch.bool:  # the wide head's bias is the sum over heads
-            heads, repeat = (mask.shape[1], 1) if mask.shape[1] > 1 else (1, side.query.shape[1])
-    upper, end = letter.upper(), f"_{letter}" if letter else ""
-    END = end.upper()
-    return {
-        f"Q{upper}": side.query, f"K{upper}": side.key, f"MASK{END}": mask,
-        **_strides(f"q{letter}", side.query), **_strides(f"k{letter}", side.key, "bhnd"),
-        **{f"m{letter}_{x}": stride for x, stride in zip("bhmn", strides, strict=True)},
-        f"factor{end}": side.scale * LOG2E / temperature, f"bias{end}": repeat * LOG2E / temperature,
-        f"D{END}": side.query.shape[3], f"KIND{END}": mask_kind(side.mask), f"MASK_HEADS{END}": heads,
-    }  # fmt: skip
-
-
-def _strides(name: str, tensor: Tensor, letters: str = "bhmd") -> dict[str, int]:
-    return {f"{name}_{letter}": stride for letter, stride in zip(letters, tensor.stride(), strict=True)}
+    if merge == "logsum" and mask is not None and kind in (FLOAT_MASK.value, FLOAT_ROW.value):
+        heads, repeat = (
+            (mask.shape[1], 1) if mask.shape[1] > 1 else (1, H)
+        )  # the wide head's bias is the sum over heads
+    masked = Operand(query, 0, 0, 0, 0) if mask is None else mask_operand(mask)
+    width = H * D if merge == "logsum" else D
+    side = Side(operand(query), operand(key), masked, scale * LOG2E / temperature, repeat * LOG2E / temperature)
+    return side, _constant(MapHead, D, width, tile.columns(width), kind, heads, mean)

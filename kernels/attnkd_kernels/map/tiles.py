@@ -19,25 +19,35 @@ from attnkd_kernels.launch import padded
 
 @dataclass(frozen=True)
 class Tile:
-    """queries × keys of the map per step. Heads of more than ``whole`` channels are streamed, ``chunk`` channels at a time.
+    """What a program computes at a time. Heads of more than ``whole`` channels are streamed, ``chunk`` channels at a time.
 
-    maxnreg: registers a thread may use. NVIDIA's assembler sometimes spills a few below 255 to have one more program resident.
+    Attributes:
+        stays: queries (the key gradient: keys) that a program owns.
+        streams: keys (the key gradient: queries) of a step of the loop without checks.
+        narrow: the same for the loop with checks: masks, and the last few rows.
+        out_columns: channels of a streamed head's gradient that one program writes.
+        maxnreg: registers a thread may use. NVIDIA's assembler sometimes spills a few below 255 to have one more program resident.
+        lanes: partial sums that a row's threads keep of a sum over its keys.
     """
 
-    queries: int
-    keys: int
+    stays: int
+    streams: int
+    narrow: int
     warps: int
     stages: int
     whole: int = 128
     chunk: int = 64
     out_columns: int = 128
     maxnreg: int | None = None
+    lanes: int = 8
 
     def columns(self, width: int) -> int:
+        """Channels of a head that are multiplied at a time."""
         return padded(width) if width <= self.whole else self.chunk
 
-    def left_right(self, queries_left: bool) -> tuple[int, int]:
-        return (self.queries, self.keys) if queries_left else (self.keys, self.queries)
+    def columns_out(self, width: int) -> int:
+        """Channels of a gradient that one program writes."""
+        return padded(width) if width <= self.whole else self.out_columns
 
     @property
     def options(self) -> dict[str, int]:
@@ -45,126 +55,119 @@ class Tile:
         return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
 
 
-_INTERPRETER = Tile(64, 32, 4, 1, whole=64, chunk=32, out_columns=64)
+_INTERPRETER = Tile(64, 32, 16, 4, 1, whole=64, chunk=32, out_columns=64)
 # IEEE products have no matrix unit on NVIDIA: operands live in registers, and the assembler must be told to use them.
-_FP32 = Tile(32, 16, 4, 2, whole=16, chunk=16, out_columns=64, maxnreg=255)
+_FP32 = Tile(32, 16, 16, 4, 2, whole=16, chunk=16, out_columns=64, maxnreg=255)
 _FP32_OF = {
     ("dq", "sm90"): replace(_FP32, maxnreg=None),
-    ("dk", "sm80"): replace(_FP32, stages=1),
+    ("dk", "sm80"): replace(_FP32, stays=16, streams=32, stages=1),
+    ("dk", "sm90"): replace(_FP32, stays=16, streams=32),
+    ("dk", "sm120"): replace(_FP32, stays=16, streams=32),
     ("dq", "sm100"): replace(_FP32, stages=3),
-    ("dk", "sm100"): replace(_FP32, stages=3),
+    ("dk", "sm100"): replace(_FP32, stays=16, streams=32, stages=3),
     ("dq", "sm120"): replace(_FP32, stages=3),
 }
-_FP32_GFX942 = Tile(32, 32, 4, 2, whole=32, chunk=32, out_columns=64)
+_FP32_GFX942 = Tile(32, 32, 32, 4, 2, whole=32, chunk=32, out_columns=64)
 
 Pair = tuple[Tile, Tile]  # up to 64 channels, beyond
 
 _PLAIN: dict[tuple[str, str], Pair] = {  # no extras, up to 128 channels
-    ("fwd", "sm80"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2, whole=64)),
-    ("dq", "sm80"): (Tile(64, 32, 4, 3), Tile(64, 32, 4, 2, whole=64)),
-    ("dq", "sm120"): (Tile(64, 64, 4, 3, maxnreg=255), Tile(64, 32, 4, 1, whole=64)),
-    ("dk", "sm80"): (Tile(32, 64, 4, 3), Tile(32, 64, 4, 2, whole=64)),
-    ("fwd", "sm120"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2, whole=64)),
-    ("fwd", "sm90"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
-    ("dq", "sm90"): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
-    ("dk", "sm90"): (Tile(64, 64, 4, 3), Tile(32, 64, 4, 2)),
-    ("fwd", "sm100"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    ("dq", "sm100"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2, whole=64)),
-    ("dk", "sm100"): (Tile(64, 64, 8, 2, maxnreg=255), Tile(64, 64, 8, 2)),
-    ("fwd", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    ("dq", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
-    ("dk", "gfx942"): (Tile(32, 64, 2, 2), Tile(32, 64, 4, 2)),
+    ("value", "sm80"): (Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 2, whole=64)),
+    ("dq", "sm80"): (Tile(64, 32, 32, 4, 3), Tile(64, 32, 32, 4, 2, whole=64)),
+    ("dq", "sm120"): (Tile(64, 64, 32, 4, 3, maxnreg=255), Tile(64, 32, 32, 4, 1, whole=64)),
+    ("dk", "sm80"): (Tile(64, 32, 32, 4, 3), Tile(64, 32, 32, 4, 2, whole=64)),
+    ("value", "sm120"): (Tile(64, 64, 32, 4, 2), Tile(64, 32, 32, 4, 2, whole=64)),
+    ("value", "sm90"): (Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
+    ("dq", "sm90"): (Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
+    ("dk", "sm90"): (Tile(64, 64, 32, 4, 3), Tile(64, 32, 32, 4, 2)),
+    ("value", "sm100"): (Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2)),
+    ("dq", "sm100"): (Tile(64, 64, 32, 4, 2), Tile(64, 32, 32, 4, 2, whole=64)),
+    ("dk", "sm100"): (Tile(64, 64, 32, 8, 2, maxnreg=255), Tile(64, 64, 32, 8, 2)),
+    ("value", "gfx942"): (Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2)),
+    ("dq", "gfx942"): (Tile(64, 64, 32, 4, 2), Tile(64, 32, 32, 4, 2)),
+    ("dk", "gfx942"): (Tile(64, 32, 32, 2, 2), Tile(64, 32, 32, 4, 2)),
 }  # fmt: skip
 _HEAVY: dict[tuple[str, str], Pair] = {  # js or boolean masks of keys; and beyond 128 channels
-    ("fwd", "sm80"): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2, whole=64)),
-    ("value", "sm80"): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2, whole=64)),
-    ("dq", "sm80"): (Tile(64, 32, 4, 1), Tile(64, 32, 4, 2, whole=64)),
-    ("dk", "sm80"): (Tile(32, 64, 4, 2, maxnreg=255), Tile(32, 64, 4, 2, whole=64, out_columns=64)),
-    ("dq", "sm120"): (Tile(64, 32, 4, 1), Tile(64, 32, 4, 2, whole=64, chunk=32, out_columns=64)),
-    ("dk", "sm120"): (Tile(32, 64, 4, 1), Tile(16, 64, 4, 2, whole=64, out_columns=64)),
-    ("lse", "sm80"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2, whole=64)),
-    ("lse", "sm120"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2, whole=64, maxnreg=255)),
-    ("fwd", "sm90"): (Tile(64, 64, 4, 3), Tile(64, 64, 8, 2, whole=64)),
-    ("value", "sm90"): (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2, whole=64)),
-    ("dq", "sm90"): (Tile(64, 64, 4, 3), Tile(64, 64, 8, 2, whole=64)),
-    ("dk", "sm90"): (Tile(32, 64, 4, 2), Tile(32, 64, 8, 2, whole=64)),
-    ("lse", "sm90"): (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2, whole=64)),
-    ("fwd", "sm100"): (Tile(64, 64, 4, 3), Tile(64, 64, 8, 2, whole=64)),
-    ("value", "sm100"): (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2, whole=64)),
-    ("dq", "sm100"): (Tile(64, 64, 4, 2), Tile(64, 32, 8, 2, whole=64, maxnreg=255)),
-    ("dk", "sm100"): (Tile(32, 64, 4, 2), Tile(32, 64, 8, 2, whole=64)),
-    ("lse", "sm100"): (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2, whole=64, maxnreg=255)),
-    ("fwd", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2, whole=64)),
-    ("value", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2, whole=64)),
-    ("dq", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2, whole=64)),
-    ("dk", "gfx942"): (Tile(64, 64, 4, 1), Tile(32, 64, 4, 1, whole=64)),
-    ("lse", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2, whole=64)),
+    ("value", "sm80"): (Tile(64, 32, 32, 4, 2), Tile(64, 32, 32, 4, 2, whole=64)),
+    ("dq", "sm80"): (Tile(64, 32, 32, 4, 1), Tile(64, 32, 32, 4, 2, whole=64)),
+    ("dk", "sm80"): (Tile(64, 32, 32, 4, 2, maxnreg=255), Tile(64, 32, 32, 4, 2, whole=64, out_columns=64)),
+    ("dq", "sm120"): (Tile(64, 32, 32, 4, 1), Tile(64, 32, 32, 4, 2, whole=64, chunk=32, out_columns=64)),
+    ("dk", "sm120"): (Tile(64, 32, 32, 4, 1), Tile(64, 16, 16, 4, 2, whole=64, out_columns=64)),
+    ("normaliser", "sm80"): (Tile(64, 64, 32, 4, 2), Tile(64, 32, 32, 4, 2, whole=64)),
+    ("normaliser", "sm120"): (Tile(64, 64, 32, 4, 2), Tile(64, 32, 32, 4, 2, whole=64, maxnreg=255)),
+    ("value", "sm90"): (Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 8, 2, whole=64)),
+    ("dq", "sm90"): (Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 8, 2, whole=64)),
+    ("dk", "sm90"): (Tile(64, 64, 32, 4, 2), Tile(64, 32, 32, 8, 2, whole=64)),
+    ("normaliser", "sm90"): (Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 8, 2, whole=64)),
+    ("value", "sm100"): (Tile(64, 32, 32, 4, 2), Tile(64, 64, 32, 8, 2, whole=64)),
+    ("dq", "sm100"): (Tile(64, 64, 32, 4, 2), Tile(64, 32, 32, 8, 2, whole=64, maxnreg=255)),
+    ("dk", "sm100"): (Tile(64, 32, 32, 4, 2), Tile(64, 32, 32, 8, 2, whole=64)),
+    ("normaliser", "sm100"): (Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 8, 2, whole=64, maxnreg=255)),
+    ("value", "gfx942"): (Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2, whole=64)),
+    ("dq", "gfx942"): (Tile(64, 64, 32, 4, 2), Tile(64, 32, 32, 4, 2, whole=64)),
+    ("dk", "gfx942"): (Tile(64, 64, 32, 4, 1), Tile(64, 32, 32, 4, 1, whole=64)),
+    ("normaliser", "gfx942"): (Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2, whole=64)),
 }  # fmt: skip
 # A wide head's additive mask, summed over its heads, beside an accumulator of 64 rows.
-_CROWDED = Tile(64, 16, 4, 1, whole=64, chunk=32, out_columns=64)
+_CROWDED = Tile(64, 16, 16, 4, 1, whole=64, chunk=32, out_columns=64)
 _ADDED: dict[tuple[str, str], Pair] = {  # masks of query and key, and additive ones; what is not here is as heavy
-    ("fwd", "sm120"): (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1, whole=64)),
-    ("value", "sm80"): (Tile(64, 32, 4, 2), _CROWDED),
-    ("value", "sm120"): (Tile(64, 32, 4, 2, maxnreg=255), _CROWDED),
-    ("dq", "sm80"): (Tile(64, 16, 4, 2), _CROWDED),
-    ("dk", "sm80"): (Tile(16, 64, 4, 2), Tile(16, 64, 4, 1, whole=64, chunk=32, out_columns=64)),
-    ("bias", "sm80"): (Tile(64, 16, 4, 2), _CROWDED),
-    ("bias", "sm120"): (Tile(64, 16, 4, 2), replace(_CROWDED, maxnreg=255)),
-    ("lse", "sm80"): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2, whole=64)),
-    ("fwd", "sm90"): (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2, whole=64)),
-    ("dq", "sm90"): (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2, whole=64)),
-    ("bias", "sm90"): (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2, whole=64)),
-    ("fwd", "sm100"): (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2, whole=64)),
-    ("value", "sm100"): (Tile(64, 32, 4, 2, maxnreg=255), Tile(64, 32, 8, 2, whole=64)),
-    ("dq", "sm100"): (Tile(64, 32, 4, 2, maxnreg=255), Tile(64, 32, 8, 2, whole=64)),
-    ("dk", "sm100"): (Tile(32, 64, 8, 2, maxnreg=255), Tile(32, 64, 8, 2, whole=64)),
-    ("bias", "sm100"): (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2, whole=64)),
-    ("dk", "gfx942"): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2, whole=64)),
-    ("bias", "gfx942"): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2, whole=64)),
+    ("value", "sm80"): (Tile(64, 32, 32, 4, 2), _CROWDED),
+    ("value", "sm120"): (Tile(64, 32, 32, 4, 2, maxnreg=255), _CROWDED),
+    ("dq", "sm80"): (Tile(64, 16, 16, 4, 2), _CROWDED),
+    ("dk", "sm80"): (Tile(64, 16, 16, 4, 2), Tile(64, 16, 16, 4, 1, whole=64, chunk=32, out_columns=64)),
+    ("bias", "sm80"): (Tile(64, 16, 16, 4, 2), _CROWDED),
+    ("bias", "sm120"): (Tile(64, 16, 16, 4, 2), replace(_CROWDED, maxnreg=255)),
+    ("normaliser", "sm80"): (Tile(64, 32, 32, 4, 2), Tile(64, 32, 32, 4, 2, whole=64)),
+    ("value", "sm90"): (Tile(64, 32, 32, 4, 2), Tile(64, 64, 64, 8, 2, whole=64)),
+    ("dq", "sm90"): (Tile(64, 32, 32, 4, 2), Tile(64, 64, 64, 8, 2, whole=64)),
+    ("bias", "sm90"): (Tile(64, 32, 32, 4, 2), Tile(64, 32, 32, 8, 2, whole=64)),
+    ("value", "sm100"): (Tile(64, 32, 32, 4, 2, maxnreg=255), Tile(64, 32, 32, 8, 2, whole=64)),
+    ("dq", "sm100"): (Tile(64, 32, 32, 4, 2, maxnreg=255), Tile(64, 32, 32, 8, 2, whole=64)),
+    ("dk", "sm100"): (Tile(64, 32, 32, 8, 2, maxnreg=255), Tile(64, 32, 32, 8, 2, whole=64)),
+    ("bias", "sm100"): (Tile(64, 64, 64, 8, 2), Tile(64, 32, 32, 8, 2, whole=64)),
+    ("dk", "gfx942"): (Tile(64, 32, 32, 4, 2), Tile(64, 32, 32, 4, 2, whole=64)),
+    ("bias", "gfx942"): (Tile(64, 64, 64, 4, 2), Tile(64, 32, 32, 4, 2, whole=64)),
 }  # fmt: skip
 _BOTH: dict[tuple[str, str], Pair] = {  # such masks on both sides; what is not here is as _ADDED
-    ("fwd", "sm80"): (Tile(64, 16, 4, 2), Tile(64, 16, 4, 1, whole=64)),
-    ("value", "sm80"): (Tile(64, 16, 4, 2), _CROWDED),
-    ("dq", "sm80"): (Tile(32, 16, 2, 1, whole=32, chunk=32, out_columns=64), _CROWDED),
-    ("dk", "sm80"): (Tile(16, 64, 4, 1), Tile(16, 32, 4, 1, whole=64, chunk=32, out_columns=64)),
-    ("bias", "sm80"): (Tile(64, 16, 4, 2), replace(_CROWDED, queries=32)),
-    ("dq", "sm120"): (Tile(64, 16, 8, 1), replace(_CROWDED, queries=32)),
-    ("bias", "sm120"): (Tile(64, 16, 4, 2), replace(_CROWDED, whole=32)),
-    ("fwd", "sm90"): (Tile(64, 32, 8, 2), Tile(64, 64, 8, 2, whole=64)),
-    ("value", "sm90"): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2, whole=64)),
-    ("dq", "sm90"): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2, whole=64)),
-    ("dk", "sm90"): (Tile(32, 64, 8, 2), Tile(32, 64, 8, 1, whole=32, chunk=32, out_columns=64, maxnreg=255)),
-    ("fwd", "sm100"): (Tile(64, 32, 4, 2), Tile(64, 32, 8, 2, whole=64)),
-    ("value", "sm100"): (Tile(64, 32, 4, 2, maxnreg=255), Tile(64, 32, 8, 2, whole=32, chunk=32, out_columns=64)),
-    ("dq", "sm100"): (Tile(64, 32, 4, 2, maxnreg=255), Tile(64, 32, 8, 2, whole=32, chunk=32, out_columns=64)),
+    ("value", "sm80"): (Tile(64, 16, 16, 4, 2), _CROWDED),
+    ("dq", "sm80"): (Tile(32, 16, 16, 2, 1, whole=32, chunk=32, out_columns=64), _CROWDED),
+    ("dk", "sm80"): (Tile(64, 16, 16, 4, 1), Tile(32, 16, 16, 4, 1, whole=64, chunk=32, out_columns=64)),
+    ("bias", "sm80"): (Tile(64, 16, 16, 4, 2), replace(_CROWDED, stays=32)),
+    ("dq", "sm120"): (Tile(64, 16, 16, 8, 1), replace(_CROWDED, stays=32)),
+    ("bias", "sm120"): (Tile(64, 16, 16, 4, 2), replace(_CROWDED, whole=32)),
+    ("value", "sm90"): (Tile(64, 32, 32, 8, 2), Tile(64, 32, 32, 8, 2, whole=64)),
+    ("dq", "sm90"): (Tile(64, 32, 32, 8, 2), Tile(64, 32, 32, 8, 2, whole=64)),
+    ("dk", "sm90"): (Tile(64, 32, 32, 8, 2), Tile(64, 32, 32, 8, 1, whole=32, chunk=32, out_columns=64, maxnreg=255)),
+    ("value", "sm100"): (Tile(64, 32, 32, 4, 2, maxnreg=255), Tile(64, 32, 32, 8, 2, whole=32, chunk=32, out_columns=64)),
+    ("dq", "sm100"): (Tile(64, 32, 32, 4, 2, maxnreg=255), Tile(64, 32, 32, 8, 2, whole=32, chunk=32, out_columns=64)),
 }  # fmt: skip
 _MEAN: dict[tuple[str, str], Tile] = {  # one map of every head is alive beside the merged ones; wide heads are streamed
-    ("value", "sm80"): Tile(32, 32, 4, 2, whole=64),
-    ("value", "sm120"): Tile(64, 16, 4, 1, whole=64, maxnreg=255),
-    ("dq", "sm80"): Tile(32, 32, 4, 1, whole=64),
-    ("dk", "sm80"): Tile(32, 32, 4, 1, whole=64),
-    ("bias", "sm80"): Tile(64, 16, 4, 1, whole=64),
-    ("value", "sm90"): Tile(64, 32, 4, 2, whole=64),
-    ("dq", "sm90"): Tile(64, 32, 4, 2, whole=64),
-    ("dk", "sm90"): Tile(32, 64, 4, 2, whole=64),
-    ("bias", "sm90"): Tile(64, 32, 4, 2, whole=64),
-    ("value", "sm100"): Tile(64, 32, 8, 1, whole=32, chunk=32, out_columns=64, maxnreg=255),
-    ("dq", "sm100"): Tile(64, 32, 8, 2, whole=32, chunk=32, out_columns=64, maxnreg=255),
-    ("dk", "sm100"): Tile(32, 64, 8, 2, whole=32, chunk=32, out_columns=64, maxnreg=255),
-    ("bias", "sm100"): Tile(64, 32, 8, 2, whole=64),
-    ("value", "gfx942"): Tile(64, 32, 4, 2, whole=64),
-    ("dq", "gfx942"): Tile(64, 32, 4, 2, whole=64),
-    ("dk", "gfx942"): Tile(32, 64, 4, 2, whole=64),
-    ("bias", "gfx942"): Tile(64, 32, 4, 2, whole=64),
+    ("value", "sm80"): Tile(32, 32, 32, 4, 2, whole=64),
+    ("value", "sm120"): Tile(64, 16, 16, 4, 1, whole=64, maxnreg=255),
+    ("dq", "sm80"): Tile(32, 32, 32, 4, 1, whole=64),
+    ("dk", "sm80"): Tile(32, 32, 32, 4, 1, whole=64),
+    ("bias", "sm80"): Tile(64, 16, 16, 4, 1, whole=64),
+    ("value", "sm90"): Tile(64, 32, 32, 4, 2, whole=64),
+    ("dq", "sm90"): Tile(64, 32, 32, 4, 2, whole=64),
+    ("dk", "sm90"): Tile(64, 32, 32, 4, 2, whole=64),
+    ("bias", "sm90"): Tile(64, 32, 32, 4, 2, whole=64),
+    ("value", "sm100"): Tile(64, 32, 32, 8, 1, whole=32, chunk=32, out_columns=64, maxnreg=255),
+    ("dq", "sm100"): Tile(64, 32, 32, 8, 2, whole=32, chunk=32, out_columns=64, maxnreg=255),
+    ("dk", "sm100"): Tile(64, 32, 32, 8, 2, whole=32, chunk=32, out_columns=64, maxnreg=255),
+    ("bias", "sm100"): Tile(64, 32, 32, 8, 2, whole=64),
+    ("value", "gfx942"): Tile(64, 32, 32, 4, 2, whole=64),
+    ("dq", "gfx942"): Tile(64, 32, 32, 4, 2, whole=64),
+    ("dk", "gfx942"): Tile(64, 32, 32, 4, 2, whole=64),
+    ("bias", "gfx942"): Tile(64, 32, 32, 4, 2, whole=64),
 }  # fmt: skip
 _MEAN_BOTH: dict[tuple[str, str], Tile] = {  # a mean with such masks on both sides; what is not here is as _MEAN
-    ("dq", "sm80"): Tile(32, 16, 4, 1, whole=64),
-    ("dk", "sm80"): Tile(16, 32, 4, 1, whole=32, chunk=32, out_columns=64),
-    ("value", "sm90"): Tile(64, 32, 8, 2, whole=64),
-    ("dq", "sm90"): Tile(64, 32, 8, 2, whole=64),
-    ("dk", "sm90"): Tile(16, 64, 8, 2, whole=64),
-    ("bias", "sm90"): Tile(64, 32, 8, 2, whole=64),
-    ("dk", "sm100"): Tile(16, 64, 8, 2, whole=64),
+    ("dq", "sm80"): Tile(32, 16, 16, 4, 1, whole=64),
+    ("dk", "sm80"): Tile(32, 16, 16, 4, 1, whole=32, chunk=32, out_columns=64),
+    ("value", "sm90"): Tile(64, 32, 32, 8, 2, whole=64),
+    ("dq", "sm90"): Tile(64, 32, 32, 8, 2, whole=64),
+    ("dk", "sm90"): Tile(64, 16, 16, 8, 2, whole=64),
+    ("bias", "sm90"): Tile(64, 32, 32, 8, 2, whole=64),
+    ("dk", "sm100"): Tile(64, 16, 16, 8, 2, whole=64),
 }  # fmt: skip
 
 
@@ -181,7 +184,8 @@ def architecture(device: torch.device) -> str:
 
 
 def pick_tile(kernel: str, arch: str, dtype: torch.dtype, width: int, extras: int, mean: bool) -> Tile:
-    """The entry for one kernel ('fwd', 'lse', 'value', 'dq', 'dk', 'bias') and a head of ``width`` channels.
+    """The entry for one kernel and a head of ``width`` channels: 'normaliser', 'value', 'unit' (the value with the unit query
+    gradient, which holds what 'dq' holds), 'dq', 'dk' or 'bias'.
 
     extras: 0 for two plain maps, 1 with js or a boolean mask of keys, 2 with any other mask, 3 with such masks on both sides;
         mean: heads are averaged.
@@ -193,6 +197,7 @@ def pick_tile(kernel: str, arch: str, dtype: torch.dtype, width: int, extras: in
             return _FP32_GFX942
         return replace(_FP32, stages=1) if mean or extras >= 2 else _FP32_OF.get((kernel, arch), _FP32)
     # sm_120 has sm_80's matrix instructions; the tiles fit the shared memory of either.
+    kernel = "dq" if kernel == "unit" else kernel
     keys = (kernel, arch), (kernel, "sm80" if arch == "sm120" else arch)
     if mean:
         tiles = {**_MEAN, **_MEAN_BOTH} if extras == 3 else _MEAN

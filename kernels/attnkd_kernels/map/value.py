@@ -1,185 +1,154 @@
-"""Whole-map divergence, second forward sweep: the value from finished normalisers (lse.py).
+"""Whole-map divergence, forward: one sweep over the keys, with the normalisers of both sides known.
 
-Two cases cannot be summed online. Jensen–Shannon takes the log of p_s + p_t, which is not a sum of terms that rescale; and
-the mean over heads, p = (1/H) Σ_h p^h, weighs every head by its own normaliser. With the normalisers at hand both are plain
-sums over the keys. Mean-merged sides add their heads in the log domain, tile by tile, so nothing underflows.
+    loss[b, h, i] = Div(softmax_j z_t[b, h, i, j] ‖ softmax_j z_s[b, h, i, j]),   z = (scale · q_i·k_j + mask_ij) / T
 
-    loss[b, h, i] = Σ_j value_j,   centre[b, h', i] = Σ_j term^h'_j    (forms.py)
+Nothing is online: no maximum, no rescaling, and every divergence is a plain sum (forms.py). Asked to (OUT), the same sweep emits the
+query gradient of an upstream gradient of 1, Σ_j dz_j k_j, for the divergences whose dz needs nothing of the row's end:
+forward_kl, cross_entropy (centre −1) and logit_mse. Two products and two exponentials per (row, key) or three and two;
+logit_mse needs no exponentials; a mean over H heads one product, two exponentials and a logarithm a head, and as much again for
+the student's heads' centres.
 
-h' runs over the student's heads when they are merged (then [B, H, M]), else it is h. Products per (row, key): one for every
-head of both sides, and one more per student head when the student is merged. Exponentials: js 2 and one logarithm; a mean
-over H heads 2 and one logarithm a head.
-The maxima of lse.py are replaced by LSEs, which is what the backward reads; rows that are dead on either side are worth 0
-and get DEAD on both.
+Rows that are dead on either side are worth 0 and get DEAD on both sides, so that the backward needs no branch.
+Stored for the backward, fp32: CENTRE [B, Hs, M] and WEIGHT [B, Ho, M] where the divergence has them.
+Types: queries and keys fp16, bf16 or fp32 (IEEE products), teacher and student independently; sums fp32.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from attnkd_kernels.language import DEAD, NO_MASK, shown
-from attnkd_kernels.map.common import at_head, load_rows, log_probs, row_values
-from attnkd_kernels.map.forms import terms, value_terms
+from attnkd_kernels.language import DEAD, at_head, side_at
+from attnkd_kernels.map.forms import add_keys, finish, gap_of_logits, no_sums, terms, where_shown
+from attnkd_kernels.map.tile import (
+    At,
+    Rows,
+    at_rows,
+    at_tile,
+    head_log_probs,
+    load_left,
+    load_right,
+    load_whole_right,
+    log_probs,
+    row_values,
+    skip_rows,
+    store_rows,
+    without_checks,
+)
+
+
+class Left(NamedTuple):
+    """What stays with a program: the tiles [BL, BLOCK] and the normalisers [BL, 1] of its queries."""
+
+    student: Any
+    teacher: Any
+    norm_s: Any
+    norm_t: Any
 
 
 @triton.jit
 def _map_value_kernel(
-    QS,  # [B, H, M, D_S]
-    KS,  # [B, H, N, D_S]
-    MASK_S,  # [B, H, M, N] any strides, or unused
-    QT,  # [B, Ht, M, D_T]
-    KT,  # [B, Ht, N, D_T]
-    MASK_T,  # [B, Ht, M, N]
+    student,  # Side: query [B, H, M, D_s], key [B, H, N, D_s], mask [B, H, M, N]
+    teacher,  # Side: the same with Ht, D_t
+    kept,  # Rows: lse_s [B, Hs, M], lse_t [B, Ht', M]; centre and weight are written
     LOSS,  # [B, Ho, M] fp32
-    LSE_S,  # [B, Hs, M] fp32: the row maxima, replaced by the LSEs; Hs = student heads with a mean, else Ho
-    LSE_T,  # [B, Ht', M] fp32
-    LOG_SUM_S,  # [B, Hs, M] fp32
-    LOG_SUM_T,  # [B, Ht', M] fp32
-    CENTRE,  # [B, Hs, M] fp32
-    WEIGHT,  # [B, Ho, M] fp32 (mse)
-    qs_b, qs_h, qs_m, qs_d,
-    ks_b, ks_h, ks_n, ks_d,
-    ms_b, ms_h, ms_m, ms_n,
-    qt_b, qt_h, qt_m, qt_d,
-    kt_b, kt_h, kt_n, kt_d,
-    mt_b, mt_h, mt_m, mt_n,
-    factor_s, bias_s, factor_t, bias_t,
+    UNIT_DQ,  # Operand [B, H, M, D_s], with OUT
+    unit_scale,  # scale/T of the student
     HO, M, N,
-    HEADS_S: tl.constexpr, HEADS_T: tl.constexpr, BH: tl.constexpr,
-    D_S: tl.constexpr, D_T: tl.constexpr, WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr,
-    KIND_S: tl.constexpr, KIND_T: tl.constexpr, MASK_HEADS_S: tl.constexpr, MASK_HEADS_T: tl.constexpr,
-    DIV: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD_S: tl.constexpr, BD_T: tl.constexpr,
+    BH: tl.constexpr,  # the student's averaged heads, up to a power of two
+    S: tl.constexpr, T: tl.constexpr, NARROW: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(M, BM)
-    row = tl.program_id(0) // tiles  # of [B, Ho]
-    m0 = (tl.program_id(0) % tiles) * BM
-    b = tl.cast(row // HO, tl.int64)
-    h = row % HO
-    qs = at_head((QS + b * qs_b, qs_h, qs_m, qs_d), h)
-    ks = at_head((KS + b * ks_b, ks_h, ks_n, ks_d), h)
-    qt = at_head((QT + b * qt_b, qt_h, qt_m, qt_d), h)
-    kt = at_head((KT + b * kt_b, kt_h, kt_n, kt_d), h)
-    mask_s = at_head((MASK_S + b * ms_b, ms_h, ms_m, ms_n), h)
-    mask_t = at_head((MASK_T + b * mt_b, mt_h, mt_m, mt_n), h)
-    at_s = tl.cast(row, tl.int64) * HEADS_S * M
-    at_t = tl.cast(row, tl.int64) * HEADS_T * M
-    lse_s = LSE_S + at_s
-    lse_t = LSE_T + at_t
-    log_sum_s = LOG_SUM_S + at_s
-    log_sum_t = LOG_SUM_T + at_t
+    tiles = tl.cdiv(M, WIDE.BL)
+    row = tl.cast(tl.program_id(0) // tiles, tl.int64)  # of [B, Ho]
+    at = At((tl.program_id(0) % tiles) * WIDE.BL, 0, M, N)
+    b, h = row // HO, row % HO
+    student = at_tile(side_at(student, b, h), at)
+    teacher = at_tile(side_at(teacher, b, h), at)
+    rows = Rows(kept.lse_s + row * S.MEAN * M, kept.lse_t + row * T.MEAN * M, kept.centre, kept.weight)
+    MASKED: tl.constexpr = WIDE.MASKS != "none"
 
-    a_s = load_rows(qs, m0, M, 0, D_S, WIDTH_S, BM, BD_S, True)  # [BM, BD_S], unused when wide or merged
-    a_t = load_rows(qt, m0, M, 0, D_T, WIDTH_T, BM, BD_T, True)
-    top_s = row_values(lse_s, m0, M, DEAD, BM, True, True)
-    top_t = row_values(lse_t, m0, M, DEAD, BM, True, True)
-    for head in range(1, HEADS_S):  # a row that some head cannot see at all is dead
-        top_s = tl.maximum(top_s, row_values(lse_s + head * M, m0, M, DEAD, BM, True, True))
-    for head in range(1, HEADS_T):
-        top_t = tl.maximum(top_t, row_values(lse_t + head * M, m0, M, DEAD, BM, True, True))
-    log_s = row_values(log_sum_s, m0, M, 0.0, BM, True, True)
-    log_t = row_values(log_sum_t, m0, M, 0.0, BM, True, True)
-    value = tl.zeros([BM], tl.float32)
-    clash = tl.zeros([BM], tl.float32)
-    count = tl.zeros([BM], tl.float32)
-    centre = tl.zeros([BM, BH], tl.float32)
-    last = ((N - 1) // BN) * BN
-    for n0 in range(0, last, BN):
-        value, clash, count, centre = _value_tile(
-            a_s, a_t, qs, ks, mask_s, qt, kt, mask_t, m0, n0, M, N, factor_s, bias_s, factor_t, bias_t,
-            top_s, log_s, lse_s, log_sum_s, top_t, log_t, lse_t, log_sum_t, value, clash, count, centre,
-            HEADS_S, HEADS_T, BH, D_S, D_T, WIDTH_S, WIDTH_T, KIND_S, KIND_T, MASK_HEADS_S, MASK_HEADS_T,
-            DIV, BM, BN, BD_S, BD_T, False,
-        )  # fmt: skip
-    value, clash, count, centre = _value_tile(
-        a_s, a_t, qs, ks, mask_s, qt, kt, mask_t, m0, last, M, N, factor_s, bias_s, factor_t, bias_t,
-        top_s, log_s, lse_s, log_sum_s, top_t, log_t, lse_t, log_sum_t, value, clash, count, centre,
-        HEADS_S, HEADS_T, BH, D_S, D_T, WIDTH_S, WIDTH_T, KIND_S, KIND_T, MASK_HEADS_S, MASK_HEADS_T,
-        DIV, BM, BN, BD_S, BD_T, True,
-    )  # fmt: skip
+    norm_s, norm_t = 0.0, 0.0
+    if WIDE.DIVERGENCE != "logit_mse":
+        norm_s, norm_t = row_values(rows.lse_s, at, DEAD, WIDE), row_values(rows.lse_t, at, DEAD, WIDE)
+    left = Left(load_left(student, at, S, WIDE), load_left(teacher, at, T, WIDE), norm_s, norm_t)
+    clear, stop = without_checks(student, teacher, at, S, T, WIDE)
+    state = (
+        no_sums(WIDE),
+        tl.zeros([WIDE.BL, BH], tl.float32),
+        tl.zeros([WIDE.BL, WIDE.OUT if WIDE.OUT > 0 else 1], tl.float32),
+    )
+    state = _more_keys(state, student, teacher, rows, left, at, (clear, stop), S, T, NARROW)
+    if WIDE.MASKS != "any":
+        state = _more_keys(state, student, teacher, rows, left, at, (0, clear), S, T, WIDE)
+    sums, centres, unit = state
 
-    m = m0 + tl.arange(0, BM)
-    inside = m < M
-    at = tl.cast(row, tl.int64) * M + m
-    alive = (tl.sum(top_s, 1) < DEAD) & (tl.sum(top_t, 1) < DEAD)
-    if DIV == "mse":
-        if KIND_S == NO_MASK and KIND_T == NO_MASK:
-            count += N
-        weight = 2.0 / tl.maximum(count, 1.0)
-        value = 0.5 * weight * value
-        tl.store(WEIGHT + at, weight, mask=inside)
-    value = tl.where(clash > 0.0, float("inf"), value)
-    tl.store(LOSS + at, tl.where(alive, value, 0.0), mask=inside)
-    tl.debug_barrier()  # every warp has read the maxima that are replaced now
-    for head in range(0, HEADS_S):
-        mine = tl.sum(tl.where((tl.arange(0, BH) == head)[None, :], centre, 0.0), 1)
-        tl.store(CENTRE + at_s + head * M + m, tl.where(alive, mine, 0.0), mask=inside)
-        _finish_lse(lse_s + head * M + m, log_sum_s + head * M + m, inside, alive)
-    for head in range(0, HEADS_T):
-        _finish_lse(lse_t + head * M + m, log_sum_t + head * M + m, inside, alive)
+    m = at.q0 + tl.arange(0, WIDE.BL)
+    value, centre, weight = finish(sums, clear if MASKED else N, MASKED, WIDE)
+    if WIDE.DIVERGENCE != "logit_mse":
+        dead = _dead_rows(rows.lse_s, m, M, S.MEAN) | _dead_rows(rows.lse_t, m, M, T.MEAN)
+        value = tl.where(dead, 0.0, value)
+        if MASKED:
+            tl.debug_barrier()  # every warp has read the normalisers that are replaced now
+            for head in range(S.MEAN):
+                tl.store(rows.lse_s + tl.cast(head, tl.int64) * M + m, DEAD, mask=(m < M) & dead)
+            for head in range(T.MEAN):
+                tl.store(rows.lse_t + tl.cast(head, tl.int64) * M + m, DEAD, mask=(m < M) & dead)
+        unit = tl.where(dead[:, None], 0.0, unit)
+    tl.store(LOSS + row * M + m, value, mask=m < M)
+    if WIDE.DIVERGENCE == "mse" or WIDE.DIVERGENCE == "logit_mse":
+        tl.store(kept.weight + row * M + m, weight, mask=m < M)
+        unit *= weight[:, None]
+    if S.MEAN > 1:
+        for head in range(S.MEAN):
+            mine = tl.sum(tl.where((tl.arange(0, BH) == head)[None, :], centres, 0.0), 1)
+            tl.store(kept.centre + (row * S.MEAN + head) * M + m, tl.where(dead, 0.0, mine), mask=m < M)
+    elif WIDE.DIVERGENCE == "reverse_kl" or WIDE.DIVERGENCE == "js" or WIDE.DIVERGENCE == "mse":
+        tl.store(kept.centre + row * M + m, tl.where(dead, 0.0, centre), mask=m < M)
+    if WIDE.OUT > 0:
+        store_rows(at_rows(at_head(UNIT_DQ, b, h), at.q0), unit * unit_scale, at.q0, M, 0, S, WIDE.BL, WIDE.OUT)
 
 
 @triton.jit
-def _finish_lse(lse, log_sum, inside, alive):
-    """The maxima at ``lse`` become LSEs, or DEAD."""
-    total = tl.load(lse, mask=inside, other=0.0) + tl.load(log_sum, mask=inside, other=0.0)
-    tl.store(lse, tl.where(alive, total, DEAD), mask=inside)
+def _dead_rows(lse, m, M, HEADS: tl.constexpr):
+    """Which rows see no key, or cannot be seen by some of the heads."""
+    dead = m >= M
+    for head in range(HEADS):
+        dead = dead | (tl.load(lse + tl.cast(head, tl.int64) * M + m, mask=m < M, other=DEAD) >= DEAD)
+    return dead
 
 
 @triton.jit
-def _value_tile(
-    a_s, a_t, qs, ks, mask_s, qt, kt, mask_t, m0, n0, M, N, factor_s, bias_s, factor_t, bias_t,
-    top_s, log_s, lse_s, log_sum_s, top_t, log_t, lse_t, log_sum_t, value, clash, count, centre,
-    HEADS_S: tl.constexpr, HEADS_T: tl.constexpr, BH: tl.constexpr,
-    D_S: tl.constexpr, D_T: tl.constexpr, WIDTH_S: tl.constexpr, WIDTH_T: tl.constexpr,
-    KIND_S: tl.constexpr, KIND_T: tl.constexpr, MASK_HEADS_S: tl.constexpr, MASK_HEADS_T: tl.constexpr,
-    DIV: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD_S: tl.constexpr, BD_T: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
-    MASKED: tl.constexpr = KIND_S != NO_MASK or KIND_T != NO_MASK
-    k_s = a_s
-    if WIDTH_S <= BD_S and HEADS_S == 1:
-        k_s = load_rows(ks, n0, N, 0, D_S, WIDTH_S, BN, BD_S, TAIL)
-    k_t = a_t
-    if WIDTH_T <= BD_T and HEADS_T == 1:
-        k_t = load_rows(kt, n0, N, 0, D_T, WIDTH_T, BN, BD_T, TAIL)
-    ls = log_probs(
-        a_s, qs, m0, M, k_s, ks, n0, N, factor_s, mask_s, bias_s, m0, M, n0, N, top_s, log_s, lse_s, log_sum_s,
-        HEADS_S, D_S, WIDTH_S, BM, BN, BD_S, BM, BN, KIND_S, MASK_HEADS_S, True, True, TAIL,
-    )  # fmt: skip
-    lt = log_probs(
-        a_t, qt, m0, M, k_t, kt, n0, N, factor_t, mask_t, bias_t, m0, M, n0, N, top_t, log_t, lse_t, log_sum_t,
-        HEADS_T, D_T, WIDTH_T, BM, BN, BD_T, BM, BN, KIND_T, MASK_HEADS_T, True, True, TAIL,
-    )  # fmt: skip
-    ps = tl.exp2(ls)
-    pt = tl.exp2(lt)
-    value += tl.sum(value_terms(ps, pt, ls, lt, DIV, MASKED), 1)
-    if MASKED:
-        if DIV == "mse":
-            count += tl.sum((shown(ls) & shown(lt)).to(tl.float32), 1)
-        elif DIV == "reverse_kl":
-            clash += tl.sum(tl.where(shown(ls) & (shown(lt) == 0), ps, 0.0), 1)
-        elif DIV != "js":
-            clash += tl.sum(tl.where(shown(lt) & (shown(ls) == 0), pt, 0.0), 1)
-    if HEADS_S > 1:
-        for head in range(0, HEADS_S):
-            qs_h = at_head(qs, head)
-            ks_h = at_head(ks, head)
-            x = a_s
-            y = k_s
-            if D_S <= BD_S:
-                x = load_rows(qs_h, m0, M, 0, D_S, WIDTH_S, BM, BD_S, True)
-                y = load_rows(ks_h, n0, N, 0, D_S, WIDTH_S, BN, BD_S, TAIL)
-            top = row_values(lse_s + head * M, m0, M, DEAD, BM, True, True)
-            log_sum = row_values(log_sum_s + head * M, m0, M, 0.0, BM, True, True)
-            lh = log_probs(
-                x, qs_h, m0, M, y, ks_h, n0, N, factor_s, at_head(mask_s, head), bias_s, m0, M, n0, N, top, log_sum,
-                lse_s, log_sum_s, 1, D_S, WIDTH_S, BM, BN, BD_S, BM, BN, KIND_S, 1, True, True, TAIL,
-            )  # fmt: skip
-            term, _p = terms(lh, ls, lt, DIV, MASKED, True)
-            centre += tl.where((tl.arange(0, BH) == head)[None, :], tl.sum(term, 1)[:, None], 0.0)
-    else:
-        term, _p = terms(ls, ls, lt, DIV, MASKED, False)
-        centre += tl.where((tl.arange(0, BH) == 0)[None, :], tl.sum(term, 1)[:, None], 0.0)
-    return value, clash, count, centre
+def _more_keys(state, student, teacher, rows, left, at, span, S: tl.constexpr, T: tl.constexpr, SWEEP: tl.constexpr):
+    """(sums, centres, unit) after the keys of ``span`` (first, end)."""
+    sums, centres, unit = state
+    MASKED: tl.constexpr = SWEEP.MASKS != "none" and SWEEP.CHECK
+    student, teacher = skip_rows(student, span[0], SWEEP), skip_rows(teacher, span[0], SWEEP)
+    for k0 in range(span[0], span[1], SWEEP.BR):
+        here = At(at.q0, k0, at.M, at.N)
+        k_s, k_t = left.student, left.teacher
+        if S.MEAN == 1:
+            k_s = load_whole_right(student, k_s, here, S, SWEEP)
+        if T.MEAN == 1:
+            k_t = load_whole_right(teacher, k_t, here, T, SWEEP)
+        ls = log_probs(student, rows.lse_s, left.norm_s, left.student, k_s, here, S, SWEEP)
+        lt = log_probs(teacher, rows.lse_t, left.norm_t, left.teacher, k_t, here, T, SWEEP)
+        ps = tl.exp2(ls)
+        pt = tl.exp2(lt)
+        sums = add_keys(sums, ls, lt, ps, pt, MASKED, SWEEP)
+        if SWEEP.OUT > 0:
+            if SWEEP.DIVERGENCE == "logit_mse":
+                dz = gap_of_logits(ls, lt, MASKED)
+            else:
+                dz = ps - where_shown(pt, ls, MASKED)
+            if S.WIDTH > S.BLOCK:
+                k_s = load_right(student, here, 0, S, SWEEP, SWEEP.OUT)
+            unit = tl.dot(dz.to(k_s.dtype), k_s, unit, input_precision="ieee")
+        if S.MEAN > 1:
+            for head in range(S.MEAN):
+                lh = head_log_probs(student, rows.lse_s, head, here, S, SWEEP)
+                term, _p = terms(lh, ls, lt, MASKED, True, SWEEP.DIVERGENCE)
+                centres += tl.where((tl.arange(0, centres.shape[1]) == head)[None, :], tl.sum(term, 1)[:, None], 0.0)
+        student, teacher = skip_rows(student, SWEEP.BR, SWEEP), skip_rows(teacher, SWEEP.BR, SWEEP)
+    return sums, centres, unit
