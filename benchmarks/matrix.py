@@ -26,7 +26,13 @@ from benchmarks.machine import ROOT
 
 FOLDER = ROOT / ".matrix"
 RESULT = schema.RESULTS / "matrix" / "matrix.json"
-TESTS = ("tests/kernels", "tests/relation", "tests/attention/test_errors.py", "tests/capture/test_tap.py")
+TESTS = (
+    "tests/kernels",
+    "tests/relation",
+    "tests/attention/test_errors.py",
+    "tests/capture/test_tap.py",
+    "tests/methods/test_recipes.py",
+)
 TOOLS = ("pytest", "pytest-xdist", "hypothesis")
 LIMIT = 2 * 3600  # seconds for one step: what takes longer hangs
 
@@ -67,10 +73,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the table; 1 when an environment failed, 2 when the request is wrong."""
     given = dict(text.partition("=")[::2] for text in args.use)
-    unknown = set(given) - {environment.name for environment in ENVIRONMENTS}
+    unknown = set(given) - set(args.only)
     missing = [path for path in given.values() if not os.access(path, os.X_OK)]
     if unknown or missing:
-        print(f"--use: expected NAME=PYTHON with an interpreter that exists, got {' '.join(args.use)}", file=sys.stderr)
+        print(
+            f"--use: expected NAME=PYTHON, with an environment that runs ({', '.join(args.only)}) and an interpreter that exists, "
+            f"got {' '.join(args.use)}",
+            file=sys.stderr,
+        )
         return 2
     records = (
         {record["environment"]: record for record in schema.load(args.json)["records"]} if args.json.exists() else {}

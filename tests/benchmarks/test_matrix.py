@@ -70,5 +70,8 @@ def test_only_what_the_gate_faults_fails(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_wrong_request_is_named(capsys) -> None:
     from benchmarks.__main__ import main
 
-    assert main(["matrix", "--use", "oldest=/no/such/python"]) == 2
-    assert "expected NAME=PYTHON with an interpreter that exists" in capsys.readouterr().err
+    for request in (["oldest=/no/such/python"], ["oldest"], [f"latest={sys.executable}"]):
+        assert main(["matrix", "--use", *request]) == 2
+        assert "an interpreter that exists" in capsys.readouterr().err
+    assert main(["matrix", "--only", "newest", "--use", f"oldest={sys.executable}"]) == 2
+    assert "an environment that runs (newest)" in capsys.readouterr().err
