@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from attnkd.attention.api import attention_divergence, attention_rows
 from attnkd.attention.call import AttentionCall
 from attnkd.attention.merging import merge_attention
+from attnkd.attention.one_pass import attention_with_divergence
 from attnkd.attention.resample import resample_attention
 from attnkd.relation.api import relation_row_loss
 
@@ -38,6 +39,7 @@ __all__ = [
     "Schedule",
     "attention_divergence",
     "attention_rows",
+    "attention_with_divergence",
     "head_importance",
     "merge_attention",
     "relation_row_loss",

@@ -227,7 +227,7 @@ def attention_rows(
         NotImplementedError: an explicit ``impl`` that cannot be honoured.
     """
     if isinstance(query, AttentionCall):
-        _refuse_loose({"key": key, "scale": scale, "mask": mask})
+        refuse_loose({"key": key, "scale": scale, "mask": mask})
         (call,) = compared(rows, call=query)
         query, key, mask, scale = call.query, call.key, call.mask, call.scale
     else:
@@ -257,7 +257,7 @@ def _of_calls(
     student: AttentionCall, teacher: Any, rows: str, teacher_probs: Tensor | None, loose: dict[str, Any]
 ) -> dict[str, Any]:
     """The tensors and scales of captured calls, under the names that loose ones have."""
-    _refuse_loose(loose)
+    refuse_loose(loose)
     if teacher is not None and not isinstance(teacher, AttentionCall):
         raise TypeError(
             f"teacher: expected an AttentionCall beside the student's, got {kind(teacher)}; finished rows of the teacher go "
@@ -279,7 +279,8 @@ def _of_calls(
     return tensors
 
 
-def _refuse_loose(loose: dict[str, Any]) -> None:
+def refuse_loose(loose: dict[str, Any]) -> None:
+    """A captured call has its own keys, masks and scales."""
     for name, value in loose.items():
         if value is not None:
             raise ValueError(

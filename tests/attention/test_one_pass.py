@@ -1,0 +1,117 @@
+"""Attention and its divergence in one call: both results and all gradients against the oracle, and the calls it takes."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from attnkd import AttentionCall, attention_divergence, attention_with_divergence
+from attnkd.attention.problem import DIVERGENCES
+from attnkd.testing.one_pass import assert_one_pass
+
+IMPLS = ("triton", "chunked", "reference")
+
+
+def call(device, B=2, H=2, M=18, N=18, D=16, dtype=torch.float32, Dt=24, **extra):
+    shapes = {
+        "student_query": (B, H, M, D), "student_key": (B, H, N, D), "value": (B, H, N, D),
+        "teacher_query": (B, H, M, Dt), "teacher_key": (B, H, N, Dt),
+    }  # fmt: skip
+    return {n: torch.randn(s).to(device, dtype) for n, s in shapes.items()} | extra
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_output_divergence_and_gradients(device, impl):
+    for divergence in DIVERGENCES:
+        assert_one_pass(impl, **call(device, divergence=divergence))
+    for upstream in (("output",), ("divergence",)):
+        assert_one_pass(impl, upstream=upstream, **call(device))
+    assert_one_pass(impl, **call(device, dtype=torch.bfloat16, temperature=2.0, student_scale=0.3))
+    assert_one_pass(impl, **call(device, merge="logsum"))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_masks_and_dead_rows(device, impl):
+    student = torch.rand(2, 1, 18, 18, device=device) > 0.3
+    teacher = student & (torch.rand(2, 1, 18, 18, device=device) > 0.2)
+    student[:, :, 3], student[:, :, 7], teacher[:, :, 5] = False, True, False
+    assert_one_pass(impl, **call(device, student_mask=student, teacher_mask=teacher))
+    keys = torch.arange(18, device=device) < 11
+    assert_one_pass(impl, **call(device, student_mask=keys, teacher_mask=keys, divergence="js"))
+    bias = torch.randn(1, 2, 18, 18, device=device)
+    hiding = torch.where(torch.rand(2, 1, 1, 18, device=device) > 0.2, 0.0, -torch.inf)
+    assert_one_pass(impl, **call(device, student_mask=bias, teacher_mask=hiding))
+    assert_one_pass(impl, **call(device, student_mask=hiding.nan_to_num(neginf=0.5), divergence="reverse_kl"))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_results_are_those_of_the_two_calls(device, impl):
+    given = call(device)
+    query, key, value = (given[n] for n in ("student_query", "student_key", "value"))
+    mask = torch.randn(18, 18, device=device)
+    tokens = {"num_prefix_tokens": 2, "has_cls": True, "grid": (4, 4)}
+    student = AttentionCall(query, key, mask, 0.3, **tokens)
+    teacher = AttentionCall(given["teacher_query"], given["teacher_key"], None, 0.2, **tokens)
+    output = F.scaled_dot_product_attention(query, key, value, mask, scale=0.3)
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    weight = torch.rand(2, 2, 17, device=device)
+    for options in (
+        {"rows": "cls"},
+        {"rows": "cls", "merge": "logsum", "temperature": 10.0, "reduction": "batchmean"},
+        {"rows": "all", "reduction": "sum", "row_weight": weight},
+        {"rows": "all", "reduction": "none", "divergence": "mse", "temperature": 2.0},
+    ):
+        out, loss = attention_with_divergence(student, value=value, teacher=teacher, impl=impl, **options)
+        torch.testing.assert_close(out, output, **close)
+        torch.testing.assert_close(loss, attention_divergence(student, teacher, impl=impl, **options), **close)
+    if impl != "triton":
+        probs = torch.rand(2, 2, 18, 18, device=device)
+        _, loss = attention_with_divergence(query, key, value, probs, impl=impl)
+        torch.testing.assert_close(loss, attention_divergence(query, key, teacher_probs=probs, impl=impl), **close)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_packed_projections(device, impl):
+    """[B, N, 3, H, D], as a linear layer puts it out: the same numbers, and one gradient."""
+    given = call(device)
+    qkv = torch.stack([given[n].transpose(1, 2) for n in ("student_query", "student_key", "value")], 2)
+    leaves = [qkv.clone().requires_grad_(), qkv.clone().requires_grad_()]
+    teacher = AttentionCall(given["teacher_query"], given["teacher_key"], None, 0.2)
+    packed = attention_with_divergence(leaves[0], teacher=teacher, impl=impl)
+    loose = attention_with_divergence(*leaves[1].permute(2, 0, 3, 1, 4).unbind(0), teacher, impl=impl)
+    for results, leaf in ((packed, leaves[0]), (loose, leaves[1])):
+        (results[0].square().sum() + 3 * results[1]).backward()
+        assert leaf.grad.shape == (2, 18, 3, 2, 16)
+    torch.testing.assert_close([*packed, leaves[0].grad], [*loose, leaves[1].grad])
+
+
+def test_dropout_drops_attention_weights_and_leaves_the_divergence_alone(device):
+    given = call(device, N=300)
+    student = [given[n] for n in ("student_query", "student_key")]
+    teacher = AttentionCall(given["teacher_query"], given["teacher_key"], None, 0.2)
+    ones = torch.ones(2, 2, 300, 1, device=device)
+    for impl in ("triton", "chunked", "reference"):
+        kept, loss = attention_with_divergence(*student, ones, teacher, dropout_p=0.5, impl=impl)
+        assert 0.05 < float((kept - 1).abs().mean()) < 0.5 and abs(float(kept.mean()) - 1) < 0.1
+        torch.testing.assert_close(loss, attention_with_divergence(*student, ones, teacher, impl=impl)[1])
+
+
+def test_messages_name_the_argument(device):
+    given = call(device)
+    query, key, value = (given[n] for n in ("student_query", "student_key", "value"))
+    teacher = AttentionCall(given["teacher_query"], given["teacher_key"], None, 0.2)
+    student = AttentionCall(query, key, None, 0.2)
+    wrong = [
+        ((query, key, value), {}, TypeError, "teacher: expected an AttentionCall .* got None"),
+        ((query, key, value[:, :, 1:], teacher), {}, ValueError, "value: expected .*18, 'Dv'.* got .*17"),
+        ((query, key, value.double(), teacher), {}, TypeError, "value: expected torch.float32"),
+        ((query, key, None, teacher), {}, TypeError, "value: expected a tensor"),
+        ((query, None, None, teacher), {}, ValueError, r"query: expected 5 dimensions \[B, N, 3, H, D\]"),
+        ((query[:, :, None, :, :],), {"teacher": teacher}, ValueError, r"query: expected \[B, N, 3, H, D\], packed"),
+        ((query, key[..., 1:], value, teacher), {}, ValueError, "key: expected head dim D = 16 like query"),
+        ((student, key), {"value": value, "teacher": teacher}, ValueError, "key: expected nothing beside a captured call"),
+        ((student,), {"value": value, "teacher": teacher, "impl": "sdpa"}, ValueError, "impl: expected one of"),
+        ((query, key, value, teacher), {"dropout_p": "0.1"}, TypeError, "dropout_p: expected a number"),
+    ]  # fmt: skip
+    for arguments, options, error, message in wrong:
+        with pytest.raises(error, match=message):
+            attention_with_divergence(*arguments, **options)
