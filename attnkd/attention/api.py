@@ -83,6 +83,9 @@ def attention_divergence(
         attention_divergence(student, teacher, rows="cls", ...)          # as an AttentionTap captured them
         attention_divergence(student_query, student_key, teacher_query, teacher_key, student_scale=..., ...)
 
+    What a mask hides and rows of weight 0 never change the loss. NaN and infinities there still reach the gradients, which are
+    products with all queries and keys (0 · NaN = NaN): padding must hold numbers.
+
     Captured calls contain their scales and masks, and say what their tokens are: registers, a distillation token, and a class token
     that only one model has are left out of both, before the softmax.
 
@@ -119,8 +122,7 @@ def attention_divergence(
         divergence: see above.
         temperature: a number T > 0, divides scores and masks of both sides.
         row_weight: broadcasts to [B, H, M] ([B, 1, M] with a merge); multiplies the rows. A row of weight 0 is left out of the loss
-            even where it is infinite or NaN (NaN among its queries still reaches the gradients of the keys). Weights may be
-            negative; a NaN weight makes the loss NaN. Gets no gradient.
+            even where it is infinite or NaN. Weights may be negative; a NaN weight makes the loss NaN. Gets no gradient.
         reduction: 'none' [B, H, M] ([B, 1, M] with a merge); 'sum'; 'batchmean', the sum divided by B; 'mean', the
             (weighted) mean over rows. A row that sees no key on either side, or whose ``teacher_probs`` are all 0, has the
             value 0 and does not count in the mean; a mean in which no row counts is NaN.

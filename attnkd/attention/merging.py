@@ -43,21 +43,23 @@ def merge_logits(logits: Tensor, merge: str) -> Tensor:
 
     A row that some head cannot see at all is −inf throughout.
     """
-    if merge == "logsum":
-        return logits.sum(1, keepdim=True)
     hidden = logits.isneginf()
+    if merge == "logsum":
+        return logits.sum(1, keepdim=True).masked_fill(hidden.any(1, keepdim=True), -math.inf)
     dead = hidden.all(-1, keepdim=True)
-    log_p = logits.masked_fill(dead, 0.0).log_softmax(-1)
+    log_p = logits.masked_fill(dead, 0.0).log_softmax(-1).masked_fill(hidden, -math.inf)
     if merge == "mean":
         nowhere = hidden.all(1, keepdim=True)
         merged = log_p.masked_fill(nowhere, 0.0).logsumexp(1, keepdim=True) - math.log(logits.shape[1])
         merged = merged.masked_fill(nowhere, -math.inf)
+    elif merge == "max":
+        merged = log_p.amax(1, keepdim=True)
     else:
-        merged = log_p.amax(1, keepdim=True) if merge == "max" else log_p.amin(1, keepdim=True)
+        merged = log_p.amin(1, keepdim=True).masked_fill(hidden.any(1, keepdim=True), -math.inf)  # −inf beside NaN too
     return merged.masked_fill(dead.any(1, keepdim=True), -math.inf)
 
 
 def softmax_or_zero(logits: Tensor) -> Tensor:
-    """softmax over the last dimension; a row of nothing but −inf becomes 0, and so does its gradient."""
-    dead = logits.isneginf().all(-1, keepdim=True)
-    return logits.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0)
+    """softmax over the last dimension; a hidden key (−inf) has 0 whatever the others are, and a row of nothing else no gradient."""
+    hidden = logits.isneginf()
+    return logits.masked_fill(hidden.all(-1, keepdim=True), 0.0).softmax(-1).masked_fill(hidden, 0.0)

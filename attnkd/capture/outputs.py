@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attnkd.capture.tokens import Grid, block_layout, input_images
+from attnkd.capture.tokens import Grid, block_layout, input_images, padding
 
 
 class BlockTokens(NamedTuple):
-    """The output of one block. The last three fields say which tokens they are; None where it is unknown."""
+    """The output of one block. The other fields say which tokens they are; None where it is unknown."""
 
     tokens: Tensor
     """[B, N, D], with the autograd graph of the model."""
@@ -23,6 +23,8 @@ class BlockTokens(NamedTuple):
     """Whether token 0 is a class token. Some models (CaiT, XCiT, ConViT) add it after their first blocks."""
     grid: Grid | None
     """(height, width) in patches."""
+    padded: Tensor | None = None
+    """[B or 1, N] boolean: tokens of padding, which the block's ``attn_mask`` hides from every token; None without a mask."""
 
 
 class BlockOutputs(nn.Module):
@@ -40,7 +42,7 @@ class BlockOutputs(nn.Module):
         self.model, self.paths = model, list(paths)
         self.keepers = [_Keeper() for _ in self.paths]
         self._handles = [
-            model.get_submodule(path).register_forward_hook(keeper)
+            model.get_submodule(path).register_forward_hook(keeper, with_kwargs=True)
             for path, keeper in zip(self.paths, self.keepers, strict=True)
         ]
 
@@ -72,7 +74,7 @@ class BlockOutputs(nn.Module):
 
     untap = close
 
-    def _tokens(self, path: str, kept: list[tuple[Any, bool]] | None, images: Tensor) -> BlockTokens:
+    def _tokens(self, path: str, kept: list[_Run] | None, images: Tensor) -> BlockTokens:
         who = f"{path} of {type(self.model).__name__}"
         if not kept:
             raise RuntimeError(f"{who}: its output is compared, but it did not run")
@@ -80,7 +82,7 @@ class BlockOutputs(nn.Module):
             raise RuntimeError(
                 f"{who}: ran {len(kept)} times in one forward; outputs of blocks that share their weights cannot be told apart"
             )
-        tokens, grad = kept[0]
+        tokens, mask, grad = kept[0]
         if not isinstance(tokens, Tensor) or tokens.ndim != 3:
             raise TypeError(f"{who}: expected a block that returns [B, N, D], got {_shape(tokens)}")
         if grad != torch.is_grad_enabled():
@@ -89,17 +91,25 @@ class BlockOutputs(nn.Module):
                 "this: use use_reentrant=False (timm.layers.set_reentrant_ckpt(False))"
             )
         layout = block_layout(self.model, input_images((images,), {}), tokens.shape[0], tokens.shape[1])
-        return BlockTokens(tokens, layout.num_prefix_tokens, layout.has_cls, layout.grid)
+        return BlockTokens(tokens, *layout, padding(mask, tokens.shape[1]))
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         raise NotImplementedError(f"{type(self).__name__}: {NO_DATA_PARALLEL}")
+
+
+class _Run(NamedTuple):
+    """What a hook sees of one run of its block."""
+
+    output: Any
+    mask: Tensor | None
+    grad: bool
 
 
 class _Kept(threading.local):
     """What a hook keeps in this thread: another thread may run the same model at the same time."""
 
     def __init__(self) -> None:
-        self.runs: list[tuple[Any, bool]] | None = None
+        self.runs: list[_Run] | None = None
 
 
 class _Keeper:
@@ -111,9 +121,9 @@ class _Keeper:
     def __init__(self) -> None:
         self.kept = _Kept()
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if self.kept.runs is not None:
-            self.kept.runs.append((output, torch.is_grad_enabled()))
+            self.kept.runs.append(_Run(output, kwargs.get("attn_mask"), torch.is_grad_enabled()))
 
     def __reduce__(self) -> tuple:
         return type(self), ()

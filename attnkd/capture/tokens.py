@@ -6,7 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+from attnkd.attention.problem import HIDDEN_BELOW
 
 Grid = tuple[int, int]
 
@@ -109,6 +112,28 @@ def patch_grid(model: nn.Module, size: Sequence[int], num_patches: int) -> Grid:
             f"{size[0]}x{size[1]}, its attention has {num_patches}; {NO_GRID}"
         )
     return height, width
+
+
+def padding(mask: Tensor | None, count: int) -> Tensor | None:
+    """[B or 1, N] boolean: tokens of padding, which an attention's mask hides as keys from every row of every head.
+
+    None where the mask cannot hide any, or rows and keys are not the same ``count`` tokens.
+
+    Args:
+        mask: broadcasts to [B, H, N, N], boolean (True = visible) or additive.
+        count: N.
+    """
+    if (
+        mask is None
+        or mask.ndim < 2
+        or mask.shape[-1] != count
+        or mask.shape[-1] == 1
+        or mask.shape[-2] not in (1, count)
+    ):
+        return None
+    hidden = ~mask if mask.dtype == torch.bool else mask.detach() <= HIDDEN_BELOW
+    hidden = hidden[(None,) * (4 - hidden.ndim)]
+    return hidden.flatten(1, 2).all(1)
 
 
 def filled_in(tokens: Any, layout: TokenLayout) -> Any:

@@ -44,15 +44,19 @@ class Terminated(KeyboardInterrupt):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `attnkd <command>`.
 
+    Args:
+        argv: the command and its options; None: those of this process, which is then the command's alone.
+
     Returns:
         The exit status: 0 done; 1 could not finish (or a check failed); 2 a request that cannot be honoured; 130 after
         Ctrl-C, 143 after SIGTERM, 141 when the reader of the output has gone.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
     name, args = "", argparse.Namespace()
     try:
         with _terminable():
-            args = _parse(argv)
+            args = _parse(given)
+            args.argv, args.whole_process = given, argv is None
             name = args.command
             status = importlib.import_module(COMMANDS[name][0]).run(args)
             sys.stdout.flush()

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import os
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         files.check_writable("json", args.json)
     interpreted = args.impl == "triton" and device.type != "cuda"
     if interpreted and not dispatch.interpreting():
-        return _again_in_the_interpreter()
+        return _again_in_the_interpreter(args)
     print("  ".join(f"{name} {version}" for name, version in versions().items()))
     for row in devices():
         if device.type in row["device"]:
@@ -304,15 +305,18 @@ def _command(args: argparse.Namespace, case: Case | MethodCase) -> str:
     return f"attnkd validate --impl {args.impl}{device} --case {case}"
 
 
-def _again_in_the_interpreter() -> int:
+def _again_in_the_interpreter(args: argparse.Namespace) -> int:
     """Triton's interpreter must be chosen before the kernels are imported, so start over with it."""
     if not dispatch.TRITON_INSTALLED:
         raise ModuleNotFoundError(
             "triton is not installed; `--impl chunked` validates the plain PyTorch implementation"
         )
-    os.environ |= {"TRITON_INTERPRET": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    command = [sys.executable, "-m", "attnkd", *args.argv]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "attnkd", *sys.argv[1:]])
+    if args.whole_process:
+        os.execve(sys.executable, command, environment)
+    return subprocess.run(command, env=environment).returncode  # called by a Python program, which goes on
 
 
 def _write_json(path: str, outcomes: list[Outcome], device: torch.device) -> None:

@@ -163,7 +163,7 @@ class AttentionProbe(DistillTask):
         return {"loss": loss, **result, "output": output}
 
     def relation_loss(self, student: BlockTokens, teacher: BlockTokens) -> Tensor:
-        """R of one pair of blocks, a scalar; see :func:`attnkd.relation.api.relation_row_loss`.
+        """R of one pair of blocks, a scalar; see :func:`attnkd.relation.api.relation_row_loss`. Patches of padding do not count.
 
         Raises:
             ValueError: a block in which there is no class token yet, or other patches.
@@ -177,14 +177,19 @@ class AttentionProbe(DistillTask):
         prefixes = [
             filled_in(b, layout).num_prefix_tokens for b, layout in zip((student, teacher), self.layouts, strict=True)
         ]
-        return relation_row_loss(
-            student.tokens,
-            teacher.tokens,
-            student_prefix_tokens=prefixes[0],
-            teacher_prefix_tokens=prefixes[1],
-            normalize_dim=self.normalize_dim,
-            impl=self.impl,
-        )
+        options: dict[str, Any] = {
+            "student_prefix_tokens": prefixes[0],
+            "teacher_prefix_tokens": prefixes[1],
+            "normalize_dim": self.normalize_dim,
+            "impl": self.impl,
+        }
+        if student.padded is None:
+            return relation_row_loss(student.tokens, teacher.tokens, **options)
+        # A token of zeros has similarity 0 in both models; it leaves the sum, and the rest is divided by its own number.
+        padded = student.padded[:, prefixes[0] :]
+        tokens = [_zeroed(b.tokens, padded) for b in (student, teacher)]
+        losses = relation_row_loss(*tokens, reduction="none", **options)
+        return (losses * (padded.shape[1] / (~padded).sum(1))).mean()
 
     def optimizers(
         self, lr: float = 7.5e-4, weight_decay: float = 0.025, noise_lr: float = 1e-3
@@ -225,3 +230,9 @@ def kd_loss(output: Tensor, target_output: Tensor, temperature: float) -> Tensor
     """T²·KL(softmax(target / T) ‖ softmax(output / T)) of scores [B, K], averaged over the batch (Hinton et al., 2015)."""
     log_p, log_t = ((x.float() / temperature).log_softmax(1) for x in (output, target_output))
     return temperature**2 * F.kl_div(log_p, log_t, reduction="batchmean", log_target=True)
+
+
+def _zeroed(tokens: Tensor, padded: Tensor) -> Tensor:
+    """Tokens [B, N, D] whose last P are patches, those of padding [B or 1, P] replaced by zeros."""
+    prefix = tokens.shape[1] - padded.shape[1]
+    return tokens.masked_fill(F.pad(padded, (prefix, 0)).unsqueeze(-1), 0.0)

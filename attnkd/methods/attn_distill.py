@@ -23,7 +23,7 @@ from attnkd.attention.resample import MODES, resample_attention
 from attnkd.capture.blocks import Blocks, pair_blocks
 from attnkd.capture.models import check_final_norm, resolve_model
 from attnkd.capture.tap import AttentionTap
-from attnkd.capture.tokens import filled_in, patch_grid, token_layout
+from attnkd.capture.tokens import filled_in, padding, patch_grid, token_layout
 from attnkd.methods.alignment import make_projector, resize_tokens
 from attnkd.methods.schedule import Schedule
 from attnkd.methods.student_teacher import FeatureTeacher, TappedStudent
@@ -189,7 +189,8 @@ class AttnDistill(DistillTask):
         if weights["pa_loss"]:
             result["pa_loss"] = F.mse_loss(features[:, 0].float(), target_features[:, 0].float())
         if patches:
-            result["patch_loss"] = self.patch_loss(features[:, 1:], target_features[:, 1:], size)
+            padded = self.padded_patches(student_calls[0])
+            result["patch_loss"] = self.patch_loss(features[:, 1:], target_features[:, 1:], size, padded)
         if weights["attn_loss"]:
             losses = [self.attention_loss(student_calls[s], teacher_calls[t], size) for s, t in self.pairs]
             result["attn_loss"] = torch.stack(losses).mean()
@@ -205,7 +206,13 @@ class AttnDistill(DistillTask):
             result["features"] = features[:, 0]
         return {"loss": loss, **result}
 
-    def patch_loss(self, features: Tensor, target: Tensor, size: Sequence[int]) -> Tensor:
+    def padded_patches(self, call: AttentionCall) -> Tensor | None:
+        """[B or 1, Ns] boolean: patches of padding, which the mask of a student's attention hides from every token."""
+        rows = filled_in(call, self.student_layout)
+        padded = padding(rows.mask, rows.key.shape[2])
+        return None if padded is None else padded[:, rows.num_prefix_tokens :]
+
+    def patch_loss(self, features: Tensor, target: Tensor, size: Sequence[int], padded: Tensor | None = None) -> Tensor:
         """PT: the mean squared error of patch tokens, over images, patches and features; in float32.
 
         A teacher with another patch grid has its tokens resized to the student's grid first, as an image of features.
@@ -214,10 +221,16 @@ class AttnDistill(DistillTask):
             features: [B, Ns, Dt], the student's, projected.
             target: [B, Nt, Dt], the teacher's.
             size: (height, width) of the images in pixels.
+            padded: [B or 1, Ns] boolean, patches that do not count.
         """
         grid = patch_grid(self.student, size, features.shape[1])
         teacher_grid = patch_grid(self.teacher.tap.model, size, target.shape[1])
-        return F.mse_loss(features.float(), resize_tokens(target.float(), teacher_grid, grid, self.resample_mode))
+        target = resize_tokens(target.float(), teacher_grid, grid, self.resample_mode)
+        if padded is None:
+            return F.mse_loss(features.float(), target)
+        patches = F.mse_loss(features.float(), target, reduction="none").mean(-1)
+        counts = (~padded).expand(patches.shape)
+        return torch.where(counts, patches, 0.0).sum() / counts.sum()
 
     def attention_loss(self, student: AttentionCall, teacher: AttentionCall, size: Sequence[int]) -> Tensor:
         """AG of one pair of attentions: Σ_heads KL(teacher ‖ student) of the class-token row ÷ B.

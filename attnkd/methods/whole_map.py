@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from attnkd.attention.api import attention_divergence
 from attnkd.attention.call import AttentionCall, Heads, shared_tokens, take_heads
-from attnkd.attention.problem import HIDDEN_BELOW
 from attnkd.capture.blocks import plain_class
-from attnkd.capture.tokens import TokenLayout, check_same_grid, filled_in
+from attnkd.capture.tokens import TokenLayout, check_same_grid, filled_in, padding
 
 
 def num_heads(model: nn.Module, path: str) -> int:
@@ -48,7 +46,7 @@ def whole_map_divergence(
 ) -> Tensor:
     """The divergence of whole maps, averaged over images, heads and query rows; a scalar.
 
-    Rows of padding do not count: tokens that the student's mask hides from all rows, see :func:`padding`.
+    Rows of padding do not count: tokens that the student's mask hides from all rows, see :func:`attnkd.capture.tokens.padding`.
 
     Args:
         student, teacher: as an :class:`attnkd.AttentionTap` returns them.
@@ -73,7 +71,7 @@ def whole_map_divergence(
             f"teacher's {t.query.shape[2]} x {t.key.shape[2]} (class token and patches); use models with the same patch "
             "grid, or a method that compares class-token rows (AttnDistill), which can be resized"
         )
-    padded = padding(s)
+    padded = padding(s.mask, s.key.shape[2]) if s.query.shape[2] == s.key.shape[2] else None
     reduction, row_weight = "mean", None if padded is None else (~padded).float()[:, None]
     if sample_weight is not None:
         heads = s.query.shape[1] if merge is None else 1
@@ -81,16 +79,3 @@ def whole_map_divergence(
         row_weight = (sample_weight / counted)[:, None, None] * (1 if row_weight is None else row_weight)
         reduction = "batchmean"
     return attention_divergence(s, t, merge=merge, row_weight=row_weight, reduction=reduction, **options)
-
-
-def padding(call: AttentionCall) -> Tensor | None:
-    """[B or 1, N] boolean: tokens of padding, which the mask hides as keys from every row of every head.
-
-    None where no mask could hide any, or where rows and keys are not the same tokens.
-    """
-    mask = call.mask
-    if mask is None or mask.ndim < 2 or mask.shape[-1] == 1 or call.query.shape[2] != call.key.shape[2]:
-        return None
-    hidden = ~mask if mask.dtype == torch.bool else mask.detach() <= HIDDEN_BELOW
-    hidden = hidden[(None,) * (4 - hidden.ndim)]
-    return hidden.flatten(1, 2).all(1)

@@ -24,8 +24,8 @@ def exists(case: Case, impl: str) -> bool:
     """Whether the operation is defined for the case and covered by the implementation."""
     if impl == "triton" and (case.operation in ("merge", "resample") or "fp64" in (case.dtype, case.teacher_dtype)):
         return False
-    if case.poison != "none" and (not _has(case, case.poison) or 0.0 in (case.scale, case.teacher_scale)):
-        return False  # a matrix product scaled by 0 need not look at its operands
+    if case.poison != "none" and not _has(case, case.poison):
+        return False
     if case.operation == "resample":  # on the same grid rows come back as they are, in their own dtype
         return case.grid != case.to or case.dtype in ("fp32", "fp64")
     if case.operation == "merge":
@@ -52,8 +52,6 @@ def _has(case: Case, argument: str) -> bool:
         return argument.endswith("features")
     if case.operation not in ("row", "map", "rows"):
         return False
-    if case.operation == "rows" and case.mask != "none":
-        return False  # whether a hidden key of a row that is NaN is 0 or NaN is not specified
     return {
         "student_query": True,
         "student_key": True,

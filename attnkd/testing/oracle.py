@@ -274,11 +274,11 @@ def _scores_to_compare(
 
 
 def _sum_of_heads(x: Tensor) -> Tensor:
-    """Σ_h x^h [B, 1, M, N]; a key that one head hides is −inf."""
+    """Σ_h x^h [B, 1, M, N]; a key that one head hides is −inf, even if another head is NaN there."""
     total = x[:, :1]
     for head in range(1, x.shape[1]):
         total = total + x[:, head : head + 1]
-    return total
+    return torch.where((x == NOTHING).any(1, keepdim=True), NOTHING, total)
 
 
 def _log_mean(log_p: Tensor) -> Tensor:

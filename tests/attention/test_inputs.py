@@ -47,6 +47,15 @@ def losses(arguments, **options):
     return found[0]
 
 
+def probabilities(arguments):
+    """The student's attention rows, on every implementation; all the same."""
+    given = {name.removeprefix("student_"): x for name, x in arguments.items() if not name.startswith("teacher")}
+    found = [attention_rows(**given, impl=impl) for impl in IMPLS]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], equal_nan=True)
+    return found[0]
+
+
 @pytest.mark.parametrize("M", ROWS)
 def test_rows_of_weight_0_leave_the_loss_whatever_they_are(device, M):
     visible = torch.ones(B, 1, M, N, dtype=torch.bool, device=device)
@@ -112,6 +121,50 @@ def test_nan_is_never_a_hidden_key(device, M, merge):
             hit = rows[image, 0] if name == "teacher_key" else rows[image, 0, 1]
             assert (hit.isfinite() if name is None else hit.isnan()).all(), (name, divergence)
         assert rows[-1].isfinite().all()
+
+
+@pytest.mark.parametrize("M", ROWS)
+@pytest.mark.parametrize("merge", (None, "logsum", "mean"))
+def test_a_hidden_key_is_never_seen(device, M, merge):
+    """Whatever it is: the loss and the rows are those of any other key there. Boolean and additive masks."""
+    visible = torch.rand(B, 1, 1, N, device=device) > 0.3
+    visible[..., 0], visible[..., 5] = True, False
+    for mask in (visible, torch.zeros(visible.shape, device=device).masked_fill(~visible, -torch.inf)):
+        if mask.dtype != torch.bool and M > 16:
+            continue  # the whole-map kernels add the mask: −inf and NaN make NaN
+        arguments = call(device, M, student_mask=mask, teacher_mask=mask, merge=merge)
+        hit = {name: x.clone() for name, x in arguments.items() if name.endswith("key")}
+        for x in hit.values():
+            x[0, :, 5], x[1, :, 5] = torch.nan, torch.inf
+        torch.testing.assert_close(losses(arguments | hit), losses(arguments))
+        if M < 16:
+            rows = probabilities(arguments | hit)
+            torch.testing.assert_close(rows, probabilities(arguments))
+            assert not rows.masked_select(~visible).any()
+
+
+@pytest.mark.parametrize("merge", MERGES)
+def test_the_keys_that_a_row_of_nan_does_not_see_have_probability_0(device, merge):
+    """One head hides a key, the other is NaN: after logsum and min nothing sees it, after mean and max the other one does."""
+    mask = torch.zeros(H, 1, N, device=device)
+    mask[:, :, 3], mask[0, :, 7] = -torch.inf, -torch.inf
+    arguments = call(device, 3, student_mask=mask, merge=merge)
+    arguments["student_query"][:, 1, 1] = torch.nan
+    rows = probabilities(arguments)
+    assert rows[:, :, [0, 2]].isfinite().all() and rows[:, -1, 1].isnan().sum() == B * (
+        N - 1 - (merge in ("logsum", "min"))
+    )
+    assert not rows[..., 3].any()
+
+
+def test_a_scale_of_0_looks_at_queries_and_keys(device):
+    """0 · NaN is NaN."""
+    for M in ROWS:
+        arguments = call(device, M, student_scale=0.0, teacher_scale=0.0)
+        arguments["student_query"][0, 0, 1] = arguments["teacher_key"][0, 1, 1] = torch.nan
+        rows = losses(arguments, divergence="cross_entropy", reduction="none")
+        assert rows[0, 0, 1].isnan() and rows[0, 1].isnan().all() and rows[0].isnan().sum() == M + 1
+        torch.testing.assert_close(rows[1], torch.full_like(rows[1], math.log(N)))
 
 
 @pytest.mark.parametrize("M", ROWS)

@@ -155,3 +155,21 @@ def test_without_a_gpu_it_starts_over_in_the_interpreter():
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "No GPU" in result.stdout and "0 failed" in result.stdout
+
+
+@pytest.mark.skipif(HAS_GPU, reason="with a GPU there is nothing to start over")
+def test_a_python_program_that_calls_it_goes_on():
+    """It has options of its own, and the interpreter is none of its business."""
+    import os
+
+    program = (
+        "import os, sys; from attnkd.commands.cli import main\n"
+        "status = main(['validate', '--case', 'M=2,N=13'])\n"
+        "print('went on', status, os.environ.get('TRITON_INTERPRET'), sys.argv[1:])"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(["kernels", *sys.path])
+    command = [sys.executable, "-c", program, "--epochs", "3"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert "went on 0 None ['--epochs', '3']" in result.stdout, result.stdout + result.stderr
+    assert "1 passed, 0 failed" in result.stdout

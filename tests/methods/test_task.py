@@ -6,7 +6,9 @@ import math
 import pytest
 import timm
 import torch
+from timm.models import VisionTransformer
 from torch import nn
+from torch.nn import functional as F
 
 from attnkd.attention.call import AttentionCall
 from attnkd.capture.tokens import TokenLayout
@@ -235,6 +237,49 @@ def test_rows_of_padding_leave_the_mean(kind, weighted):
         expected.append(rows.sum() * (1 if sample is None else sample[image]))
     torch.testing.assert_close(loss(0.0), sum(expected) / 30)
     torch.testing.assert_close(loss(7.0), sum(expected) / 30)
+
+
+class Padding(VisionTransformer):
+    """Patches of zeros are padding: no token looks at them."""
+
+    def forward_features(self, x, **_):
+        valid = F.max_pool2d(x.abs().amax(1, keepdim=True), 4).flatten(1) > 0
+        return super().forward_features(x, attn_mask=F.pad(valid, (1, 0), value=True)[:, None, None])
+
+
+@pytest.mark.parametrize("method", ["HeadKD", "SSTA", "AttentionProbe", "per channel", "AttnDistill"])
+def test_padded_patches_count_in_no_method(method):
+    """An image of 2x4 patches that is padded to 4x4 has the losses that it has without padding."""
+
+    def model(seed, height):
+        torch.manual_seed(seed)
+        padded = Padding(img_size=16, patch_size=4, embed_dim=12, depth=2, num_heads=2, num_classes=5)
+        if height == 16:
+            return padded
+        plain = VisionTransformer(img_size=(8, 16), patch_size=4, embed_dim=12, depth=2, num_heads=2, num_classes=5)
+        state = padded.state_dict()
+        plain.load_state_dict(state | {"pos_embed": state["pos_embed"][:, :9]})
+        return plain
+
+    def losses(height, images):
+        student, teacher = model(1, height), model(2, height)
+        torch.manual_seed(3)  # of the projector
+        if method == "HeadKD":
+            task = HeadKD(student, teacher, wrong_teacher_weight=0.5, verbose=False)
+        elif method == "SSTA":
+            heads = {"teacher_heads": [1, 0], "assistant_heads": "average", "stop_epoch": None}
+            task = SSTA(student, teacher, model(4, height), blocks=[0, 1], verbose=False, **heads)
+        elif method == "AttnDistill":
+            task = AttnDistill(student, teacher, patch_weight=1.0, verbose=False)
+        else:
+            dim = -2 if method == "per channel" else -1
+            task = AttentionProbe(student, teacher, 0.9, blocks=[0, 1], normalize_dim=dim, verbose=False)
+        result = task(images, torch.tensor([1, 2]))
+        return {name: value for name, value in result.items() if name.endswith("loss")}
+
+    images = torch.randn(2, 3, 16, 16)
+    images[:, :, 8:] = 0.0
+    torch.testing.assert_close(losses(16, images), losses(8, images[:, :, :8]))
 
 
 def test_a_failed_construction_leaves_the_models_alone():

@@ -39,6 +39,13 @@ def side_by_side(x: Tensor) -> bool:
     return x.shape[1] == 1 or x.stride(1) == x.shape[3] * x.stride(3)
 
 
+def add_product_(out: Tensor, a: Tensor, b: Tensor, keep: float, scale: float) -> None:
+    """out [P, m, n] ← keep · out + scale · a [P, m, k] · b [P, k, n]."""
+    if scale == 0:  # baddbmm would not look at a and b, and 0 · NaN is NaN
+        a, scale = a * scale, 1.0
+    torch.baddbmm(out, a, b, beta=keep, alpha=scale, out=out)
+
+
 class Operands:
     """Queries [b, h, M, D] and keys [b, h, N, D] as operands of batched matmuls, without a copy.
 
@@ -73,7 +80,7 @@ class Operands:
         """z [P, r, N] ← keep · z + scale · q·k (summed over heads if wide)."""
         for i, (query, key) in enumerate(zip(self.query, self.key, strict=True)):
             out = self.part(z, i)
-            torch.baddbmm(out, query[:, at], key.mT, beta=1.0 if self.wide and i else keep, alpha=scale, out=out)
+            add_product_(out, query[:, at], key.mT, 1.0 if self.wide and i else keep, scale)
 
 
 def logits_shape(operands: Operands, at: slice) -> tuple[int, int, int]:
@@ -96,8 +103,10 @@ def fill_logits_(
     by_head.copy_(mask[:, :1] if operands.wide else mask)
     for head in range(1, operands.heads if operands.wide else 1):
         by_head.add_(mask[:, head : head + 1] if mask.shape[1] > 1 else mask)
-    z.masked_fill_(z <= HIDDEN_BELOW, -math.inf)
     operands.product_(z, at, scale / temperature, keep=1.0 / temperature)
+    hidden = mask <= HIDDEN_BELOW
+    # After the product, which makes NaN of −inf where a hidden key is itself infinite or NaN.
+    by_head.masked_fill_(hidden.any(1, keepdim=True) if operands.wide else hidden, -math.inf)
 
 
 class Gradients:
@@ -151,10 +160,10 @@ class GroupGradients:
             part = operands.part(ds, i)
             if self.query is not None:
                 dq = self.query[i][:, at]
-                torch.baddbmm(dq, part, key, beta=0.0, alpha=self.scale, out=dq)
+                add_product_(dq, part, key, 0.0, self.scale)
             if self.key is not None:
                 dk = self.key[i]
-                torch.baddbmm(dk, part.mT, query[:, at], beta=1.0 if at.start else 0.0, alpha=self.scale, out=dk)
+                add_product_(dk, part.mT, query[:, at], 1.0 if at.start else 0.0, self.scale)
         if self.mask is not None:
             into = self.mask[:, :, at] if self.mask.shape[2] > 1 else self.mask
             by_head = ds.unflatten(0, (operands.batch, -1)).expand(-1, operands.heads, -1, -1)
