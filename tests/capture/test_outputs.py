@@ -33,7 +33,7 @@ def test_class_tokens_that_come_late():
     """ConViT adds its class token after ten blocks: what is before it is a patch, though model.cls_token exists."""
     model = timm.create_model("convit_tiny", img_size=32, patch_size=8, num_classes=4).eval()
     _, (early, late) = BlockOutputs(model, ["blocks.3", "blocks.11"])(torch.randn(2, 3, 32, 32))
-    assert early[1:] == (0, False, (4, 4)) and late[1:] == (1, True, (4, 4))
+    assert early[1:] == (0, False, (4, 4), None) and late[1:] == (1, True, (4, 4), None)
 
 
 def test_a_block_that_runs_twice_is_refused():
