@@ -1,7 +1,8 @@
 """The language that the kernels share: what they are given, the constants, the masks, and the parts of a query row.
 
 A kernel is given one :class:`Side` per model (its tensors, strides and factors: known at run time) and one :class:`HeadSpec`
-(what the code depends on: known when it is compiled). ``launch.py`` makes both from tensors.
+(what the code depends on: known when it is compiled). ``launch.py`` makes both from tensors. Sides and operands stand behind
+the numbers in a kernel's list of parameters: the compiler orders the factors of a product by it, and with that its registers.
 
 Logits are kept in units of log 2, so that an exponential is a single ``exp2``. A hidden key holds ``HIDDEN``, a finite
 stand-in for −inf, so that differences of two such logits are numbers.
@@ -95,14 +96,14 @@ def row_is_dead(top_s, sum_s, top_t, sum_t):
 
 @triton.jit
 def at_head(operand, b, h):
-    """The operand moved to image b and head h (int64)."""
+    """The operand moved to image b and head h (int64); a wide head starts at head 0."""
     pointer = operand.pointer + b * operand.batch + h * operand.head
     return Operand(pointer, operand.batch, operand.head, operand.row, operand.column)
 
 
 @triton.jit
 def side_at(side, b, h):
-    """The side moved to image b and head h; a wide head starts at head 0."""
+    """The side moved to image b and head h."""
     return Side(
         at_head(side.query, b, h), at_head(side.key, b, h), at_head(side.mask, b, h), side.factor, side.bias
     )  # fmt: skip
@@ -133,45 +134,48 @@ def query_elements(group, m, M, SPEC: tl.constexpr):
 
 
 @triton.jit
-def load_query(query, m, factor, SPEC: tl.constexpr):
-    """[PADDED] fp32: query row m of the head, times ``factor``; 0 in padding. Given rows have no query."""
+def load_query(query, b, h, m, factor, SPEC: tl.constexpr):
+    """[PADDED] fp32: query row m of (wide) head h of image b, times ``factor``; 0 in padding. Given rows have no query."""
     if SPEC.MASK == GIVEN_ROWS:
         q = 0.0
     else:
-        pointers = query.pointer + m * query.row + head_dims(query, SPEC)
-        q = tl.load(pointers, mask=dim_exists(SPEC), other=0.0).to(tl.float32) * factor
+        dims = head_dims(query, SPEC)
+        row = at_head(query, b, h).pointer + m * query.row
+        q = tl.load(row + dims, mask=dim_exists(SPEC), other=0.0).to(tl.float32) * factor
     return q
 
 
 @triton.jit
-def load_keys(key, n, N, SPEC: tl.constexpr):
+def load_keys(key, b, h, n, N, SPEC: tl.constexpr):
     """[BN, PADDED] in the keys' own dtype: keys n of the head; 0 where a key or a dim does not exist. Given rows have no keys."""
     if SPEC.MASK == GIVEN_ROWS:
         k = 0.0
     else:
-        pointers = key.pointer + n.to(tl.int64)[:, None] * key.row + head_dims(key, SPEC)[None, :]
+        exists = (n < N)[:, None]
+        pointers = at_head(key, b, h).pointer + n.to(tl.int64)[:, None] * key.row + head_dims(key, SPEC)[None, :]
         if SPEC.WIDTH == SPEC.PADDED:
-            k = tl.load(pointers, mask=(n < N)[:, None], other=0.0)
+            k = tl.load(pointers, mask=exists, other=0.0)
         else:
-            k = tl.load(pointers, mask=(n < N)[:, None] & dim_exists(SPEC)[None, :], other=0.0)
+            k = tl.load(pointers, mask=exists & dim_exists(SPEC)[None, :], other=0.0)
     return k
 
 
 @triton.jit
-def row_logits(side, q, k, m, n, N, SPEC: tl.constexpr):
-    """[BN]: z = factor · q·k + bias · mask of row m at keys n (q holds the factor); HIDDEN where hidden or no key."""
+def row_logits(mask, bias, q, k, m, n, N, SPEC: tl.constexpr):
+    """[BN]: z = factor · q·k + bias · mask of row m at keys n; HIDDEN where hidden or no key. ``q`` holds the factor, ``mask``
+    is at its head."""
     MASK: tl.constexpr = SPEC.MASK
-    at = side.mask.pointer + m * side.mask.row + n.to(tl.int64) * side.mask.column
+    if MASK != GIVEN_ROWS:
+        z = tl.sum(k.to(tl.float32) * q[None, :], 1)
+    at = mask.pointer + m * mask.row + n.to(tl.int64) * mask.column
     if MASK == GIVEN_ROWS:
         z = log2_of_probs(tl.load(at, mask=n < N, other=0.0).to(tl.float32))
-    else:
-        z = tl.sum(k.to(tl.float32) * q[None, :], 1)
-        if MASK == FLOAT_MASK or MASK == FLOAT_ROW:
-            added = tl.load(at, mask=n < N, other=0.0).to(tl.float32)
-            z = tl.where(added <= HIDDEN, HIDDEN, z + added * side.bias)  # NaN must not pass for hidden
-        elif MASK != NO_MASK:
-            visible = tl.load(at, mask=n < N, other=0)
-            z = tl.where(visible != 0, z, HIDDEN)
+    elif MASK == FLOAT_MASK or MASK == FLOAT_ROW:
+        added = tl.load(at, mask=n < N, other=0.0).to(tl.float32)
+        z = tl.where(added <= HIDDEN, HIDDEN, z + added * bias)  # NaN must not pass for hidden
+    elif MASK != NO_MASK:
+        visible = tl.load(at, mask=n < N, other=0)
+        z = tl.where(visible != 0, z, HIDDEN)
     return tl.where(n < N, z, HIDDEN)
 
 

@@ -45,8 +45,6 @@ class FeatureSpec:
 
 @triton.jit
 def _relation_row_fwd_kernel(
-    student,  # Operand [B, 1, Ns, Cs]
-    teacher,  # Operand [B, 1, Nt, Ct]
     LOSS,  # [B, blocks]: partial sums
     B0,  # [B, blocks]: partial sums; None without a gradient
     COEF,  # [B, 2, P]: a, b; None without a gradient
@@ -54,6 +52,8 @@ def _relation_row_fwd_kernel(
     inverse_p,  # 1/P
     P,
     blocks,
+    student,  # Operand [B, 1, Ns, Cs]
+    teacher,  # Operand [B, 1, Nt, Ct]
     S: tl.constexpr,  # FeatureSpec of the student
     T: tl.constexpr,  # and of the teacher
     BN: tl.constexpr,
@@ -76,16 +76,16 @@ def _relation_row_fwd_kernel(
 
 @triton.jit
 def _relation_row_bwd_kernel(
-    G,  # Operand [B, 1, 1, 1]: upstream gradient
     COEF,  # [B, 2, P]: a, b
     B0,  # [B, blocks]
-    features,  # Operand [B, 1, N, C]
-    DF,  # Operand [B, 1, N, C]
     ACC,  # [B, S, C]: Σ_j a_j F_j over a split's patches; None with one split
     P,
     blocks,
     splits,
     tiles_per_split,
+    G,  # Operand [B, 1, 1, 1]: upstream gradient
+    features,  # Operand [B, 1, N, C]
+    DF,  # Operand [B, 1, N, C]
     SPEC: tl.constexpr,  # FeatureSpec
     BLOCKS: tl.constexpr,  # blocks, padded
     BN: tl.constexpr,
@@ -131,13 +131,13 @@ def _relation_row_bwd_kernel(
 
 @triton.jit
 def _relation_row_cls_kernel(
-    G,  # Operand [B, 1, 1, 1]
     ACC,  # [B, S, C]
     B0,  # [B, blocks]
-    features,  # Operand [B, 1, N, C]
-    DF,  # Operand [B, 1, N, C]
     blocks,
     splits,
+    G,  # Operand [B, 1, 1, 1]
+    features,  # Operand [B, 1, N, C]
+    DF,  # Operand [B, 1, N, C]
     SPEC: tl.constexpr,  # FeatureSpec
     BLOCKS: tl.constexpr,
 ):
@@ -257,7 +257,7 @@ def relation_row_fwd(
         kept = (b_0, coef) if need_grad else (None, None)
         with launch.on_device(student):
             _relation_row_fwd_kernel[(B * blocks,)](
-                _operand(student), _operand(teacher), loss, *kept, eps * eps, 1.0 / P, P, blocks,
+                loss, *kept, eps * eps, 1.0 / P, P, blocks, _operand(student), _operand(teacher),
                 S=_spec(student_prefix, C_S), T=_spec(teacher_prefix, C_T), BN=BN, num_warps=8, **launch.OPTIONS,
             )  # fmt: skip
     return loss.sum(1) if blocks > 1 else loss.view(B), coef, b_0
@@ -280,10 +280,10 @@ def relation_row_bwd(grad: Tensor, coef: Tensor, b_0: Tensor, student: Tensor, s
     constants = {"SPEC": SPEC, "BLOCKS": launch.padded(blocks), "num_warps": _warps(student), **launch.OPTIONS}
     with launch.on_device(student):
         _relation_row_bwd_kernel[(B * splits * chunks,)](
-            upstream, coef, b_0, _operand(student), _operand(df), acc, P, blocks, splits, tiles, BN=BN, **constants
+            coef, b_0, acc, P, blocks, splits, tiles, upstream, _operand(student), _operand(df), BN=BN, **constants
         )
         if acc is not None:
             _relation_row_cls_kernel[(B, chunks)](
-                upstream, acc, b_0, _operand(student), _operand(df), blocks, splits, **constants
+                acc, b_0, blocks, splits, upstream, _operand(student), _operand(df), **constants
             )
     return df

@@ -24,18 +24,18 @@ WARPS = 4
 
 @triton.jit
 def _row_kl_bwd_kernel(
-    G,  # Operand [B, Ho, M, 1]: upstream gradient
     COEF,  # [B, Ho, M, N]
     UNIT_DQ,  # [B, H, M, D]
-    Q,  # Operand [B, H, M, D]
     DQ,  # [B, H, M, D], contiguous; None where not needed
-    DK,  # Operand [B, H, N, D]; None where not needed
     DMASK,  # [B, Ho, M, N]; None where not needed
     dk_mul,  # scale/T
     mask_mul,  # 1/T
     N,
     M,
     HO,
+    G,  # Operand [B, Ho, M, 1]: upstream gradient
+    Q,  # Operand [B, H, M, D]
+    DK,  # Operand [B, H, N, D]; None where not needed
     SPEC: tl.constexpr,  # HeadSpec of the student
     BN: tl.constexpr,
 ):
@@ -44,7 +44,6 @@ def _row_kl_bwd_kernel(
     h = group % HO
     b = group // HO
     g_rows = at_head(G, b, h)
-    q_rows = at_head(Q, b, h)
     n = block * BN + tl.arange(0, BN)
     dk = tl.zeros([BN, SPEC.PADDED], tl.float32)
     for m in range(M):
@@ -54,7 +53,7 @@ def _row_kl_bwd_kernel(
         if DMASK is not None:
             tl.store(DMASK + at, gc * mask_mul, mask=n < N)
         if DK is not None:
-            q = load_query(q_rows, m, dk_mul, SPEC)
+            q = load_query(Q, b, h, m, dk_mul, SPEC)
             dk += gc[:, None] * q[None, :]
         if DQ is not None:
             if block == 0:
@@ -101,9 +100,9 @@ def row_kl_bwd(
     BN = max(TILE // SPEC.PADDED.value, 1) if need_dk else 256
     with launch.on_device(student_query):
         _row_kl_bwd_kernel[(B * HO, triton.cdiv(N, BN))](
-            launch.operand(grad.unsqueeze(-1)), coef, unit_dq, launch.operand(student_query),
-            dq if need_dq else None, launch.operand(dk) if need_dk else None, dmask if need_dmask else None,
+            coef, unit_dq, dq if need_dq else None, dmask if need_dmask else None,
             student_scale / temperature, 1.0 / temperature, N, M, HO,
+            launch.operand(grad.unsqueeze(-1)), launch.operand(student_query), launch.operand(dk) if need_dk else None,
             SPEC=SPEC, BN=BN, num_warps=WARPS, **launch.OPTIONS,
         )  # fmt: skip
     return dq, dk, dmask

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from attnkd_kernels import launch
 from attnkd_kernels.divergences import row_divergence
-from attnkd_kernels.language import dim_exists, load_keys, load_query, query_elements, row_logits, side_at
+from attnkd_kernels.language import at_head, dim_exists, load_keys, load_query, query_elements, row_logits
 from attnkd_kernels.row.kl_split import row_kl_split
 
 ONE_SWEEP = ("forward_kl", "cross_entropy")
@@ -34,8 +34,6 @@ WHOLE_TILE = 16384  # elements of a K tile up to which a row is handled whole
 
 @triton.jit
 def _row_kl_fwd_kernel(
-    student,  # Side: query [B, H, M, D], key [B, H, N, D], mask [B, Ho, M, N]
-    teacher,  # Side: query [B, Ht, M, Dt], key [B, Ht, N, Dt], mask or given rows [B, Ho, M, N]
     LOSS,  # [B, Ho, M]
     COEF,  # [B, Ho, M, N]: c; None without a gradient
     UNIT_DQ,  # [B, H, M, D]; None without a gradient
@@ -43,6 +41,8 @@ def _row_kl_fwd_kernel(
     N,
     M,
     HO,
+    student,  # Side: query [B, H, M, D], key [B, H, N, D], mask [B, Ho, M, N]
+    teacher,  # Side: query [B, Ht, M, Dt], key [B, Ht, N, Dt], mask or given rows [B, Ho, M, N]
     S: tl.constexpr,  # HeadSpec of the student
     T: tl.constexpr,  # and of the teacher
     DIVERGENCE: tl.constexpr,
@@ -52,21 +52,22 @@ def _row_kl_fwd_kernel(
     m = row % M
     h = (row // M) % HO
     b = row // M // HO
-    student = side_at(student, b, h)
-    teacher = side_at(teacher, b, h)
-    q_s = load_query(student.query, m, student.factor, S)
-    q_t = load_query(teacher.query, m, teacher.factor, T)
+    # The order of the loads and addresses saves registers.
+    q_s = load_query(student.query, b, h, m, student.factor, S)
+    mask_s = at_head(student.mask, b, h)
+    mask_t = at_head(teacher.mask, b, h)
+    q_t = load_query(teacher.query, b, h, m, teacher.factor, T)
     n = tl.arange(0, BN)
-    k_s = load_keys(student.key, n, N, S)
-    k_t = load_keys(teacher.key, n, N, T)  # both tiles are asked for before the first is used
-    t = row_logits(teacher, q_t, k_t, m, n, N, T)
-    s = row_logits(student, q_s, k_s, m, n, N, S)
+    k_s = load_keys(student.key, b, h, n, N, S)
+    k_t = load_keys(teacher.key, b, h, n, N, T)  # both tiles are asked for before the first is used
+    t = row_logits(mask_t, teacher.bias, q_t, k_t, m, n, N, T)
+    s = row_logits(mask_s, student.bias, q_s, k_s, m, n, N, S)
     loss, c = row_divergence(s, t, DIVERGENCE)
     tl.store(LOSS + row, loss)
     if COEF is not None:
         tl.store(COEF + row * N + n, c, mask=n < N)
         unit_dq = tl.sum(k_s.to(tl.float32) * c[:, None], 0) * dq_mul
-        tl.store(UNIT_DQ + query_elements(row // M, m, M, S), unit_dq, mask=dim_exists(S))
+        tl.store(UNIT_DQ + query_elements(b * HO + h, m, M, S), unit_dq, mask=dim_exists(S))
 
 
 def fits_whole(num_keys: int, width_s: int, width_t: int) -> bool:
@@ -123,7 +124,7 @@ def row_kl_fwd(
             return loss, coef, unit_dq
         BN = launch.padded(N)
         _row_kl_fwd_kernel[(loss.numel(),)](
-            student, teacher, loss, c_out, unit_dq_out, dq_mul, N, M, HO,
+            loss, c_out, unit_dq_out, dq_mul, N, M, HO, student, teacher,
             S=S, T=T, DIVERGENCE=divergence, BN=BN, num_warps=_warps(BN * widest), **launch.OPTIONS,
         )  # fmt: skip
     return loss, coef, unit_dq

@@ -29,13 +29,13 @@ from attnkd_kernels.language import (
     HeadSpec,
     Side,
     Stats,
+    at_head,
     dim_exists,
     load_keys,
     load_query,
     query_elements,
     row_is_dead,
     row_logits,
-    side_at,
 )
 
 TILE, WIDE_TILE = 4096, 8192  # elements of a K tile, up to 512 padded dims and beyond
@@ -45,8 +45,6 @@ JOIN_BLOCK = 1024  # keys of a program of the second launch
 
 @triton.jit
 def _row_kl_split_kernel(
-    student,  # Side: query [B, H, M, D], key [B, H, N, D], mask [B, Ho, M, N]
-    teacher,  # Side: query [B, Ht, M, Dt], key [B, Ht, N, Dt], mask or given rows [B, Ho, M, N]
     LOGITS_S,  # [B, Ho, M, N], log 2 units; this and LOGITS_T, ACC are None without a gradient
     LOGITS_T,  # [B, Ho, M, N]
     STATS,  # [B, Ho, M, S, 5]: the Stats of a range
@@ -56,6 +54,8 @@ def _row_kl_split_kernel(
     HO,
     splits,
     tiles_per_split,
+    student,  # Side: query [B, H, M, D], key [B, H, N, D], mask [B, Ho, M, N]
+    teacher,  # Side: query [B, Ht, M, Dt], key [B, Ht, N, Dt], mask or given rows [B, Ho, M, N]
     S: tl.constexpr,  # HeadSpec of the student
     T: tl.constexpr,  # and of the teacher
     DIVERGENCE: tl.constexpr,
@@ -66,10 +66,10 @@ def _row_kl_split_kernel(
     m = row % M
     h = (row // M) % HO
     b = row // M // HO
-    student = side_at(student, b, h)
-    teacher = side_at(teacher, b, h)
-    q_s = load_query(student.query, m, student.factor, S)
-    q_t = load_query(teacher.query, m, teacher.factor, T)
+    q_s = load_query(student.query, b, h, m, student.factor, S)
+    q_t = load_query(teacher.query, b, h, m, teacher.factor, T)
+    mask_s = at_head(student.mask, b, h)
+    mask_t = at_head(teacher.mask, b, h)
     stats = no_keys(BN)
     delta = tl.zeros([BN, S.PADDED], tl.float32)
     acc_t = tl.zeros([BN, S.PADDED], tl.float32)
@@ -77,10 +77,10 @@ def _row_kl_split_kernel(
     last = tl.minimum(first + tiles_per_split * BN, N)
     for start in range(first, last, BN):
         n = start + tl.arange(0, BN)
-        k_t = load_keys(teacher.key, n, N, T)
-        k_s = load_keys(student.key, n, N, S).to(tl.float32)
-        t = row_logits(teacher, q_t, k_t, m, n, N, T)
-        s = row_logits(student, q_s, k_s, m, n, N, S)
+        k_t = load_keys(teacher.key, b, h, n, N, T)
+        k_s = load_keys(student.key, b, h, n, N, S).to(tl.float32)
+        t = row_logits(mask_t, teacher.bias, q_t, k_t, m, n, N, T)
+        s = row_logits(mask_s, student.bias, q_s, k_s, m, n, N, S)
         if ACC is not None:
             tl.store(LOGITS_S + row * N + n, s, mask=n < N)
             tl.store(LOGITS_T + row * N + n, t, mask=n < N)
@@ -193,7 +193,7 @@ def row_kl_split(
     logits_t = None if coef is None else torch.empty_like(coef)
     acc = None if coef is None else loss.new_empty((rows, splits, 2, S.WIDTH.value))
     _row_kl_split_kernel[(rows, splits)](
-        student, teacher, coef, logits_t, stats, acc, num_keys, M, HO, splits, tiles,
+        coef, logits_t, stats, acc, num_keys, M, HO, splits, tiles, student, teacher,
         S=S, T=T, DIVERGENCE=divergence, BN=BN, num_warps=warps, **launch.OPTIONS,
     )  # fmt: skip
     _row_kl_join_kernel[(rows, 1 if coef is None else triton.cdiv(num_keys, JOIN_BLOCK))](

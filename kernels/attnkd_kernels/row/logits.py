@@ -26,7 +26,6 @@ from attnkd_kernels.language import (
     load_query,
     query_elements,
     row_logits,
-    side_at,
 )
 from attnkd_kernels.row.backward import row_kl_bwd
 
@@ -37,45 +36,46 @@ WARPS = 4
 
 @triton.jit
 def _row_logits_fwd_kernel(
-    side,  # Side in nats: query [B, H, M, D], key [B, H, N, D], mask [B, Ho, M, N]
     Z,  # [B, Ho, M, N], nats
     N,
     M,
     HO,
+    side,  # Side in nats: query [B, H, M, D], key [B, H, N, D], mask [B, Ho, M, N]
     SPEC: tl.constexpr,  # HeadSpec of the side
     BN: tl.constexpr,
 ):
     group = tl.program_id(0).to(tl.int64)  # b·Ho + h
-    side = side_at(side, group // HO, group % HO)
+    h = group % HO
+    b = group // HO
     n = tl.program_id(1) * BN + tl.arange(0, BN)
-    k = load_keys(side.key, n, N, SPEC).to(tl.float32)
+    mask = at_head(side.mask, b, h)
+    k = load_keys(side.key, b, h, n, N, SPEC).to(tl.float32)
     for m in range(M):
-        q = load_query(side.query, m, side.factor, SPEC)
-        z = row_logits(side, q, k, m, n, N, SPEC)
+        q = load_query(side.query, b, h, m, side.factor, SPEC)
+        z = row_logits(mask, side.bias, q, k, m, n, N, SPEC)
         tl.store(Z + (group * M + m) * N + n, tl.where(hidden(z), -float("inf"), z), mask=n < N)
 
 
 @triton.jit
 def _row_logits_dq_kernel(
     U,  # [B, Ho, M, N] gradient of the logits, contiguous fp32
-    K,  # Operand [B, H, N, D]
     DQ,  # [B, H, M, D], contiguous
     dq_mul,  # scale/T
     N,
     M,
     HO,
+    K,  # Operand [B, H, N, D]
     SPEC: tl.constexpr,  # HeadSpec of the side
     BN: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # (b·Ho + h)·M + m
     m = row % M
     group = row // M
-    key = at_head(K, group // HO, group % HO)
     acc = tl.zeros([BN, SPEC.PADDED], tl.float32)
     for start in range(0, N, BN):
         n = start + tl.arange(0, BN)
         u = tl.load(U + row * N + n, mask=n < N, other=0.0)
-        acc += load_keys(key, n, N, SPEC).to(tl.float32) * u[:, None]
+        acc += load_keys(K, group // HO, group % HO, n, N, SPEC).to(tl.float32) * u[:, None]
     dq = tl.sum(acc, 0) * dq_mul
     tl.store(DQ + query_elements(group, m, M, SPEC), dq.to(DQ.dtype.element_ty), mask=dim_exists(SPEC))
 
@@ -94,7 +94,7 @@ def row_logits_fwd(
     BN = min(TILE // SPEC.PADDED.value, launch.padded(N))
     with launch.on_device(query):
         _row_logits_fwd_kernel[(B * HO, triton.cdiv(N, BN))](
-            side, logits, N, M, HO, SPEC=SPEC, BN=BN, num_warps=WARPS, **launch.OPTIONS
+            logits, N, M, HO, side, SPEC=SPEC, BN=BN, num_warps=WARPS, **launch.OPTIONS
         )
     return logits
 
@@ -116,7 +116,7 @@ def row_logits_bwd(
         BN = max(min(DQ_TILE // SPEC.PADDED.value, launch.padded(N)), 1)
         with launch.on_device(query):
             _row_logits_dq_kernel[(B * HO * M,)](
-                grad, launch.operand(key), dq, scale / temperature, N, M, HO,
+                grad, dq, scale / temperature, N, M, HO, launch.operand(key),
                 SPEC=SPEC, BN=BN, num_warps=WARPS, **launch.OPTIONS,
             )  # fmt: skip
     return dq, dk, dmask

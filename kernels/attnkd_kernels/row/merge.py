@@ -29,12 +29,12 @@ KEYS_PER_WARP = 32
 @triton.jit
 def _row_merge_kernel(
     ZS,  # [B, Ho·Hs, M, N] student logits, contiguous
-    TEACHER,  # Operand: teacher logits [B, Ho·Ht, M, N], contiguous, or given rows [B, Ho, M, N]
     LOSS,  # [B, Ho, M]
     U,  # [B, Ho·Hs, M, N] gradient of ZS; None where not needed
     N,
     M,
     HO,
+    TEACHER,  # Operand: teacher logits [B, Ho·Ht, M, N], contiguous, or given rows [B, Ho, M, N]
     HEADS_S: tl.constexpr,
     HEADS_T: tl.constexpr,
     GIVEN: tl.constexpr,  # whether the teacher comes as given rows
@@ -148,7 +148,7 @@ def row_merge(
         BN = launch.padded(N)
         with launch.on_device(student_logits):
             _row_merge_kernel[(B * HO * M,)](
-                student_logits, launch.operand(teacher), loss, grad if need_grad else None, N, M, HO,
+                student_logits, loss, grad if need_grad else None, N, M, HO, launch.operand(teacher),
                 HEADS_S=heads_s, HEADS_T=heads_t, GIVEN=given, MERGE=merge, DIVERGENCE=divergence, BN=BN,
                 num_warps=min(max(BN // KEYS_PER_WARP, 4), 16), **launch.OPTIONS,
             )  # fmt: skip
