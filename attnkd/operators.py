@@ -29,6 +29,16 @@ def register(schema: str, function: Callable[..., Any], fake: Callable[..., Any]
     return getattr(torch.ops.attnkd, name).default
 
 
+def composite(schema: str, function: Callable[..., Any]) -> Any:
+    """Register ``function``, made of PyTorch's own differentiable operators, as ``torch.ops.attnkd.<name>`` and return it.
+
+    torch.compile's first stage does not look inside, so the function may decide by what only PyTorch knows; its second traces what it calls.
+    """
+    name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, function, "CompositeImplicitAutograd")
+    return getattr(torch.ops.attnkd, name).default
+
+
 def keep(ctx: Any, *tensors: Tensor | None) -> None:
     """``ctx.save_for_backward``, which refuses tensors made under ``torch.inference_mode``: those are kept beside it.
 

@@ -100,6 +100,15 @@ class _Maker:
         return self(batch, tokens, 3, heads, dim).permute(2, 0, 3, 1, 4).unbind(0)
 
 
+@torch.no_grad()
+def _lse(query: Tensor, key: Tensor, filled: bool) -> Tensor:
+    """[B, H, M] fp32: the normalisers of queries and keys at the usual scale."""
+    if not filled:
+        return query.new_empty(query.shape[:3], dtype=torch.float32)
+    z = query.float() @ key.float().mT * query.shape[3] ** -0.5
+    return z.logsumexp(-1)
+
+
 @dataclass(frozen=True)
 class Attention(Call):
     """``attention_divergence`` (or ``attention_rows``, for rows of one model).
@@ -113,6 +122,7 @@ class Attention(Call):
             'additive' [1, H, M, N] with a gradient (the student's relative position bias) or 'biases' (both models').
         probs: the teacher comes as given rows.
         one_model: ``attention_rows`` of the student instead of a divergence.
+        known: both models' LSEs are given, as their own attention computes them.
     """
 
     rows: int = 1
@@ -128,6 +138,7 @@ class Attention(Call):
     mask: str | None = None
     probs: bool = False
     one_model: bool = False
+    known: bool = False
     backward: bool = True
     batch: int = 32
 
@@ -142,6 +153,7 @@ class Attention(Call):
         if self.teacher_heads or self.teacher_dim:
             words += [f"from {self.teacher_heads or self.heads}x{self.teacher_dim or self.dim}"]
         words += ["given rows"] if self.probs else []
+        words += ["known LSEs"] if self.known else []
         words += [f"{self.mask} mask"] if self.mask else []
         words += [f"N{self.keys}", self.dtype]
         words += [] if self.backward else ["no grad"]
@@ -193,6 +205,8 @@ class Attention(Call):
         else:
             packed = make.packed(self.batch, self.keys, self.teacher_heads or self.heads, self.teacher_dim or self.dim)
             given["teacher_query"], given["teacher_key"] = packed[0][:, :, :rows], packed[1]
+        for side in ("student", "teacher") if self.known else ():
+            given[f"{side}_lse"] = _lse(given[f"{side}_query"], given[f"{side}_key"], filled)
         return given
 
     def results(self, given: dict[str, Tensor], impl: str = "triton") -> tuple[Tensor, ...]:
@@ -232,7 +246,7 @@ class Attention(Call):
         teacher = B * (self.teacher_heads or H) * (M + N) * (self.teacher_dim or D) * size
         if self.probs:
             teacher = B * outer * M * N * 4
-        forward = student + teacher + masks + B * outer * M * 4
+        forward = student + teacher + masks + B * outer * M * 4 + (2 * B * H * M * 4 if self.known else 0)
         if not self.backward:
             return {"forward": forward}
         if self.rows == 0:

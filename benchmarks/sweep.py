@@ -22,6 +22,7 @@ def representative() -> list[Call]:
         Attention(1, 197, 6, 64, "bfloat16", merge="logsum", teacher_heads=12),
         Attention(1, 197, 6, 64, "float16", merge="mean"),
         Attention(0, 197, 6, 64, "bfloat16", batch=4),
+        Attention(0, 197, 6, 64, "bfloat16", batch=4, known=True),
         Attention(0, 197, 6, 32, "bfloat16", batch=4, divergence="js", mask="additive"),  # the most registers
         Attention(0, 197, 6, 64, "bfloat16", batch=4, merge="mean", mask="bool"),
         Relation(197, 384, 768, "bfloat16"),

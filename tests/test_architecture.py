@@ -64,7 +64,7 @@ MAY_IMPORT = {
     "files": set(),
     "attention": {"operators", "attnkd_kernels"},
     "relation": {"operators", "attnkd_kernels", "attention"},
-    "capture": {"attention"},
+    "capture": {"operators", "attention"},
     "methods": {"attention", "relation", "capture", "files", "attnkd"},
     "testing": PRODUCT | {"attnkd_kernels", "attnkd"},
     "commands": PRODUCT | {"testing", "attnkd"},

@@ -48,6 +48,8 @@ def attention_divergence(
     teacher_scale: float | None = None,
     student_mask: Tensor | None = None,
     teacher_mask: Tensor | None = None,
+    student_lse: Tensor | None = None,
+    teacher_lse: Tensor | None = None,
     merge: str | None = None,
     divergence: str = "forward_kl",
     temperature: float = 1.0,
@@ -69,6 +71,8 @@ def attention_divergence(
     teacher_scale: float | None = None,
     student_mask: Tensor | None = None,
     teacher_mask: Tensor | None = None,
+    student_lse: Tensor | None = None,
+    teacher_lse: Tensor | None = None,
     merge: str | None = None,
     divergence: str = "forward_kl",
     temperature: float = 1.0,
@@ -116,6 +120,11 @@ def attention_divergence(
         student_mask: broadcasts to [B, H, M, N]; boolean (True = visible, as in scaled_dot_product_attention) or additive.
             An additive mask may require grad (a learned relative position bias).
         teacher_mask: broadcasts to [B, Ht, M, N].
+        student_lse: [B, H, M] float32, the logarithm of Σ_j exp(student_scale · q·k_j + student_mask_j), −inf where no key is visible: what the
+            model's own attention computed, where it is at hand. It saves a whole-map loss a sweep over the keys and changes no result;
+            it is used without a merge at temperature 1. It gets no gradient of its own: the gradients are the same. A row whose
+            probabilities exp(z − lse) sum to anything but 1, to within exp(±(1e-3 + 1e-6·abs(lse))), is an error.
+        teacher_lse: the same for the teacher.
         merge: None compares head h with head h. 'logsum' compares softmax((1/T)·Σ_h log p^h), 'mean', 'max', 'min' the
             renormalised mean, max or min of the heads' probabilities. A key that one head's mask hides has probability 0 in
             that head; a row in which some head sees no key has the value 0.
@@ -133,7 +142,9 @@ def attention_divergence(
 
     Raises:
         TypeError, ValueError: a wrong type, rank, shape, dtype, device or option, named; a scale or temperature that is a
-            tensor (it would get no gradient); captured calls of different patch grids, or without class token for 'cls'.
+            tensor (it would get no gradient); captured calls of different patch grids, or without class token for 'cls'; an LSE
+            that is not that of the queries, keys, scale and mask. A GPU does not wait for that last check: as with an index out of
+            range in PyTorch, the message comes from the kernel and the next synchronisation raises.
         NotImplementedError: an explicit ``impl`` that cannot be honoured.
     """
     tensors: dict[str, Any] = {
@@ -143,6 +154,8 @@ def attention_divergence(
         "teacher_scale": teacher_scale,
         "student_mask": student_mask,
         "teacher_mask": teacher_mask,
+        "student_lse": student_lse,
+        "teacher_lse": teacher_lse,
     }
     if isinstance(student_query, AttentionCall):
         tensors = _of_calls(student_query, student_key, rows, teacher_probs, tensors)
@@ -277,6 +290,7 @@ def _of_calls(
             f"{side}_key": call.key,
             f"{side}_mask": call.mask,
             f"{side}_scale": call.scale,
+            f"{side}_lse": call.lse,
         }
     return tensors
 

@@ -1,6 +1,6 @@
 """One captured attention call, and the views that a comparison takes of it: some heads, the class token's row, shared tokens.
 
-The only place that cuts rows, heads and tokens out of a call: queries, keys and mask always go together.
+The only place that cuts rows, heads and tokens out of a call: queries, keys, mask and normalisers always go together.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROWS = ("all", "cls")
 class AttentionCall(NamedTuple):
     """What one call of ``scaled_dot_product_attention`` put into its softmax: scale · query · keyᵀ + mask.
 
-    An :class:`attnkd.AttentionTap` returns them. The last three fields say which tokens the N keys of *this* call are: in a
+    An :class:`attnkd.AttentionTap` returns them. ``num_prefix_tokens``, ``has_cls`` and ``grid`` say which tokens the N keys of *this* call are: in a
     block that runs before the class token is added, there are no prefix tokens and no class token. None: unknown; then
     nothing is left out, and token 0 is taken for the class token where one is asked for.
     """
@@ -37,6 +37,9 @@ class AttentionCall(NamedTuple):
     """Whether token 0 is a class token."""
     grid: tuple[int, int] | None = None
     """(height, width) in patches, height · width of them in row-major order; None where they form no grid (patch dropout)."""
+    lse: Tensor | None = None
+    """[B, H, M] float32: log Σ_j exp(scale · query · key_j + mask_j), −inf where no key is visible, as the attention itself computed
+    it; None: unknown. It saves a whole-map loss a sweep over the keys. To be left out where anything above is replaced."""
 
 
 def take_heads(call: AttentionCall, heads: Heads) -> AttentionCall:
@@ -54,7 +57,8 @@ def take_heads(call: AttentionCall, heads: Heads) -> AttentionCall:
     mask = call.mask
     if mask is not None and mask.ndim >= 3 and mask.shape[-3] != 1:
         mask = take(mask, -3)
-    return call._replace(query=take(call.query, 1), key=take(call.key, 1), mask=mask)
+    lse = None if call.lse is None else take(call.lse, 1)
+    return call._replace(query=take(call.query, 1), key=take(call.key, 1), mask=mask, lse=lse)
 
 
 def class_row(call: AttentionCall, num_prefix_tokens: int | None = None) -> AttentionCall:
@@ -77,7 +81,7 @@ def class_row(call: AttentionCall, num_prefix_tokens: int | None = None) -> Atte
     mask = call.mask
     if mask is not None and mask.ndim >= 2 and mask.shape[-2] != 1:
         mask = mask[..., :1, :]
-    row = call._replace(query=call.query[:, :, :1], mask=mask)
+    row = call._replace(query=call.query[:, :, :1], mask=mask, lse=None if call.lse is None else call.lse[:, :, :1])
     return row if prefix is None else _leave_out(row, prefix, True, rows=False)
 
 
@@ -138,13 +142,14 @@ def _leave_out(call: AttentionCall, prefix: int, keep_cls: bool, rows: bool) -> 
         patches = tensor.narrow(dim, prefix, tensor.shape[dim] - prefix)
         return torch.cat([tensor.narrow(dim, 0, 1), patches], dim) if kept else patches
 
-    query, key, mask = call.query, call.key, call.mask
+    query, key, mask, lse = call.query, call.key, call.mask, call.lse
     if prefix != kept:
+        lse = None  # of another set of keys
         query, key = cut(query, 2) if rows else query, cut(key, 2)
         for dim in (-1, -2) if rows else (-1,):
             if mask is not None and mask.ndim >= -dim and mask.shape[dim] != 1:
                 mask = cut(mask, dim)
-    return call._replace(query=query, key=key, mask=mask, num_prefix_tokens=kept, has_cls=keep_cls)
+    return call._replace(query=query, key=key, mask=mask, lse=lse, num_prefix_tokens=kept, has_cls=keep_cls)
 
 
 def _by(grid: tuple[int, int]) -> str:

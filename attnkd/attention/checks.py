@@ -50,5 +50,30 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
 
 
+LSE_ERROR, LSE_RELATIVE_ERROR = 1e-3, 1e-6
+"""How far a given LSE may be off: LSE_ERROR + LSE_RELATIVE_ERROR · |LSE|. A float32 one of the right tensors is off by less than a tenth of it."""
+
+
+def check_lse(name: str, given: Tensor, actual: Tensor) -> None:
+    """Refuse an LSE that is not that of its logits: at once on a CPU, from within the kernel on a GPU, which does not wait.
+
+    given, actual: any one shape; −inf in rows that see no key.
+    """
+    error = (
+        given - actual
+    ).abs()  # NaN where both are infinite: right; or where the logits are NaN, which the loss shows
+    allowed = LSE_ERROR + LSE_RELATIVE_ERROR * given.abs().clamp(max=1e30)
+    right = ~((error > allowed) | (given.isnan() & ~actual.isnan()))
+    if given.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not bool(right.all()):
+            worst = int(right.logical_not().flatten().long().argmax())
+            raise ValueError(
+                f"{name}: expected log Σ_j exp(scale · q·k_j + mask_j) of every row, of the same query, key, scale and mask, got "
+                f"{given.flatten()[worst]:.6g} where it is {actual.flatten()[worst]:.6g}; leave it out to have it computed"
+            )
+    else:
+        torch._assert_async(right.all(), f"{name}: expected the log Σ_j exp(scale · q·k_j + mask_j) of every row")
+
+
 def kind(value: object) -> str:
     return "a tensor" if isinstance(value, Tensor) else ("None" if value is None else type(value).__name__)

@@ -25,11 +25,12 @@ _INPUTS = (
     "Tensor teacher_query, Tensor teacher_key, Tensor? teacher_mask, float teacher_scale, "
     "str? merge, str divergence, float temperature"
 )
+_KNOWN = "Tensor? student_lse, Tensor? teacher_lse"
 _SAVED = "Tensor lse_s, Tensor lse_t, Tensor centre, Tensor weight, Tensor unit_dq"
 
 
-def _maps(qs, ks, ms, scale_s, qt, kt, mt, scale_t, merge, divergence, temperature) -> Maps:
-    student, teacher = Model(qs, ks, ms, scale_s), Model(qt, kt, mt, scale_t)
+def _maps(qs, ks, ms, scale_s, qt, kt, mt, scale_t, merge, divergence, temperature, known_s=None, known_t=None) -> Maps:
+    student, teacher = Model(qs, ks, ms, scale_s, known_s), Model(qt, kt, mt, scale_t, known_t)
     return Maps(student, teacher, merge, divergence, temperature, architecture(qs.device))
 
 
@@ -58,7 +59,7 @@ def _map_bwd(grad, *inputs):
 
 def _map_bwd_fake(grad, *inputs):
     maps, need_dq, need_dk, need_dmask = _maps(*inputs[:11]), *inputs[-3:]
-    query, key, mask, _ = maps.student
+    query, key, mask, *_ = maps.student
     dq, dk, dmask = (grad.new_empty(0) for _ in range(3))
     if need_dmask:
         assert mask is not None
@@ -68,7 +69,9 @@ def _map_bwd_fake(grad, *inputs):
 
 
 _fwd = register(
-    f"map_fwd({_INPUTS}, bool need_dq) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _map_fwd, _map_fwd_fake
+    f"map_fwd({_INPUTS}, {_KNOWN}, bool need_dq) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _map_fwd,
+    _map_fwd_fake,
 )
 _bwd = register(
     f"map_bwd(Tensor grad, {_INPUTS}, {_SAVED}, bool need_dq, bool need_dk, bool need_dmask) -> (Tensor, Tensor, Tensor)",
@@ -84,11 +87,11 @@ class MapDivergenceFunction(torch.autograd.Function):
     def forward(
         ctx: Any, qs: Tensor, ks: Tensor, ms: Tensor | None, qt: Tensor, kt: Tensor, mt: Tensor | None, *options: Any
     ):
-        scale_s, scale_t, *how, need_dq = options
+        scale_s, scale_t, *how, lse_s, lse_t, need_dq = options
         stored_s, stored_t = (None if mask is None else stored_mask(mask) for mask in (ms, mt))
         call = (qs, ks, stored_s, scale_s, qt, kt, stored_t, scale_t, *how)
         with torch.autocast(qs.device.type, enabled=False):
-            loss, *saved = _fwd(*call, need_dq)
+            loss, *saved = _fwd(*call, lse_s, lse_t, need_dq)
         keep(ctx, qs, ks, stored_s, qt, kt, stored_t, *saved)
         ctx.options = (scale_s, scale_t, *how)
         ctx.mask_shape = None if ms is None else ms.shape
@@ -106,7 +109,7 @@ class MapDivergenceFunction(torch.autograd.Function):
         if need[2]:
             assert stored_s is not None
             dmask = _spread(dmask, ctx.mask_shape, how[0]).to(stored_s.dtype)
-        return dq if need[0] else None, dk if need[1] else None, dmask if need[2] else None, *[None] * 9
+        return dq if need[0] else None, dk if need[1] else None, dmask if need[2] else None, *[None] * 11
 
 
 def _spread(total: Tensor, shape: torch.Size, merge: str | None) -> Tensor:
@@ -150,5 +153,5 @@ def per_row(problem: Problem) -> Tensor:
     need_dq = torch.is_grad_enabled() and s.query.requires_grad
     return MapDivergenceFunction.apply(
         s.query, s.key, s.mask, t.query, t.key, t.mask, s.scale, t.scale, problem.merge, problem.divergence,
-        problem.temperature, need_dq,
+        problem.temperature, s.lse, t.lse, need_dq,
     )  # fmt: skip

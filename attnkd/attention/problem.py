@@ -8,7 +8,7 @@ else H.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class Side:
     mask: [B, H, M, N] expanded view (boolean, True = visible, or additive) or None.
     probs: [B, Ho, M, N] probabilities, or None.
     scale: multiplies the scores before mask and temperature.
+    lse: [B, H, M], the logarithm of Σ_j exp(scale · q·k_j + mask_j), or None where nobody knows it or it is of no use: it is that of
+        separate heads at temperature 1. It saves work and changes no result; :func:`check_lse` refuses a wrong one.
     """
 
     query: Tensor | None
@@ -38,6 +40,7 @@ class Side:
     mask: Tensor | None
     scale: float
     probs: Tensor | None = None
+    lse: Tensor | None = None
 
     @property
     def num_heads(self) -> int:
@@ -88,6 +91,8 @@ def make_problem(
     merge: str | None,
     divergence: str,
     temperature: float,
+    student_lse: Tensor | None = None,
+    teacher_lse: Tensor | None = None,
 ) -> Problem:
     """Check everything and return the problem; the teacher is detached.
 
@@ -98,14 +103,14 @@ def make_problem(
     check_choice("merge", merge, MERGES)
     check_choice("divergence", divergence, DIVERGENCES)
     check_temperature(temperature)
-    student = make_side("student", student_query, student_key, student_scale, student_mask)
+    student = make_side("student", student_query, student_key, student_scale, student_mask, student_lse)
     batch, _, rows, _ = student_query.shape
     num_keys = student_key.shape[2]
 
     if teacher_probs is not None:
-        if teacher_query is not None or teacher_key is not None or teacher_mask is not None:
+        if any(x is not None for x in (teacher_query, teacher_key, teacher_mask, teacher_lse)):
             raise ValueError(
-                "teacher_probs: expected alone, got it together with teacher_query, teacher_key or teacher_mask; "
+                "teacher_probs: expected alone, got it together with teacher_query, teacher_key, teacher_mask or teacher_lse; "
                 "the rows of a teacher are given either as probabilities or as queries and keys"
             )
         if divergence == "logit_mse":
@@ -117,7 +122,7 @@ def make_problem(
                 "teacher_query, teacher_key: expected both (or teacher_probs instead), got "
                 f"teacher_query={kind(teacher_query)}, teacher_key={kind(teacher_key)}"
             )
-        teacher = _detached(make_side("teacher", teacher_query, teacher_key, teacher_scale, teacher_mask))
+        teacher = _detached(make_side("teacher", teacher_query, teacher_key, teacher_scale, teacher_mask, teacher_lse))
         _match("teacher_query", "batch size B", teacher_query.shape[0], batch, "student_query")
         if teacher_key.shape[2] != num_keys:
             raise ValueError(
@@ -138,11 +143,15 @@ def make_problem(
             raise ValueError(
                 f"divergence: 'logit_mse' has no scores to compare after merge={merge!r}; use None or 'logsum'"
             )
+    if merge is not None or temperature != 1 or divergence == "logit_mse":
+        student, teacher = replace(student, lse=None), replace(teacher, lse=None)
     return Problem(student, teacher, merge, divergence, temperature)
 
 
-def make_side(name: str, query: Tensor, key: Tensor, scale: float | None, mask: Tensor | None) -> Side:
-    """Check one model's queries [B, H, M, D], keys [B, H, N, D] and mask; ``name`` is 'student', 'teacher' or ''."""
+def make_side(
+    name: str, query: Tensor, key: Tensor, scale: float | None, mask: Tensor | None, lse: Tensor | None = None
+) -> Side:
+    """Check one model's queries [B, H, M, D], keys [B, H, N, D], mask and normalisers [B, H, M]; ``name`` is 'student', 'teacher' or ''."""
     prefix = f"{name}_" if name else ""
     check_tensor(f"{prefix}query", query, 4, "[B, H, M, D]")
     check_tensor(f"{prefix}key", key, 4, "[B, H, N, D]")
@@ -165,13 +174,22 @@ def make_side(name: str, query: Tensor, key: Tensor, scale: float | None, mask: 
     if mask is not None:
         shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         mask = _expand_mask(f"{prefix}mask", mask, shape)
-    return Side(query, key, mask, scale)
+    if lse is not None:
+        check_tensor(f"{prefix}lse", lse, 3, "[B, H, M]")
+        if lse.dtype not in (torch.float32, torch.float64):  # half precision is off by percents
+            raise TypeError(f"{prefix}lse: expected dtype float32 or float64, got {lse.dtype}")
+        if lse.shape != query.shape[:3]:
+            raise ValueError(
+                f"{prefix}lse: expected [B, H, M] = {tuple(query.shape[:3])} like {prefix}query, got {tuple(lse.shape)}"
+            )
+        lse = lse.detach()
+    return Side(query, key, mask, scale, lse=lse)
 
 
 def _detached(side: Side) -> Side:
     """The teacher gets no gradient."""
     query, key, mask, probs = (None if x is None else x.detach() for x in (side.query, side.key, side.mask, side.probs))
-    return Side(query, key, mask, side.scale, probs)
+    return Side(query, key, mask, side.scale, probs, side.lse)
 
 
 def stored_mask(mask: Tensor) -> Tensor:
@@ -217,9 +235,11 @@ def _check_devices(student: Side, teacher: Side) -> None:
     named = {
         "student_key": student.key,
         "student_mask": student.mask,
+        "student_lse": student.lse,
         "teacher_query": teacher.query,
         "teacher_key": teacher.key,
         "teacher_mask": teacher.mask,
+        "teacher_lse": teacher.lse,
         "teacher_probs": teacher.probs,
     }
     for name, tensor in named.items():

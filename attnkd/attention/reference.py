@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from attnkd.attention.checks import check_lse
+
 if TYPE_CHECKING:
     from attnkd.attention.problem import Problem, Side
 
@@ -33,6 +35,8 @@ def per_row(problem: Problem, dtype: torch.dtype = torch.float64) -> Tensor:
     """
     z_s, visible_s = side_logits(problem.student, problem.merge, problem.temperature, dtype)
     z_t, visible_t = side_logits(problem.teacher, problem.merge, problem.temperature, dtype)
+    _check_lse("student_lse", problem.student, z_s, visible_s)
+    _check_lse("teacher_lse", problem.teacher, z_t, visible_t)
     loss = divergence(z_s, visible_s, z_t.detach(), visible_t, problem.divergence)
     assert problem.student.query is not None
     return loss if problem.student.query.dtype == torch.float64 else loss.float()
@@ -119,6 +123,11 @@ def divergence(z_s: Tensor, visible_s: Tensor, z_t: Tensor, visible_t: Tensor, k
     else:
         raise ValueError(f"divergence: unknown kind {kind!r}")
     return torch.where(alive, row, 0.0)
+
+
+def _check_lse(name: str, side: Side, z: Tensor, visible: Tensor) -> None:
+    if side.lse is not None:
+        check_lse(name, side.lse, torch.where(visible, z.detach(), -math.inf).logsumexp(-1))
 
 
 def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from attnkd.attention.call import AttentionCall
 from attnkd.capture.blocks import Blocks, attention_paths, block_owner, plain_class
 from attnkd.capture.outputs import NO_DATA_PARALLEL
+from attnkd.capture.sdpa import attention_and_lse
 from attnkd.capture.tokens import BlockLayout, block_layout, input_images
 
 
@@ -242,10 +243,13 @@ class _Tapped:
             if attn_mask is not None and attn_mask.is_floating_point():
                 attn_mask = attn_mask.to(dtype)
         softmax_scale = query.shape[-1] ** -0.5 if scale is None else scale
-        slot.calls[slot.position] = AttentionCall(query, key, attn_mask, softmax_scale)
+        call = AttentionCall(query, key, attn_mask, softmax_scale)
+        slot.calls[slot.position] = call
         if slot.stop and all(call is not None for call in slot.calls):
             raise _Stop
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+        output, lse = attention_and_lse(query, key, value, attn_mask, dropout_p, scale)
+        slot.calls[slot.position] = call._replace(lse=lse)
+        return output
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """Copies and pickles have the plain class: an EMA copy is an ordinary model, a pickle loads without attnkd."""

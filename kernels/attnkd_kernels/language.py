@@ -24,6 +24,9 @@ VISIBLE = tl.constexpr(-1e29)  # logits up to this belong to hidden keys
 DEAD = tl.constexpr(1e30)  # the normaliser of a row that sees no key: it makes every probability 0
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
+WRONG = tl.constexpr(float("inf"))  # a normaliser that is none: its probabilities do not sum to 1
+LSE_ERROR = tl.constexpr(1e-3)  # a given normaliser, in nats, may be off by this + LSE_RELATIVE_ERROR · its size
+LSE_RELATIVE_ERROR = tl.constexpr(1e-6)
 TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal fp32
 
 # What a side's mask is. The one enumeration of masks: launch.mask_kind names a tensor's, kernels compare with these.

@@ -316,8 +316,8 @@ def test_inside_pytorch(device):
     inputs = (arguments["student_query"], arguments["student_key"], torch.randn(1, 2, 20, 20, device=device), 0.25)
     inputs += (arguments["teacher_query"], arguments["teacher_key"], None, 0.25)
     for options in ((None, "mse", 1.0), ("logsum", "js", 2.0)):
-        loss, *saved = ops_map._fwd(*inputs, *options, True)
-        torch.library.opcheck(ops_map._fwd, (*inputs, *options, True))
+        loss, *saved = ops_map._fwd(*inputs, *options, None, None, True)
+        torch.library.opcheck(ops_map._fwd, (*inputs, *options, None, None, True))
         torch.library.opcheck(ops_map._bwd, (loss, *inputs, *options, *saved, True, True, True))
         torch.library.opcheck(ops_map._bwd, (loss, *inputs, *options, *saved, False, True, False))
 

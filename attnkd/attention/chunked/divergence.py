@@ -28,15 +28,18 @@ class Softmax:
     shifted: u = z − max z, in the memory of z [P, r, N]; −inf at hidden keys.
     exp: e^u [P, r, N], 0 at hidden keys; in ``scratch()``, or with :meth:`exp_` in the place of ``shifted``.
     total: Σ e^u [P, r, 1]; 1 in rows that see no key.
+    lse: log Σ e^z [P, r, 1] where it is known; it takes the place of max z. :meth:`found_lse` tells whether it is right.
     masked: keys may be hidden.  alive [P, r, 1]: the row sees a key; None where nothing is masked.
     """
 
-    def __init__(self, z: Tensor, scratch: Callable[[], Tensor], masked: bool) -> None:
-        top = z.amax(-1, keepdim=True)
-        self.alive = None
-        if masked:
-            self.alive = ~torch.isneginf(top)
+    def __init__(self, z: Tensor, scratch: Callable[[], Tensor], masked: bool, lse: Tensor | None = None) -> None:
+        top = z.amax(-1, keepdim=True) if lse is None else lse.to(z.dtype, copy=True)
+        self.alive = ~torch.isneginf(top) if masked else None
+        if lse is not None:
+            top.masked_fill_(torch.isinf(top), 0.0)  # where a key is visible all the same, found_lse() shows it
+        elif self.alive is not None:
             top.masked_fill_(~self.alive, 0.0)
+        self.top = top
         self.shifted = z.sub_(top)
         self.masked = masked
         self._scratch = scratch
@@ -65,9 +68,16 @@ class Softmax:
         return self._exp
 
     @cached_property
+    def _sum(self) -> Tensor:
+        return self.exp.sum(-1, keepdim=True)
+
+    @cached_property
     def total(self) -> Tensor:
-        total = self.exp.sum(-1, keepdim=True)
-        return total if self.alive is None else total.masked_fill_(~self.alive, 1.0)
+        return self._sum if self.alive is None else self._sum.masked_fill(~self.alive, 1.0)
+
+    def found_lse(self) -> Tensor:
+        """log Σ e^z [P, r, 1]; −inf in rows that see no key."""
+        return self.top + self._sum.log()
 
     def hidden(self) -> Tensor | None:
         return torch.isneginf(self.shifted) if self.masked else None

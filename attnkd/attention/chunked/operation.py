@@ -68,7 +68,7 @@ def row_logits(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, te
 
 
 # -- autograd ---------------------------------------------------------------------------------------------------------
-# The functions take the problem flat: query, key, mask of the student (which may get gradients), then nine arguments more.
+# The functions take the problem flat: query, key, mask of the student (which may get gradients), then eleven arguments more.
 
 
 class _FewRows(torch.autograd.Function):
@@ -87,7 +87,7 @@ class _FewRows(torch.autograd.Function):
         ds, *inputs = kept(ctx)
         needs = ctx.needs_input_grad[:3]
         units = torch.ops.attnkd.chunked_contract(ds, grad, *inputs, *ctx.options, *needs)
-        return *_gradients(units, inputs, needs), *[None] * 9
+        return *_gradients(units, inputs, needs), *[None] * 11
 
 
 class _Rows(torch.autograd.Function):
@@ -104,7 +104,7 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         inputs, needs = kept(ctx), ctx.needs_input_grad[:3]
         _, *units = torch.ops.attnkd.chunked_gradients(*inputs, *ctx.options, grad, *needs)
-        return *_gradients(units, inputs[:3], needs), *[None] * 9
+        return *_gradients(units, inputs[:3], needs), *[None] * 11
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -125,7 +125,7 @@ class _WeightedSum(torch.autograd.Function):
             (unit * grad).to(dtype) if need else None
             for unit, dtype, need in zip(units, ctx.dtypes, needs, strict=True)
         ]
-        return None, *grads, *[None] * 9
+        return None, *grads, *[None] * 11
 
 
 class _RowLogits(torch.autograd.Function):
@@ -199,7 +199,8 @@ def _gradients(units: Any, inputs: Any, needs: Any) -> list[Tensor | None]:
 
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor? mask, Tensor? teacher_query, Tensor? teacher_key, Tensor? teacher_mask, "
-    "Tensor? teacher_probs, float scale, float teacher_scale, str? merge, str divergence, float temperature"
+    "Tensor? teacher_probs, float scale, float teacher_scale, str? merge, str divergence, float temperature, "
+    "Tensor? student_lse, Tensor? teacher_lse"
 )
 _NEEDS = "bool need_query, bool need_key, bool need_mask"
 
@@ -276,12 +277,13 @@ def _logits_op(meta: bool, query: Tensor, key: Tensor, mask: Tensor | None, scal
 def _flatten(problem: Problem) -> tuple:
     s, t = problem.student, problem.teacher
     options = (s.scale, t.scale, problem.merge, problem.divergence, problem.temperature)
-    return (s.query, s.key, _stored(s.mask), t.query, t.key, _stored(t.mask), t.probs, *options)
+    return (s.query, s.key, _stored(s.mask), t.query, t.key, _stored(t.mask), t.probs, *options, s.lse, t.lse)
 
 
 def _unflatten(flat: Any) -> Problem:
-    sq, sk, sm, tq, tk, tm, probs, s_scale, t_scale, merge, divergence, temperature = flat
-    return Problem(Side(sq, sk, sm, s_scale), Side(tq, tk, tm, t_scale, probs), merge, divergence, temperature)
+    sq, sk, sm, tq, tk, tm, probs, s_scale, t_scale, merge, divergence, temperature, s_lse, t_lse = flat
+    student, teacher = Side(sq, sk, sm, s_scale, None, s_lse), Side(tq, tk, tm, t_scale, probs, t_lse)
+    return Problem(student, teacher, merge, divergence, temperature)
 
 
 def _new(problem: Problem, shape: tuple[int, ...]) -> Tensor:

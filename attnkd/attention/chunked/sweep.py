@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from attnkd.attention.checks import check_lse
 from attnkd.attention.chunked.divergence import MergedHeads, Softmax, divergence_, logit_mse_
 from attnkd.attention.chunked.matmul import Gradients, Group, Operands, fill_logits_, fold, logits_shape
 from attnkd.attention.problem import Problem, Side
@@ -58,6 +59,7 @@ class _Rows:
         if self.merge is not None:  # the sides may have different numbers of heads
             group = group._replace(heads=slice(0, side.num_heads))
         self.probs = None if side.probs is None else group.of(side.probs)
+        self.lse = None if side.lse is None else group.of(side.lse)
         self.mask = None if side.mask is None else group.of(side.mask)
         if side.query is not None and side.key is not None:
             query, key = side.query[group.images, group.heads], side.key[group.images, group.heads]
@@ -80,11 +82,17 @@ class _Rows:
             probs = self.probs[:, :, at].flatten(0, 1)
             return Softmax.of_probs(probs, self.work.new(probs.shape), lambda: self.work.new(probs.shape))
         z, masked = self.logits(at), self.mask is not None
-        softmax = Softmax(z, lambda: self.work.new(z.shape), masked)
+        lse = None if self.lse is None else self.lse[:, :, at].flatten(0, 1).unsqueeze(-1)
+        softmax = Softmax(z, lambda: self.work.new(z.shape), masked, lse)
         if not self.merges_softmax:
             return softmax
         self.merged = MergedHeads(softmax, self.merge, self.operands.heads)
         return Softmax(self.merged.logits, lambda: torch.empty_like(self.merged.logits), masked)
+
+    def check_lse(self, name: str, at: slice, softmax: Softmax) -> None:
+        """Refuse given normalisers that are not those of the logits, once the divergence has summed their exponentials."""
+        if self.lse is not None:
+            check_lse(name, self.lse[:, :, at].flatten(0, 1).unsqueeze(-1), softmax.found_lse())
 
     def unmerge_(self, ds: Tensor) -> Tensor:
         """Derivatives by the logits of merged rows [b, r, N] → by each head's logits [P, r, N]."""
@@ -142,8 +150,10 @@ def sweep(
                 masked = student.mask is not None or teacher.mask is not None
                 row, ds, factor = logit_mse_(s.logits(at), t.logits(at), masked)
             else:
-                target = t.softmax(at)
-                row, ds, factor = divergence_(problem.divergence, s.softmax(at), target, need_ds)
+                target, own = t.softmax(at), s.softmax(at)
+                row, ds, factor = divergence_(problem.divergence, own, target, need_ds)
+                s.check_lse("student_lse", at, own)
+                t.check_lse("teacher_lse", at, target)
             out[:, at] = row
             if ds is None or factor is None or not need_ds:
                 continue

@@ -38,7 +38,7 @@ def _map_bias_kernel(
     student,  # Side: query [B, H, M, D_s], key [B, H, N, D_s], mask [B, H, M, N]
     teacher,  # Side: the same with Ht, D_t
     kept,  # Rows: lse_s, centre [B, Hs, M], lse_t [B, Ht', M], weight [B, Ho, M]
-    upstream,  # Upstream [B, Ho, M] fp32
+    upstream,  # RowValues [B, Ho, M] fp32
     OUT,  # [SPLITS, Bb, Hb, Mb, Nb] fp32
     out_scale,  # 1/T, divided by the averaged heads
     bias,  # Bias

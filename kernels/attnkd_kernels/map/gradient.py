@@ -40,15 +40,6 @@ from attnkd_kernels.map.tile import (
 )
 
 
-class Upstream(NamedTuple):
-    """The gradient [B, Ho, M] that comes from above: pointer and strides."""
-
-    pointer: Any
-    batch: Any
-    head: Any
-    row: Any
-
-
 class Given(NamedTuple):
     """What the backward knows of the rows of one student head: pointers to M values each, and which head it is."""
 
@@ -66,7 +57,7 @@ def _map_gradient_kernel(
     student,  # Side: query [B, H, M, D_s], key [B, H, N, D_s], mask [B, H, M, N]
     teacher,  # Side: the same with Ht, D_t
     kept,  # Rows: lse_s, centre [B, Hs, M], lse_t [B, Ht', M], weight [B, Ho, M]
-    upstream,  # Upstream [B, Ho, M] fp32
+    upstream,  # RowValues [B, Ho, M] fp32
     OUT,  # Operand [B, H, M or N, D_s]: gradient of the left operand
     out_scale,  # scale/T of the student, divided by the averaged heads
     HS, M, N,

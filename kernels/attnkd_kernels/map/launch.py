@@ -16,23 +16,29 @@ from torch import Tensor
 from attnkd_kernels.language import BOOL_ROW, FLOAT_MASK, FLOAT_ROW, NO_MASK, Operand, Side
 from attnkd_kernels.launch import LOG2E, OPTIONS, mask_kind, mask_operand, on_device, operand
 from attnkd_kernels.map.bias import Bias, _map_bias_kernel
-from attnkd_kernels.map.gradient import Upstream, _map_gradient_kernel
+from attnkd_kernels.map.check import _map_check_kernel
+from attnkd_kernels.map.gradient import _map_gradient_kernel
 from attnkd_kernels.map.normaliser import _map_normaliser_kernel
-from attnkd_kernels.map.tile import MapHead, Rows, Sweep
+from attnkd_kernels.map.tile import MapHead, Rows, RowValues, Sweep
 from attnkd_kernels.map.tiles import Tile, pick_tile
-from attnkd_kernels.map.value import _map_value_kernel
+from attnkd_kernels.map.value import Given, _map_value_kernel
 
 ONE_SWEEP = ("forward_kl", "cross_entropy", "logit_mse")
 """Divergences whose gradient needs nothing of a row's end: the value's sweep emits the unit query gradient."""
 
+CHECKS = {"debug": True, "sanitize_overflow": False}
+"""Compiler options of a kernel with a ``tl.device_assert``, and of no other check."""
+
 
 class Model(NamedTuple):
-    """query [B, H, M, D], key [B, H, N, D], mask broadcastable 4-D [B|1, H|1, M|1, N|1] or None, the scale of the scores."""
+    """query [B, H, M, D], key [B, H, N, D], mask broadcastable 4-D [B|1, H|1, M|1, N|1] or None, the scale of the scores, and the
+    normalisers [B, H, M] in nats where they are known (no merge, temperature 1), any strides, else None."""
 
     query: Tensor
     key: Tensor
     mask: Tensor | None
     scale: float
+    lse: Tensor | None
 
 
 class Maps(NamedTuple):
@@ -121,14 +127,16 @@ def allocate(maps: Maps, need_dq: bool) -> Saved:
 
 
 def map_fwd(maps: Maps, need_dq: bool) -> Saved:
-    """The divergence of every row and what the backward needs: the normalisers of each side, then the value."""
+    """The divergence of every row and what the backward needs: the normalisers of each side where they are unknown, then the value."""
     saved = allocate(maps, need_dq)
     if saved.loss.numel():
         with on_device(saved.loss):
             if maps.divergence != "logit_mse":
-                normaliser(maps, maps.student, saved.lse_s)
-                normaliser(maps, maps.teacher, saved.lse_t)
+                for model, lse in ((maps.student, saved.lse_s), (maps.teacher, saved.lse_t)):
+                    if model.lse is None:
+                        normaliser(maps, model, lse)
             _value(maps, saved)
+            _check(maps, saved)
     return saved
 
 
@@ -151,11 +159,23 @@ def _value(maps: Maps, saved: Saved) -> None:
     tile = maps.tile("unit" if emit else "value")
     student, teacher, heads, masks = _sides(maps, tile)
     columns = tile.columns_out(maps.width(maps.student)) if emit else 0
+    given = Given(*(None if m.lse is None else RowValues(m.lse, *m.lse.stride()) for m in (maps.student, maps.teacher)))
     _map_value_kernel[(B * maps.outer * triton.cdiv(M, tile.stays),)](
-        student, teacher, saved.rows, saved.loss, operand(saved.unit_dq) if emit else student.query,
+        student, teacher, saved.rows, given, saved.loss, operand(saved.unit_dq) if emit else student.query,
         maps.student.scale / maps.temperature, maps.outer, M, N, BH=triton.next_power_of_2(heads["S"].MEAN.value),
         **heads, **_sweeps(maps, tile, True, masks, columns), **tile.options, **OPTIONS,
     )  # fmt: skip
+
+
+def _check(maps: Maps, saved: Saved) -> None:
+    """The given normalisers, as the value's sweep judged them."""
+    lse_s, lse_t = (
+        saved.lse_s if maps.student.lse is not None else None,
+        saved.lse_t if maps.teacher.lse is not None else None,
+    )
+    if lse_s is not None or lse_t is not None:
+        rows, block = saved.loss.numel(), 1024
+        _map_check_kernel[(triton.cdiv(rows, block),)](lse_s, lse_t, rows, BLOCK=block, **CHECKS)
 
 
 def map_bwd(maps: Maps, saved: Saved, grad: Tensor, queries_left: bool) -> Tensor:
@@ -173,7 +193,7 @@ def map_bwd(maps: Maps, saved: Saved, grad: Tensor, queries_left: bool) -> Tenso
     if programs:
         with on_device(grad):
             _map_gradient_kernel[(programs,)](
-                student, teacher, saved.rows, Upstream(grad, *grad.stride()), operand(out),
+                student, teacher, saved.rows, RowValues(grad, *grad.stride()), operand(out),
                 maps.student.scale / maps.temperature / (H if maps.merge == "mean" else 1), heads, M, N,
                 **specs, **_sweeps(maps, tile, queries_left, masks, columns), **tile.options, **OPTIONS,
             )  # fmt: skip
@@ -203,7 +223,7 @@ def map_bias_bwd(maps: Maps, saved: Saved, grad: Tensor, processors: int = 1) ->
     student, teacher, specs, _ = _sides(maps, tile)
     with on_device(grad):
         _map_bias_kernel[(tiles * splits,)](
-            student, teacher, saved.rows, Upstream(grad, *grad.stride()), out,
+            student, teacher, saved.rows, RowValues(grad, *grad.stride()), out,
             1.0 / maps.temperature / (H if maps.merge == "mean" else 1), Bias(bb, hb, mb, nb, *sums), splits, heads, M, N,
             OVER_M=mb != M, OVER_N=nb != N, **specs, SWEEP=_sweeps(maps, tile, True, "any")["NARROW"],
             **tile.options, **OPTIONS,
@@ -252,7 +272,7 @@ def _sides(maps: Maps, tile: Tile) -> tuple[Side, Side, dict[str, MapHead], str]
 
 def _side(model: Model, merge: str | None, temperature: float, tile: Tile, mean: int) -> tuple[Side, MapHead]:
     """What a kernel is given of one model; logits in units of log 2."""
-    query, key, mask, scale = model
+    query, key, mask, scale, _ = model
     _, H, _, D = query.shape
     kind = mask_kind(mask)
     heads, repeat = 1, 1

@@ -51,6 +51,15 @@ class Rows(NamedTuple):
     weight: Any  # 2 / count, of the two MSEs
 
 
+class RowValues(NamedTuple):
+    """One number per query row, [B, H', M] with any strides: the gradient that comes from above, or normalisers that are given."""
+
+    pointer: Any
+    batch: Any
+    head: Any
+    row: Any
+
+
 @dataclass(frozen=True)
 class MapHead:
     """What the code depends on, of one side: its (wide) head, its mask, and how many heads are averaged."""
