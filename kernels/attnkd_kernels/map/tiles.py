@@ -3,6 +3,8 @@
 Chosen by compiling candidates ahead of time with Triton 3.6 and 3.9, largest first, and keeping the first without register
 spills in the calls that need most of them, within the target's shared memory (docs/kernels/map.md). No autotuning.
 
+Stages of a pipeline are worth less than a second resident program: where three leave room for one program, two are taken.
+
 What decides: sm_80 and sm_120 give 16 rows of the left operand to a warp, so 64 rows make four; eight would compute every row
 twice. sm_90 and sm_100 have matrix instructions of 64 rows for four warps. gfx942 gives a program of four warps twice
 the registers that one of eight gets. A problem that keeps more values alive (``extras``) streams narrower tiles.
@@ -77,8 +79,9 @@ _PLAIN: dict[tuple[str, str], Pair] = {  # no extras, up to 128 channels
     ("dq", "sm120"): (Tile(64, 64, 32, 4, 3, maxnreg=255), Tile(64, 32, 32, 4, 1, whole=64)),
     ("dk", "sm80"): (Tile(64, 32, 32, 4, 3), Tile(64, 32, 32, 4, 2, whole=64)),
     ("value", "sm120"): (Tile(64, 64, 32, 4, 2), Tile(64, 32, 32, 4, 2, whole=64)),
-    ("value", "sm90"): (Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
-    ("dq", "sm90"): (Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
+    ("value", "sm90"): (Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 2)),
+    ("unit", "sm90"): (Tile(64, 64, 32, 4, 3), Tile(64, 32, 32, 4, 2)),
+    ("dq", "sm90"): (Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 2)),
     ("dk", "sm90"): (Tile(64, 64, 32, 4, 3), Tile(64, 32, 32, 4, 2)),
     ("value", "sm100"): (Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2)),
     ("dq", "sm100"): (Tile(64, 64, 32, 4, 2), Tile(64, 32, 32, 4, 2, whole=64)),
@@ -185,7 +188,7 @@ def architecture(device: torch.device) -> str:
 
 def pick_tile(kernel: str, arch: str, dtype: torch.dtype, width: int, extras: int, mean: bool) -> Tile:
     """The entry for one kernel and a head of ``width`` channels: 'normaliser', 'value', 'unit' (the value with the unit query
-    gradient, which holds what 'dq' holds), 'dq', 'dk' or 'bias'.
+    gradient; what has no entry is as 'dq'), 'dq', 'dk' or 'bias'.
 
     extras: 0 for two plain maps, 1 with js or a boolean mask of keys, 2 with any other mask, 3 with such masks on both sides;
         mean: heads are averaged.
@@ -197,8 +200,8 @@ def pick_tile(kernel: str, arch: str, dtype: torch.dtype, width: int, extras: in
             return _FP32_GFX942
         return replace(_FP32, stages=1) if mean or extras >= 2 else _FP32_OF.get((kernel, arch), _FP32)
     # sm_120 has sm_80's matrix instructions; the tiles fit the shared memory of either.
-    kernel = "dq" if kernel == "unit" else kernel
-    keys = (kernel, arch), (kernel, "sm80" if arch == "sm120" else arch)
+    arches = dict.fromkeys((arch, "sm80" if arch == "sm120" else arch))
+    keys = [(k, a) for k in (("unit", "dq") if kernel == "unit" else (kernel,)) for a in arches]
     if mean:
         tiles = {**_MEAN, **_MEAN_BOTH} if extras == 3 else _MEAN
         return next(tiles[key] for key in keys if key in tiles)
