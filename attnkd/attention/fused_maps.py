@@ -14,9 +14,8 @@ from torch import Tensor
 
 from attnkd.attention.problem import Problem, stored_mask
 from attnkd.operators import first_order_only, keep, kept, register
-from attnkd_kernels.launch import num_processors
+from attnkd_kernels.launch import architecture, num_processors
 from attnkd_kernels.map.launch import Maps, Model, Saved, allocate, map_bias_bwd, map_bwd, map_fwd
-from attnkd_kernels.map.tiles import architecture
 
 MAX_WIDTH = 1024
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)

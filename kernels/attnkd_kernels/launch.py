@@ -91,6 +91,19 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 
 @cache
+def architecture(device: torch.device) -> str:
+    """'sm80', 'sm90', 'sm100', 'sm120', 'gfx942', or 'cpu' for the interpreter; the nearest entry for other GPUs."""
+    if device.type != "cuda":
+        return "cpu"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 12 or (major, minor) in ((8, 6), (8, 9)):
+        return "sm120"  # about 100 KB of shared memory
+    return {8: "sm80", 9: "sm90", 10: "sm100"}.get(major, "sm80")
+
+
+@cache
 def num_processors(device: torch.device) -> int:
     """Streaming multiprocessors (compute units) of the device; 1 for the interpreter."""
     if device.type == "cuda":

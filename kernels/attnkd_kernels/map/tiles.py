@@ -174,18 +174,6 @@ _MEAN_BOTH: dict[tuple[str, str], Tile] = {  # a mean with such masks on both si
 }  # fmt: skip
 
 
-def architecture(device: torch.device) -> str:
-    """'sm80', 'sm90', 'sm100', 'sm120', 'gfx942', or 'cpu' for the interpreter; the nearest entry for other GPUs."""
-    if device.type != "cuda":
-        return "cpu"
-    if torch.version.hip is not None:
-        return "gfx942"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major >= 12 or (major, minor) in ((8, 6), (8, 9)):
-        return "sm120"  # about 100 KB of shared memory
-    return {8: "sm80", 9: "sm90", 10: "sm100"}.get(major, "sm80")
-
-
 def pick_tile(kernel: str, arch: str, dtype: torch.dtype, width: int, extras: int, mean: bool) -> Tile:
     """The entry for one kernel and a head of ``width`` channels: 'normaliser', 'value', 'unit' (the value with the unit query
     gradient; what has no entry is as 'dq'), 'dq', 'dk' or 'bias'.

@@ -60,6 +60,7 @@ def _row_kl_split_kernel(
     T: tl.constexpr,  # and of the teacher
     DIVERGENCE: tl.constexpr,
     BN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # (b·Ho + h)·M + m
     split = tl.program_id(1)
@@ -75,7 +76,7 @@ def _row_kl_split_kernel(
     acc_t = tl.zeros([BN, S.PADDED], tl.float32)
     first = split * tiles_per_split * BN
     last = tl.minimum(first + tiles_per_split * BN, N)
-    for start in range(first, last, BN):
+    for start in tl.range(first, last, BN, num_stages=STAGES):
         n = start + tl.arange(0, BN)
         k_t = load_keys(teacher.key, b, h, n, N, T)
         k_s = load_keys(student.key, b, h, n, N, S).to(tl.float32)
@@ -170,6 +171,15 @@ def _stats_of_ranges(STATS, row, splits, SPLITS: tl.constexpr):
     )
 
 
+def _stages(student_key: Tensor) -> int:
+    """How many tiles of a side are in use or on their way to shared memory: three of 16-bit keys on NVIDIA GPUs, else one.
+
+    An fp32 tile has the bytes of two, and its program the registers of no more; AMD's compiler would keep tiles that are on their
+    way in registers, so that fewer programs run side by side.
+    """
+    return 3 if student_key.element_size() == 2 and launch.architecture(student_key.device) != "gfx942" else 1
+
+
 def row_kl_split(
     student: Side,
     teacher: Side,
@@ -194,7 +204,7 @@ def row_kl_split(
     acc = None if coef is None else loss.new_empty((rows, splits, 2, S.WIDTH.value))
     _row_kl_split_kernel[(rows, splits)](
         coef, logits_t, stats, acc, num_keys, M, HO, splits, tiles, student, teacher,
-        S=S, T=T, DIVERGENCE=divergence, BN=BN, num_warps=warps, **launch.OPTIONS,
+        S=S, T=T, DIVERGENCE=divergence, BN=BN, STAGES=_stages(student.key.pointer), num_warps=warps, **launch.OPTIONS,
     )  # fmt: skip
     _row_kl_join_kernel[(rows, 1 if coef is None else triton.cdiv(num_keys, JOIN_BLOCK))](
         stats, acc, logits_t, coef, loss, unit_dq, dq_mul, num_keys, M, splits,

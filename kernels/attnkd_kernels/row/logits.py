@@ -71,11 +71,13 @@ def _row_logits_dq_kernel(
     row = tl.program_id(0).to(tl.int64)  # (b·Ho + h)·M + m
     m = row % M
     group = row // M
+    h = group % HO
+    b = group // HO
     acc = tl.zeros([BN, SPEC.PADDED], tl.float32)
     for start in range(0, N, BN):
         n = start + tl.arange(0, BN)
         u = tl.load(U + row * N + n, mask=n < N, other=0.0)
-        acc += load_keys(K, group // HO, group % HO, n, N, SPEC).to(tl.float32) * u[:, None]
+        acc += load_keys(K, b, h, n, N, SPEC).to(tl.float32) * u[:, None]
     dq = tl.sum(acc, 0) * dq_mul
     tl.store(DQ + query_elements(group, m, M, SPEC), dq.to(DQ.dtype.element_ty), mask=dim_exists(SPEC))
 
