@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -77,8 +76,13 @@ def pair_blocks(
 
 def block_path(path: str) -> str | None:
     """The path of the block that a module path lies in: 'blocks.3' of 'blocks.3.attn'. None outside a list 'blocks'."""
-    match = re.match(r"(.*\.)?blocks\.\d+", path)
-    return None if match is None else match.group()
+    parts = path.split(
+        "."
+    )  # no regular expression: the tap's forward asks, and torch.compile cannot trace them everywhere
+    for index in range(len(parts) - 1, 0, -1):
+        if parts[index - 1] == "blocks" and parts[index].isdigit():
+            return ".".join(parts[: index + 1])
+    return None
 
 
 def block_owner(path: str) -> str:

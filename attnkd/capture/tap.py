@@ -104,9 +104,8 @@ class AttentionTap(nn.Module):
                     "attn_implementation='sdpa'; a block that layer drop skipped cannot be tapped"
                 )
             layout = self._layout(path, call, images)
-            captured.append(
-                call._replace(num_prefix_tokens=layout.num_prefix_tokens, has_cls=layout.has_cls, grid=layout.grid)
-            )
+            # Not call._replace: torch.compile of torch 2.11 cannot make the tuple that comes of it.
+            captured.append(AttentionCall(*call[:4], layout.num_prefix_tokens, layout.has_cls, layout.grid, call.lse))
         return output, captured
 
     def untap(self) -> nn.Module:
@@ -248,7 +247,7 @@ class _Tapped:
         if slot.stop and all(call is not None for call in slot.calls):
             raise _Stop
         output, lse = attention_and_lse(query, key, value, attn_mask, dropout_p, scale)
-        slot.calls[slot.position] = call._replace(lse=lse)
+        slot.calls[slot.position] = AttentionCall(query, key, attn_mask, softmax_scale, lse=lse)
         return output
 
     def __reduce_ex__(self, protocol: Any) -> tuple:

@@ -554,15 +554,17 @@ class TestTokens:
     def test_class_attention_has_the_class_tokens_row(self) -> None:
         model = make("cait_xxs24_224", depth=2)
         _, (call,) = AttentionTap(model, "blocks_token_only.1.attn")(images())
-        assert call[4:] == (1, True, (4, 4))
+        if not hasattr(model, "num_prefix_tokens"):
+            pytest.skip("this timm's CaiT does not say how many prefix tokens it has")
+        assert call[4:7] == (1, True, (4, 4))
 
     def test_visible_patches_are_no_grid(self) -> None:
         """Also where their number happens to be that of the whole grid, or of a grid without class token."""
         for rate in (0.5, 1 / 16):
             model = make(patch_drop_rate=rate).train()
             tap = AttentionTap(model)
-            assert tap(images())[1][0][4:] == (1, True, None)
-            assert tap.eval()(images())[1][0][4:] == (1, True, (4, 4))
+            assert tap(images())[1][0][4:7] == (1, True, None)
+            assert tap.eval()(images())[1][0][4:7] == (1, True, (4, 4))
 
     def test_what_nobody_knows(self) -> None:
         class Windows(nn.Module):  # rows of windows are in the batch
@@ -574,9 +576,9 @@ class TestTokens:
         model.windows = Windows()
         tap = AttentionTap(model, "windows")
         _, (call,) = tap.capture(lambda x: model.windows(x), images()[:, :1, :, :4])
-        assert call[4:] == (None, None, None)
+        assert call[4:7] == (None, None, None)
         _, (call,) = AttentionTap(nn.Sequential(Windows()), "0")(torch.randn(4, 5, 4))
-        assert call[4:] == (None, None, None)
+        assert call[4:7] == (None, None, None)
 
 
 class TestThreads:

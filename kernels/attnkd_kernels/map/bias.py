@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from attnkd_kernels.language import side_at
 from attnkd_kernels.map.gradient import at_row, dz_tile, given_at, upstream_values
 from attnkd_kernels.map.tile import At, at_tile, load_left, load_whole_right
 
@@ -56,6 +57,10 @@ def _map_bias_kernel(
     acc = tl.zeros([SWEEP.BQ, SWEEP.BK], tl.float32)
     todo = bias.sum_images * bias.sum_heads * bias.sum_queries * bias.sum_keys
     each = tl.cdiv(todo, splits)
+    student, teacher = (
+        side_at(student, 0, 0),
+        side_at(teacher, 0, 0),
+    )  # Triton 3.6 loses strides of 1 of an argument's parts in a loop
     for i in range(split * each, tl.minimum(split * each + each, todo)):
         k0 = (tile_n + i % bias.sum_keys) * SWEEP.BK
         q0 = (tile_m + i // bias.sum_keys % bias.sum_queries) * SWEEP.BQ

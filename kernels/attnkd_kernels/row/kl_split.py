@@ -71,6 +71,7 @@ def _row_kl_split_kernel(
     q_t = load_query(teacher.query, b, h, m, teacher.factor, T)
     mask_s = at_head(student.mask, b, h)
     mask_t = at_head(teacher.mask, b, h)
+    key_s, key_t = student.key, teacher.key  # Triton 3.6 loses a stride of 1 that a loop takes out of a nested tuple
     stats = no_keys(BN)
     delta = tl.zeros([BN, S.PADDED], tl.float32)
     acc_t = tl.zeros([BN, S.PADDED], tl.float32)
@@ -78,8 +79,8 @@ def _row_kl_split_kernel(
     last = tl.minimum(first + tiles_per_split * BN, N)
     for start in tl.range(first, last, BN, num_stages=STAGES):
         n = start + tl.arange(0, BN)
-        k_t = load_keys(teacher.key, b, h, n, N, T)
-        k_s = load_keys(student.key, b, h, n, N, S).to(tl.float32)
+        k_t = load_keys(key_t, b, h, n, N, T)
+        k_s = load_keys(key_s, b, h, n, N, S).to(tl.float32)
         t = row_logits(mask_t, teacher.bias, q_t, k_t, m, n, N, T)
         s = row_logits(mask_s, student.bias, q_s, k_s, m, n, N, S)
         if ACC is not None:

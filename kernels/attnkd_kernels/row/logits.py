@@ -50,8 +50,9 @@ def _row_logits_fwd_kernel(
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     mask = at_head(side.mask, b, h)
     k = load_keys(side.key, b, h, n, N, SPEC).to(tl.float32)
+    query = side.query  # Triton 3.6 loses a stride of 1 that a loop takes out of a nested tuple
     for m in range(M):
-        q = load_query(side.query, b, h, m, side.factor, SPEC)
+        q = load_query(query, b, h, m, side.factor, SPEC)
         z = row_logits(mask, side.bias, q, k, m, n, N, SPEC)
         tl.store(Z + (group * M + m) * N + n, tl.where(hidden(z), -float("inf"), z), mask=n < N)
 
