@@ -104,6 +104,7 @@ _HEAVY: dict[tuple[str, str], Pair] = {  # js or boolean masks of keys; and beyo
     ("normaliser", "sm90"): (Tile(64, 128, 32, 4, 3), Tile(64, 64, 32, 8, 2, whole=64)),
     ("value", "sm100"): (Tile(64, 32, 32, 4, 2), Tile(64, 64, 32, 8, 2, whole=64)),
     ("dq", "sm100"): (Tile(64, 64, 32, 4, 2), Tile(64, 32, 32, 8, 2, whole=64, maxnreg=255)),
+    ("unit", "sm100"): (Tile(64, 32, 32, 8, 2), Tile(64, 32, 32, 8, 2, whole=64, maxnreg=255)),
     ("dk", "sm100"): (Tile(64, 32, 32, 4, 2), Tile(64, 32, 32, 8, 2, whole=64)),
     ("normaliser", "sm100"): (Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 8, 2, whole=64, maxnreg=255)),
     ("value", "gfx942"): (Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2, whole=64)),
