@@ -119,7 +119,7 @@ def tunables() -> list[Tunable]:
     for op, operation, mode in (
         ("normaliser", "whole_map", "fwd"),
         ("unit", "whole_map", "both"),
-        ("dq", "whole_map", "bwd"),
+        ("dq", "whole_map_mean", "bwd"),
         ("dk", "whole_map", "bwd"),
         ("value", "whole_map_mean", "fwd"),
     ):

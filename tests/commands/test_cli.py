@@ -48,6 +48,7 @@ def test_faults_of_the_program_keep_their_traceback(monkeypatch):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_a_command_cleanly(monkeypatch, capsys, number, status):
     before = signal.getsignal(signal.SIGTERM)
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     closed = []
 
     def run(args):
@@ -58,7 +59,10 @@ def test_signals_end_a_command_cleanly(monkeypatch, capsys, number, status):
             closed.append(True)
 
     monkeypatch.setattr(info, "run", run)
-    assert cli.main(["info"]) == status and closed
+    try:
+        assert cli.main(["info"]) == status and closed
+    finally:
+        signal.signal(signal.SIGINT, usual)
     assert "run the same command again to continue" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
 
