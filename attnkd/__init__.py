@@ -17,6 +17,7 @@ from attnkd.relation.api import relation_row_loss
 
 if TYPE_CHECKING:
     from attnkd.capture.tap import AttentionTap
+    from attnkd.capture.weights import load_weights
     from attnkd.methods.attention_probe import AttentionProbe
     from attnkd.methods.attn_distill import AttnDistill
     from attnkd.methods.head_importance import head_importance, select_heads
@@ -41,6 +42,7 @@ __all__ = [
     "attention_rows",
     "attention_with_divergence",
     "head_importance",
+    "load_weights",
     "merge_attention",
     "relation_row_loss",
     "resample_attention",
@@ -55,6 +57,7 @@ _LAZY = {
     "AttnDistillRecipe": "attnkd.methods.recipes",
     "HeadKD": "attnkd.methods.head_kd",
     "Schedule": "attnkd.methods.schedule",
+    "load_weights": "attnkd.capture.weights",
     "head_importance": "attnkd.methods.head_importance",
     "select_heads": "attnkd.methods.head_importance",
     "SSTA": "attnkd.methods.ssta",

@@ -67,8 +67,10 @@ MAY_IMPORT = {
     "capture": {"operators", "attention"},
     "methods": {"attention", "relation", "capture", "files", "attnkd"},
     "testing": PRODUCT | {"attnkd_kernels", "attnkd"},
-    "commands": PRODUCT | {"testing", "attnkd"},
-    "demo": PRODUCT | {"commands", "attnkd"},
+    "training": PRODUCT | {"attnkd"},
+    "evaluation": PRODUCT | {"attnkd"},
+    "commands": PRODUCT | {"training", "evaluation", "testing", "attnkd"},
+    "demo": PRODUCT | {"training", "evaluation", "commands", "attnkd"},
     "__init__": PRODUCT,
     "__main__": {"commands"},
 }

@@ -100,9 +100,14 @@ def image_size(model: nn.Module) -> tuple[int, int] | None:
 
 
 def input_stats(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and standard deviation with which a timm model's images were normalised in pretraining, if it says."""
+    """Mean and standard deviation with which a timm model's images were normalised in pretraining, if it says.
+
+    Those of colour images say nothing about a model that was built for others.
+    """
     cfg = getattr(model, "pretrained_cfg", None) or {}
     mean, std = cfg.get("mean"), cfg.get("std")
+    if mean is not None and len(mean) != (input_channels(model) or len(mean)):
+        return None
     return (tuple(mean), tuple(std)) if mean is not None and std is not None else None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from attnkd import __version__
 
 COMMANDS = {
-    # name: (module with add_arguments(parser) and run(args) -> int, one-line help)
+    # name: (module with run(args) -> int and add_arguments(parser), or its own parse(words) -> args; one-line help)
     "info": ("attnkd.commands.info", "versions, devices, and which implementation each operation would use here"),
     "maps": (
         "attnkd.commands.maps",
@@ -29,6 +29,9 @@ COMMANDS = {
         "attnkd.commands.select",
         "list the images of a folder on which a teacher should be distilled (Attention Probe)",
     ),
+    "train": ("attnkd.commands.train", "train a student by one of the methods, from published recipes"),
+    "eval": ("attnkd.commands.eval", "k-NN and linear probe of a frozen model or of a run's student"),
+    "export": ("attnkd.commands.export", "write a run's student as a folder that timm loads, with a model card"),
     "demo": ("attnkd.demo", "distil a small ViT on real handwritten digits and compare with and without attention"),
 }
 
@@ -52,13 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         Ctrl-C, 143 after SIGTERM, 141 when the reader of the output has gone.
     """
     given = sys.argv[1:] if argv is None else list(argv)
-    name, args = "", argparse.Namespace()
+    name, args = next((word for word in given[:1] if word in COMMANDS), ""), argparse.Namespace()
     try:
         with _terminable():
             args = _parse(given)
             args.argv, args.whole_process = given, argv is None
-            name = args.command
-            status = importlib.import_module(COMMANDS[name][0]).run(args)
+            status = importlib.import_module(COMMANDS[args.command][0]).run(args)
             sys.stdout.flush()
             return status
     except KeyboardInterrupt as interrupt:
@@ -91,7 +93,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         # Only the command that was asked for is imported: `attnkd --help` should be instant.
         if name in argv[:1]:
-            importlib.import_module(module).add_arguments(command)
+            asked = importlib.import_module(module)
+            if hasattr(asked, "parse"):
+                return asked.parse(argv[1:])
+            asked.add_arguments(command)
     return parser.parse_args(argv)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from attnkd import files
 from attnkd.attention.problem import MERGES
 from attnkd.capture.class_maps import ClassMaps, class_kl, class_maps, upsample
+from attnkd.capture.loading import image_config, image_transform, load_model, load_saved
 from attnkd.capture.models import input_stats
-from attnkd.commands.models import image_config, image_transform, load_model, load_saved
 from attnkd.commands.options import choose_device, require
 from attnkd.methods.image_stream import open_image
 from attnkd.methods.task import check_pair
@@ -155,7 +155,7 @@ def draw(
 
 
 def find_model(role: str, name: str | None, checkpoint: Path | None, run: Path) -> nn.Module:
-    """The model asked for, see :func:`attnkd.commands.models.load_model`; without a name the newest in a run's results.
+    """The model asked for, see :func:`attnkd.capture.loading.load_model`; without a name the newest in a run's results.
 
     Raises:
         ValueError: nothing found in ``run``, or nothing that can be loaded.

@@ -25,15 +25,16 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def require(packages: Mapping[str, str]) -> None:
-    """Refuse to start without the packages of the extra 'demo'.
+def require(packages: Mapping[str, str], extra: str = "demo") -> None:
+    """Refuse to start without the packages of an extra.
 
     Args:
         packages: module → the name that pip knows it by.
+        extra: of attnkd, which has them.
 
     Raises:
         ModuleNotFoundError: at least one cannot be imported; the message says what to install.
     """
     missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise ModuleNotFoundError(f'needs {", ".join(missing)}: pip install "attnkd[demo]"')
+        raise ModuleNotFoundError(f'needs {", ".join(missing)}: pip install "attnkd[{extra}]"')

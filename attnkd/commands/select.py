@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from attnkd import files
-from attnkd.commands.models import image_config, image_transform, load_model
+from attnkd.capture.loading import image_config, image_transform, load_model
 from attnkd.commands.options import choose_device
 from attnkd.methods.selection import select_images
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attnkd import files
-from attnkd.commands.models import load_saved as load
+from attnkd.capture.loading import load_saved as load
 from attnkd.demo.data import IMAGE_SIZE
 from attnkd.demo.evaluate import features
 from attnkd.methods.pos_embed import sincos_pos_embed_

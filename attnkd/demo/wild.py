@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from attnkd import files
-from attnkd.commands.models import image_config, image_transform
+from attnkd.capture.loading import image_config, image_transform
 from attnkd.demo import models
 from attnkd.demo.data import IMAGE_SIZE, Digits
 

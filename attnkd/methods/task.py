@@ -69,7 +69,7 @@ class DistillTask(TrainingTask):
         for name, teacher in teachers.items():
             teacher.to(self.device)
             stats, theirs = input_stats(student), input_stats(teacher.tap.model)
-            if teacher.input_norm is None and stats != theirs:
+            if teacher.input_norm is None and theirs is not None and stats != theirs:
                 _logger.warning(
                     f"image mean and std differ between student {stats} and {name} {theirs}: images must come normalised "
                     f"for the {name}, or say with input_norm how they come"

@@ -7,10 +7,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 from attnkd.capture.class_maps import attention_rollout, class_kl, class_maps, upsample
+from attnkd.capture.loading import load_saved
 from attnkd.capture.tap import AttentionTap
 from attnkd.capture.tokens import token_layout
 from attnkd.commands import cli, maps
-from attnkd.commands.models import load_saved
 from attnkd.demo import models
 
 

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from attnkd.commands.models import image_config, load_model, load_saved
+from attnkd.capture.loading import image_config, load_model, load_saved
 from attnkd.demo import models
 
 NAME, SMALL = "test_vit", {"img_size": 32, "patch_size": 8}
@@ -41,7 +41,7 @@ def test_training_checkpoints_are_understood(checkpoint):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"patch_size": 4}, "2 of another shape (pos_embed"),
+        ({"patch_size": 4}, "1 of another shape (patch_embed.proj.weight"),
         ({"depth": 5}, "missing (blocks.5."),
         ({"depth": 7}, "not in the model (blocks.6."),
         ({"num_classes": 7}, "2 of another shape (head.weight (7, 64), here (10, 64)"),

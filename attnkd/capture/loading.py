@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from attnkd.capture.weights import first_line, load_weights
+
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
@@ -46,6 +48,29 @@ def load_model(role: str, name: str, checkpoint: Path | None = None, **kwargs: A
     return model.eval()
 
 
+def new_model(role: str, name: str, **kwargs: Any) -> nn.Module:
+    """A timm model with random weights.
+
+    Raises:
+        ValueError: no timm model, or arguments that it does not take.
+    """
+    import timm
+
+    if not timm.is_model(name):
+        raise ValueError(f"{role}: {name!r} is no timm model")
+    return _create(name, {**kwargs, "pretrained": False})
+
+
+def default_size(name: str) -> tuple[int, int] | None:
+    """The image size (height, width) that a timm model is built for when none is asked for; None for no timm model."""
+    import timm
+
+    if not timm.is_model(name):
+        return None
+    cfg = timm.models.get_pretrained_cfg(name)
+    return None if cfg is None else tuple(cfg.input_size[-2:])
+
+
 def load_saved(path: Path, **kwargs: Any) -> nn.Module:
     """The model of ``path`` and the ``timm.create_model`` arguments beside it, in evaluation mode.
 
@@ -58,7 +83,7 @@ def load_saved(path: Path, **kwargs: Any) -> nn.Module:
         name = args.pop("model_name")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"{described}: expected the arguments of timm.create_model as JSON ({_first(error)})"
+            f"{described}: expected the arguments of timm.create_model as JSON ({first_line(error)})"
         ) from None
     for argument in ("pretrained", "checkpoint_path", "pretrained_cfg"):  # the weights are in the file beside it
         if argument in args:
@@ -68,47 +93,6 @@ def load_saved(path: Path, **kwargs: Any) -> nn.Module:
     model = _create(name, {**args, **kwargs})
     load_weights(model, path)
     return model.eval()
-
-
-def load_weights(model: nn.Module, path: Path, keep_classifier: bool = False) -> None:
-    """Load a checkpoint's weights (EMA weights first, as timm does) into a timm model.
-
-    Args:
-        model: gets the checkpoint's classifier, or none, where it differs.
-        path: .safetensors, or what ``torch.save`` wrote; tensors only, so that no code in it can run.
-        keep_classifier: refuse a checkpoint with another classifier too.
-
-    Raises:
-        ValueError: no such file, a file that cannot be read, or more than the classifier differs.
-    """
-    from timm.models import load_state_dict
-
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a file with weights, there is {'none' if not path.exists() else 'no file'}")
-    try:
-        state = load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # whatever a decoder meets in an empty, cut or foreign file
-        raise ValueError(f"{path}: cannot be read as a checkpoint of tensors ({_first(error)})") from None
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: expected weights by name, or a checkpoint with 'state_dict' or 'model'")
-    if not keep_classifier:
-        _match_classifier(model, state)
-    own = model.state_dict()
-    problems = {
-        "missing": sorted(own.keys() - state.keys()),
-        "not in the model": sorted(state.keys() - own.keys()),
-        "of another shape": [
-            f"{key} {tuple(state[key].shape)}, here {tuple(own[key].shape)}"
-            for key in own  # in the model's order
-            if key in state and own[key].shape != state[key].shape
-        ],
-    }
-    if any(problems.values()):
-        words = (
-            f"{len(keys)} {what} ({keys[0]}{', ...' * (len(keys) > 1)})" for what, keys in problems.items() if keys
-        )
-        raise ValueError(f"{path}: does not fit {type(model).__name__}: {'; '.join(words)}")
-    model.load_state_dict(state)
 
 
 def image_config(
@@ -171,21 +155,6 @@ def _create(name: str, kwargs: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, **kwargs)
     except (TypeError, AssertionError, KeyError, ZeroDivisionError) as error:
-        raise ValueError(f"{name}: timm cannot build it with these arguments ({_first(error)})") from None
+        raise ValueError(f"{name}: timm cannot build it with these arguments ({first_line(error)})") from None
     except Exception as error:  # of the many libraries that a download goes through
-        raise RuntimeError(f"{name}: its published weights could not be loaded ({_first(error)})") from error
-
-
-def _match_classifier(model: Any, state: Mapping[str, Tensor]) -> None:
-    """Give the model as many classes as the checkpoint has, 0 if it has no classifier."""
-    heads = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
-    head = heads if isinstance(heads, str) else heads[0]
-    weight = state.get(f"{head}.weight")
-    classes = 0 if weight is None else len(weight)
-    if hasattr(model, "reset_classifier") and model.num_classes != classes:
-        model.reset_classifier(classes)
-
-
-def _first(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+        raise RuntimeError(f"{name}: its published weights could not be loaded ({first_line(error)})") from error

@@ -1,0 +1,308 @@
+"""The training loop: continues exactly where it was stopped or killed, on one process or many.
+
+All that a step does is a function of the state before it, the seed and the step's number: learning rate and scheduled weights
+are set from the number, images and augmentation come from it (:mod:`attnkd.training.data`), and the random generators are set
+anew in every step. So the checkpoint is weights, optimizer and a few numbers. With the same software and number of threads
+a run on the CPU that was killed and continued ends with the same bits as one that was not; on a GPU not even two whole runs
+need to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnkd.capture.models import unwrap_model
+from attnkd.methods.recipes import Recipe
+from attnkd.training import checkpoint
+from attnkd.training.data import AugmentedImages, Plan, Steps, loader, reseed
+from attnkd.training.distributed import World
+
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class DivergedError(RuntimeError):
+    """Too many steps in a row were not finite; the message says what was and what to try."""
+
+
+@dataclass(frozen=True)
+class Carrying:
+    """How a run is carried out. What it ends with does not depend on it, but for rounding.
+
+    Args:
+        at_once: images that each process computes at a time; None is its whole share of a batch. Gradients of the parts are
+            added up.
+        workers: processes that read and augment images, for each training process.
+        precision: 'fp32', 'bf16' or 'fp16' autocast.
+        compile: compile student and teachers.
+        save_minutes: time between checkpoints.
+        save_steps: steps between checkpoints, besides; None for none.
+        log_steps: steps between records of the log.
+        nonfinite_limit: so many steps in a row whose gradient is not finite stop the run. Each is left out.
+    """
+
+    at_once: int | None = None
+    workers: int = 4
+    precision: str = "fp32"
+    compile: bool = False
+    save_minutes: float = 10.0
+    save_steps: int | None = None
+    log_steps: int = 50
+    nonfinite_limit: int = 20
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        for name in ("at_once", "save_steps", "log_steps", "nonfinite_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if self.workers < 0 or not self.save_minutes > 0:
+            raise ValueError(f"workers, save_minutes: expected >= 0 and > 0, got {self.workers}, {self.save_minutes}")
+
+
+class Watcher:
+    """Gets reports on a run; this one ignores them."""
+
+    def begin(self, step: int, steps: int, steps_per_epoch: int, batch_size: int) -> None:
+        """``step`` of ``steps`` were done before."""
+
+    def step(self, step: int, parts: Mapping[str, float]) -> None:
+        """A step is done; the parts of its loss."""
+
+    def record(self, record: dict[str, Any]) -> None:
+        """The means since the last record."""
+
+    def saved(self, step: int) -> None:
+        """The state after ``step`` steps is on the disk."""
+
+
+@dataclass
+class Tally:
+    """What the log's next record is made of."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    nonfinite: int = 0
+    """Steps left out so far, in the whole run."""
+    in_row: int = 0
+
+    def add(self, parts: Mapping[str, float]) -> None:
+        self.steps += 1
+        for name, value in parts.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        """The means so far; the sums start again."""
+        means = {name: value / self.steps for name, value in self.sums.items()}
+        self.sums, self.steps = {}, 0
+        return means
+
+
+class Trainer:
+    """Trains a task in place.
+
+    Args:
+        task: ``forward(images [B, C, H, W], targets [B])`` → dict with the scalar ``loss`` and its parts, named ..._loss. All
+            losses are means over images. A ``timm.task.TrainingTask``, or any module.
+        images: the training set.
+        count: number of images in it.
+        recipe: the numbers of the run.
+        world: this process and the others; the task is on its device.
+        carrying: how the run is carried out.
+        seed: of the order, the augmentation and everything random in a step.
+        mix: mixes the images of a part and their targets.
+    """
+
+    def __init__(
+        self,
+        task: nn.Module,
+        images: AugmentedImages,
+        count: int,
+        recipe: Recipe,
+        world: World,
+        carrying: Carrying = Carrying(),  # frozen
+        *,
+        seed: int = 0,
+        mix: Mix | None = None,
+    ) -> None:
+        self.task: Any = task
+        self.images, self.recipe, self.world, self.carrying, self.seed, self.mix = (
+            images, recipe, world, carrying, seed, mix
+        )  # fmt: skip
+        self.plan = Plan(count, recipe.batch_size, recipe.drop_last, seed, world.rank, world.size, carrying.at_once)
+        self.steps, self.done, self.tally = recipe.epochs * self.plan.steps_per_epoch, 0, Tally()
+        if recipe.ema_decay is not None:
+            self.task.setup_ema(decay=recipe.ema_decay)
+        self.optimizer = recipe.optimizer(task)
+        self.scheduler = recipe.scheduler(self.optimizer, self.plan.steps_per_epoch)
+        if carrying.compile:
+            self.task.compile()
+        if world.size > 1:
+            self.task.prepare_distributed(device_ids=[world.device.index] if world.device.type == "cuda" else None)
+        self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=carrying.precision == "fp16")
+
+    @property
+    def trained(self) -> nn.Module:
+        """What trains, without wrappers."""
+        return unwrap_model(getattr(self.task, "trainable_module", self.task))
+
+    @property
+    def averaged(self) -> nn.Module | None:
+        """Its moving average, if there is one."""
+        ema = getattr(self.task, "trainable_module_ema", None)
+        return None if ema is None else unwrap_model(ema.module)
+
+    def state(self) -> dict[str, Any]:
+        """All that the rest of the run depends on."""
+        tally = self.tally
+        return {
+            "done": self.done,
+            "tally": [tally.sums, tally.steps, tally.nonfinite, tally.in_row],
+            "trained": self.trained.state_dict(),
+            "averaged": None if self.averaged is None else self.averaged.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state`."""
+        self.done, self.tally = state["done"], Tally(*state["tally"])
+        self.trained.load_state_dict(state["trained"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    def run(
+        self,
+        save: Callable[[dict[str, Any]], None] | None = None,
+        watcher: Watcher | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Train to the end, or until ``stop()``; the state is saved in between and at last.
+
+        Args:
+            save: keeps the state; is called on the first process alone.
+            watcher: gets reports, on the first process alone.
+            stop: is asked after every step, on all processes.
+
+        Returns:
+            Whether the end was reached.
+
+        Raises:
+            DivergedError: the gradient was not finite in too many steps in a row.
+        """
+        watcher = watcher if watcher is not None and self.world.first else Watcher()
+        watcher.begin(self.done, self.steps, self.plan.steps_per_epoch, self.recipe.batch_size)
+        if self.done == self.steps:
+            return True
+        steps = Steps(self.plan, self.done, self.steps)
+        batches = iter(loader(self.images, steps, self.carrying.workers, self.world.device.type == "cuda"))
+        saved = time.monotonic()
+        self.task.train()
+        while self.done < self.steps:
+            parts = self._step(batches)
+            watcher.step(self.done, parts)
+            if self.done % self.carrying.log_steps == 0 or self.done == self.steps:
+                watcher.record(self._record())
+            due = time.monotonic() - saved > 60 * self.carrying.save_minutes
+            if self.carrying.save_steps is not None and self.done % self.carrying.save_steps == 0:
+                due = True
+            stopping, due = (bool(x) for x in self.world.largest([stop(), due]))
+            if due or stopping or self.done == self.steps:
+                if save is not None and self.world.first:
+                    save(self.state())
+                watcher.saved(self.done)
+                saved = time.monotonic()
+            if stopping and self.done < self.steps:
+                return False
+        return True
+
+    def _step(self, batches: Any) -> dict[str, float]:
+        """One optimizer step; the parts of its loss."""
+        step, per_epoch = self.done, self.plan.steps_per_epoch
+        self.scheduler.step_update(step)
+        if hasattr(self.task, "set_epoch"):
+            self.task.set_epoch(step / per_epoch)
+        if hasattr(self.task, "set_step"):
+            self.task.set_step(step)
+        self.optimizer.zero_grad()
+        factors = [factor for _, factor in self.plan.parts(step)]
+        sums: dict[str, Tensor] = {}
+        for number, factor in enumerate(factors):
+            images, targets = (part.to(self.world.device, non_blocking=True) for part in next(batches))
+            reseed(self.seed, step, self.world.rank, number)
+            if self.mix is not None:
+                images, targets = self.mix(images, targets)
+            last = number == len(factors) - 1
+            with contextlib.nullcontext() if last or self.world.size == 1 else self.task.no_sync():
+                with torch.autocast(
+                    self.world.device.type,
+                    PRECISIONS[self.carrying.precision],
+                    enabled=self.carrying.precision != "fp32",
+                ):
+                    result = self.task(images, targets)
+                self.scaler.scale(result["loss"] * factor).backward()
+            for name, value in result.items():
+                if name == "loss" or name.endswith("_loss"):
+                    sums[name] = sums.get(name, 0.0) + value.detach().float() * factor
+        self.scaler.unscale_(self.optimizer)
+        limit = self.recipe.clip_grad
+        norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
+        # One transfer from the device for all numbers.
+        *values, grad_norm = torch.stack([*sums.values(), norm.float()]).tolist()
+        parts = dict(zip(sums, values, strict=True))
+        self._update(grad_norm, parts)
+        return parts
+
+    def _update(self, grad_norm: float, parts: Mapping[str, float]) -> None:
+        """The optimizer's step, unless the gradient, the same on all processes, is not finite."""
+        finite = math.isfinite(grad_norm)
+        if finite:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.done += 1
+        if finite:
+            self.tally.add({**parts, "grad_norm": grad_norm})
+            self.tally.in_row = 0
+            if self.recipe.ema_decay is not None:
+                self.task.update_ema(step=self.done)
+            return
+        self.tally.nonfinite += 1
+        self.tally.in_row += 1
+        if self.tally.in_row >= self.carrying.nonfinite_limit:
+            values = ", ".join(f"{name} = {value:g}" for name, value in parts.items())
+            rate = self.optimizer.param_groups[0]["lr"]
+            raise DivergedError(
+                f"the gradient was not finite in {self.tally.in_row} steps in a row, the last of them step {self.done} "
+                f"({values}, gradient norm = {grad_norm:g}, learning rate = {rate:g}). The last checkpoint is of before; "
+                "try a lower train.base_lr, a train.clip_grad, or fp32 or bf16 precision"
+            )
+
+    def _record(self) -> dict[str, Any]:
+        """The log's next record; the same on every process."""
+        skipped, means = self.tally.nonfinite, self.tally.means()
+        shared = self.world.mean(list(means.values()))
+        return {
+            "step": self.done,
+            "epoch": self.done / self.plan.steps_per_epoch,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            **dict(zip(means, shared, strict=True)),
+            "nonfinite_steps": skipped,
+        }
+
+
+def save_to(folder: Path, settings: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    """Keeps the state of a run with these settings in its folder."""
+    return lambda state: checkpoint.save(folder / checkpoint.NAME, {**state, "settings": settings})

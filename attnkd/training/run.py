@@ -1,0 +1,195 @@
+"""A run from its settings to its folder: train, or continue what is there.
+
+The folder holds config.yaml (all settings), log.jsonl, checkpoint.safetensors (the state), and at the end the student:
+model.safetensors with, in model.json, the arguments of ``timm.create_model``.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from attnkd import files
+from attnkd.capture.models import input_channels
+from attnkd.training import checkpoint, config, models, sources
+from attnkd.training.config import Experiment
+from attnkd.training.data import AugmentedImages, Mixing
+from attnkd.training.distributed import World, joined
+from attnkd.training.loop import Trainer, save_to
+from attnkd.training.report import Report
+
+WEIGHTS, DESCRIPTION, CONFIG = "model.safetensors", "model.json", "config.yaml"
+
+
+class Ended(NamedTuple):
+    """How a call of :func:`train` ended."""
+
+    finished: bool
+    """False: it was asked to stop, and saved its state."""
+    steps: int
+    total: int
+    nonfinite: int
+    folder: Path
+
+
+def train(experiment: Experiment, device: torch.device, say: Callable[[str], None] = print) -> Ended:
+    """Train, or continue a run that was stopped or killed, to its end or to a SIGTERM or Ctrl-C.
+
+    Args:
+        experiment: all settings.
+        device: where to compute; under torchrun each process takes the GPU of its local rank.
+        say: prints a line, on the first process alone.
+
+    Raises:
+        ValueError: settings that cannot be honoured, or that are not those of the run in the folder.
+        RuntimeError: another process at work in the folder, an unreadable checkpoint, a diverged run.
+    """
+    with ExitStack() as stack:
+        stop = stack.enter_context(asked_to_stop())
+        world = stack.enter_context(joined(device))
+        folder = Path(experiment.config.output)
+        if world.first:
+            files.make_folder("output", folder)
+            stack.enter_context(files.locked(folder / ".lock"))
+        say = say if world.first else lambda line: None
+        state = _earlier(experiment, folder)
+        trainer, student, description = prepare(experiment, world, say)
+        if state is not None:
+            trainer.load(state)
+        most, least = world.largest([trainer.done, -trainer.done])
+        if most != -least:
+            raise RuntimeError(
+                f"{folder}: the processes do not see the same checkpoint; it must be on a shared file system"
+            )
+        settings = experiment.settings()
+        if world.first:
+            files.write_text(folder / CONFIG, config.as_yaml(settings))
+        if trainer.done:
+            say(f"{folder}: continues after step {trainer.done} of {trainer.steps}")
+        report = None
+        if world.first and trainer.done < trainer.steps:
+            report = Report(folder, world.device, experiment.config.tensorboard)
+            stack.callback(report.close)
+        finished = trainer.run(save_to(folder, settings), report, lambda: stop.signal is not None)
+        if finished and world.first:
+            averaged = trainer.averaged
+            save_student(folder, student if averaged is None else averaged.model, description)
+        if not finished and stop.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+    return Ended(finished, trainer.done, trainer.steps, trainer.tally.nonfinite, folder)
+
+
+def prepare(
+    experiment: Experiment, world: World, say: Callable[[str], None] = lambda line: None
+) -> tuple[Trainer, nn.Module, dict[str, Any]]:
+    """The trainer of an experiment, the student in it, and the ``timm.create_model`` arguments of the student."""
+    settings = experiment.config
+    teachers = models.build_teachers(experiment)
+    channels = input_channels(next(iter(teachers.values()))) or 3
+    source = open_split(experiment, settings.train_split, "L" if channels == 1 else "RGB")
+    inputs = models.inputs_of(experiment, teachers, source, channels)
+    arguments = models.student_arguments(experiment, teachers, inputs, source.num_classes)
+    student = models.build_student(experiment, arguments, inputs)
+    description = {
+        "model_name": settings.student,
+        **arguments,
+        "pretrained_cfg_overlay": {"mean": list(inputs.mean), "std": list(inputs.std)},
+    }
+    task = models.build_task(experiment, student, teachers, inputs, world.device, verbose=world.first)
+    recipe = settings.train
+    classed = getattr(task, "criterion", None) is not None
+    if classed:
+        _check_labels(source, arguments["num_classes"], experiment)
+    elif recipe.mixup or recipe.cutmix:
+        raise ValueError(
+            f"train.mixup, train.cutmix: {experiment.method} has no class loss, and its labels are not used"
+        )
+    mix = None
+    if recipe.mixup or recipe.cutmix:
+        mix = Mixing(recipe.mixup, recipe.cutmix, recipe.label_smoothing, arguments["num_classes"])
+    say(
+        f"{experiment.method}: {settings.student} learns from "
+        f"{' and '.join(filter(None, (settings.teacher, settings.assistant)))} on {len(source.images)} images of "
+        f"{settings.data}, {inputs.size[0]}x{inputs.size[1]} pixels"
+    )
+    transform = recipe.transform_for(inputs.size, inputs.mean, inputs.std)
+    images = AugmentedImages(source.images, transform, settings.seed)
+    trainer = Trainer(
+        task, images, len(source.images), recipe, world, settings.run, seed=settings.seed, mix=mix
+    )  # fmt: skip
+    return trainer, student, description
+
+
+def _check_labels(source: sources.Source, num_classes: int, experiment: Experiment) -> None:
+    if not source.labelled:
+        raise ValueError(f"data: {experiment.method} has a class loss, but {experiment.config.data} has no labels")
+    if source.num_classes is not None and source.num_classes > num_classes:
+        raise ValueError(f"num_classes: expected at least the data set's {source.num_classes}, got {num_classes}")
+
+
+def open_split(experiment: Experiment, split: str, mode: str) -> sources.Source:
+    """Images and labels of a split of the experiment's data set."""
+    settings = experiment.config
+    return sources.open_source(
+        settings.data, split, root=settings.data_root, download=settings.download, mode=mode
+    )  # fmt: skip
+
+
+def save_student(folder: Path, student: nn.Module, description: dict[str, Any]) -> None:
+    """The student as `attnkd maps`, `attnkd select` and other runs take it."""
+    from safetensors.torch import save as to_bytes
+
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
+    files.write_json(folder / DESCRIPTION, description)
+    files.write_bytes(folder / WEIGHTS, to_bytes(weights, metadata={"format": "pt"}))
+
+
+def _earlier(experiment: Experiment, folder: Path) -> dict[str, Any] | None:
+    """The state of a run in the folder, which must be of this experiment."""
+    path = folder / checkpoint.NAME
+    if experiment.config.resume == "never" and path.exists():
+        raise ValueError(
+            f"resume: 'never', but {folder} has a run; choose another output, or continue with resume=auto"
+        )
+    state = checkpoint.load(path)
+    if state is None:
+        return None
+    changed = config.differences(state["settings"], experiment.settings())
+    if changed:
+        raise ValueError(
+            f"output: {folder} has a run with other settings ({'; '.join(changed)}); give it those, or choose another output"
+        )
+    return state
+
+
+class _Stop:
+    signal: int | None = None
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[_Stop]:
+    """While open, SIGTERM and Ctrl-C are kept for the loop to see, which ends after the step at work. A second one is not."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def remember(number: int, frame: Any) -> None:
+        stop.signal = number
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, remember)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

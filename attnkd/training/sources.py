@@ -1,0 +1,143 @@
+"""Data sets by the names that users give: folders, timm's prefixes, and the digits that come with scikit-learn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from attnkd.methods.image_stream import open_image, read_lines
+
+DIGITS = "digits"
+STREAMS = ("hfids", "tfds")
+
+
+class Source(NamedTuple):
+    """A data set: index → (PIL image, label)."""
+
+    images: Any
+    num_classes: int | None
+    """None where it cannot be told."""
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    labelled: bool = True
+
+
+def open_source(name: str, split: str, *, root: str | None = None, download: bool = False, mode: str = "RGB") -> Source:
+    """The images of one split.
+
+    Args:
+        name: 'digits', a folder of images by class, a list of images without labels as `attnkd select` writes it, or a name
+            that ``timm.data.create_dataset`` knows, such as 'torch/cifar100' or 'hfds/imagenet-1k'.
+        split: 'train', 'validation' or another that the data set has; a list has none.
+        root: where the data set is kept, or the folder that a list's names begin in; a folder needs none.
+        download: fetch a torch/ data set.
+        mode: Pillow mode of the images, 'RGB' or 'L'.
+
+    Raises:
+        ValueError: no such data set or split.
+        NotImplementedError: a data set that can only be read from its beginning.
+    """
+    if name == DIGITS:
+        return _digits(split)
+    prefix = name.partition("/")[0].lower()
+    if prefix in (*STREAMS, "wds"):
+        raise NotImplementedError(
+            f"data: {name} is a stream, and a run could not continue in the middle of one; use a folder, torch/ or hfds/"
+        )
+    if Path(name).is_file():
+        return _listed(Path(name), root, mode)
+    if prefix not in ("torch", "hfds"):
+        if not Path(name).is_dir():
+            raise ValueError(
+                f"data: {name!r} is no folder and no list; expected one of them, 'digits', 'torch/NAME' or 'hfds/NAME'"
+            )
+        name, root = "", name
+    from timm.data import create_dataset
+
+    options: dict[str, Any] = {} if prefix == "torch" else {"input_img_mode": mode}
+    try:
+        images: Any = create_dataset(name, root=root, split=split, download=download, **options)
+    except ImportError as error:
+        raise ModuleNotFoundError(f"data: {name} needs a package that is not installed ({error})") from None
+    except (RuntimeError, AssertionError, ValueError, OSError) as error:
+        raise ValueError(f"data: {name or root} cannot be opened ({str(error).splitlines()[0]})") from None
+    if prefix == "torch":
+        images = _Converted(images, mode)
+    return Source(images, _num_classes(images))
+
+
+def _num_classes(images: Any) -> int | None:
+    inner = getattr(images, "images", images)
+    names = getattr(inner, "classes", None) or getattr(getattr(inner, "reader", None), "class_to_idx", None)
+    if names:
+        return len(names)
+    features = getattr(getattr(getattr(inner, "reader", None), "dataset", None), "features", None) or {}
+    return getattr(features.get("label"), "num_classes", None)
+
+
+class _Listed:
+    """Images by name, without labels: theirs is 0."""
+
+    def __init__(self, folder: Path, names: list[str], mode: str) -> None:
+        self.folder, self.names, self.mode = folder, names, mode
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return open_image(self.folder / self.names[index], self.mode), 0
+
+
+def _listed(path: Path, folder: str | None, mode: str) -> Source:
+    if folder is None:
+        raise ValueError(f"data_root: {path} is a list; expected the folder in which its names begin, got None")
+    names = list(read_lines(path))
+    missing = next((name for name in names if not (Path(folder) / name).is_file()), None)
+    if missing is not None:
+        raise ValueError(f"data_root: {path} lists {missing!r}, which is not in {folder}")
+    return Source(_Listed(Path(folder), names, mode), None, labelled=False)
+
+
+class _Converted:
+    """torchvision's data sets keep the mode of their files."""
+
+    def __init__(self, images: Any, mode: str) -> None:
+        self.images, self.mode = images, mode
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, label = self.images[index]
+        return image.convert(self.mode), label
+
+
+class _Digits(Sequence):
+    def __init__(self, pixels: Any, labels: Any) -> None:
+        self.pixels, self.labels = pixels, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Any) -> Any:
+        from PIL import Image
+
+        return Image.fromarray(self.pixels[index]), int(self.labels[index])
+
+
+def _digits(split: str) -> Source:
+    """1,797 handwritten digits of 16×16 grey pixels, every third one for validation."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ModuleNotFoundError('data: digits needs scikit-learn: pip install "attnkd[demo]"') from None
+    import numpy as np
+
+    if split not in ("train", "validation", "val", "test"):
+        raise ValueError(f"split: digits have 'train' and 'validation', got {split!r}")
+    data = load_digits()
+    pixels = np.repeat(np.repeat(np.round(data.images * 255 / 16).astype(np.uint8), 2, 1), 2, 2)
+    held_out = np.arange(len(pixels)) % 3 == 0
+    chosen = ~held_out if split == "train" else held_out
+    return Source(_Digits(pixels[chosen], data.target[chosen]), 10, (0.306,), (0.376,))

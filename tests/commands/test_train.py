@@ -1,0 +1,148 @@
+"""`attnkd train`, `eval` and `export` from the command line: stopped and continued, evaluated, handed to timm."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+
+pytest.importorskip("jsonargparse")
+pytest.importorskip("sklearn")
+
+from attnkd.capture.loading import load_saved
+from attnkd.commands import cli
+from attnkd.training import config, run, sources
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    paths = {}
+    for seed, (role, heads) in enumerate({"teacher": 4, "assistant": 2}.items()):
+        torch.manual_seed(seed)
+        arguments = {"model_name": "vit_tiny_patch16_224", "img_size": 16, "in_chans": 1, "patch_size": 4, "depth": 3}
+        arguments |= {"embed_dim": 24, "num_heads": heads, "num_classes": 10}
+        folder = tmp_path_factory.mktemp(role)
+        run.save_student(folder, timm.create_model(**arguments), arguments)
+        paths[role] = str(folder / "model.safetensors")
+    return paths
+
+
+def words(method, teachers, output):
+    found = ["train", method, "--recipe", f"{method}_digits", "--teacher", teachers["teacher"], "--output", str(output)]
+    found += ["--train.epochs", "2", "--train.warmup_epochs", "1", "--run.log_steps", "3", "--run.workers", "0"]
+    found += ["--run.save_steps", "2", "--device", "cpu"]
+    return found + (["--assistant", teachers["assistant"]] if method == "ssta" else [])
+
+
+@pytest.mark.parametrize("method", config.METHODS)
+def test_train_stop_continue_evaluate_export_load(method, teachers, tmp_path, capsys, monkeypatch):
+    digits = sources._digits
+
+    def fewer(split):
+        source = digits(split)
+        return source._replace(images=sources._Digits(source.images.pixels[:200], source.images.labels[:200]))
+
+    monkeypatch.setattr(sources, "_digits", fewer)
+    step = run.Trainer._step
+
+    def stopped(self, batches):
+        if self.done == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batches)
+
+    monkeypatch.setattr(run.Trainer, "_step", stopped)
+    assert cli.main(words(method, teachers, tmp_path / "run")) == 0
+    said = capsys.readouterr().out
+    assert (
+        f"task: {method}" in said and "step 4 of 6: stopped and saved; run the same command again to continue" in said
+    )
+    monkeypatch.setattr(run.Trainer, "_step", step)
+    assert cli.main(words(method, teachers, tmp_path / "run")) == 0
+    assert "continues after step 4 of 6" in (said := capsys.readouterr().out) and "step 6 of 6: finished" in said
+    assert (
+        cli.main(["train", "--config", str(tmp_path / "run" / "config.yaml"), "--output", str(tmp_path / "again")]) == 0
+    )
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "again")]
+    assert weights[0] == weights[1]
+
+    if method in ("attn_distill", "ssta"):
+        capsys.readouterr()
+        options = ["--workers", "0", "--device", "cpu"]
+        assert cli.main(["eval", "knn", str(tmp_path / "run"), "--k", "5", "20", *options]) == 0
+        assert cli.main(["eval", "linear", str(tmp_path / "run"), "--epochs", "5", *options]) == 0
+        said = capsys.readouterr().out
+        scores = json.loads((tmp_path / "run" / "eval_knn.json").read_text())["scores"]
+        linear = json.loads((tmp_path / "run" / "eval_linear.json").read_text())
+        assert (
+            scores["5"]["top1"] > (20 if method == "attn_distill" else 5)
+            and f"{scores['20']['top1']:.2f}" in said
+            and f"top-1 {linear['top1']:.2f} %" in said
+        )
+
+    assert cli.main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "given")]) == 0
+    student = timm.create_model(f"local-dir:{tmp_path / 'given'}", pretrained=True)
+    assert student.pretrained_cfg["mean"] == pytest.approx((0.306,)) and student.pretrained_cfg["input_size"] == (
+        1,
+        16,
+        16,
+    )
+    saved, images = load_saved(tmp_path / "run" / "model.safetensors"), torch.randn(2, 1, 16, 16)
+    assert torch.equal(saved(images), student.eval()(images))
+    card = (tmp_path / "given" / "README.md").read_text()
+    assert f"{method}_digits" in card and teachers["teacher"] in card
+    assert ("k-NN on" in card) == ("Linear probe on" in card) == (method in ("attn_distill", "ssta"))
+
+
+def test_a_real_sigterm_ends_with_status_0(teachers, tmp_path):
+    """In a process of its own, with workers."""
+    command = [sys.executable, "-m", "attnkd", *words("attn_distill", teachers, tmp_path / "run")]
+    command += ["--train.epochs", "500", "--run.workers", "1", "--run.log_steps", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    end = time.monotonic() + 200
+    while not (tmp_path / "run" / "log.jsonl").exists():
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0 and "stopped and saved" in said
+    assert (tmp_path / "run" / "checkpoint.safetensors").exists() and not (
+        tmp_path / "run" / "model.safetensors"
+    ).exists()
+
+
+def test_help_and_mistakes(capsys, teachers, tmp_path):
+    for asked, said in (
+        (["train", "--help"], "attention_probe"),
+        (["train", "--recipes"], "attn_distill_s16 (attn_distill)"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(asked)
+        assert said in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["train", "ssta", "--help"])
+    assert (
+        "--method.beta" in (shown := capsys.readouterr().out)
+        and "weight of KL_SL" in shown
+        and "--run.workers" in shown
+    )
+    for asked, said in (
+        (["train", "other"], "attnkd train: METHOD: expected one of"),
+        ([*words("ssta", teachers, tmp_path / "x"), "--method.lamb", "1"], "attnkd train: "),
+        (
+            [*words("ssta", teachers, tmp_path / "x"), "--teacher", "no_model"],
+            "attnkd train: --teacher: 'no_model' is neither",
+        ),
+        (["eval", "knn", str(tmp_path)], "attnkd eval: --data: expected a data set"),
+        (["eval", "knn", "no_model", "--data", "digits"], "attnkd eval: --model: 'no_model' is neither"),
+        (
+            ["export", str(tmp_path), "--output", str(tmp_path / "y")],
+            "attnkd export: --run: expected the folder of a finished run",
+        ),
+    ):
+        assert cli.main(asked) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(said), asked

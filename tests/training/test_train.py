@@ -1,0 +1,259 @@
+"""Training runs from settings to folder: all methods, exact continuation, what is refused."""
+
+import json
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+pytest.importorskip("safetensors")
+pytest.importorskip("sklearn")
+
+from attnkd.training import checkpoint, config, run, sources
+from attnkd.training.loop import DivergedError, Trainer
+
+MODEL = {"model_name": "vit_tiny_patch16_224", "img_size": 16, "in_chans": 1, "patch_size": 4, "depth": 3}
+TEACHERS = {
+    "teacher": {**MODEL, "embed_dim": 24, "num_heads": 4},
+    "assistant": {**MODEL, "embed_dim": 16, "num_heads": 2},
+}
+CPU = torch.device("cpu")
+
+
+def few(set_attribute, count):
+    """Make the digits fewer."""
+    whole = sources._digits
+
+    def fewer(split):
+        source = whole(split)
+        return source._replace(images=sources._Digits(source.images.pixels[:count], source.images.labels[:count]))
+
+    set_attribute(sources, "_digits", fewer)
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory):
+    """Two untrained models in files, as other runs leave them."""
+    paths = {}
+    for seed, (role, arguments) in enumerate(TEACHERS.items()):
+        torch.manual_seed(seed)
+        folder = tmp_path_factory.mktemp(role)
+        run.save_student(folder, timm.create_model(**arguments, num_classes=10), {**arguments, "num_classes": 10})
+        paths[role] = str(folder / "model.safetensors")
+    return paths
+
+
+@pytest.fixture
+def experiment(teachers, tmp_path, monkeypatch):
+    """An experiment on 150 digits by dotted settings: a row's, made small."""
+    few(monkeypatch.setattr, 150)
+
+    def make(method="attn_distill", output="run", **changes):
+        row = config.ROWS[f"{method}_digits"].defaults
+        settings = {
+            **{name: value for name, value in row.items() if name not in ("train", "method")},
+            "output": str(tmp_path / output),
+            "teacher": teachers["teacher"],
+            "train": {**row["train"], "epochs": 2, "warmup_epochs": 1, "batch_size": 40},
+            "run": {"workers": 0, "save_steps": 1, "log_steps": 3},
+            "method": dict(row.get("method", {})),
+        }
+        if method == "ssta":
+            settings["assistant"] = teachers["assistant"]
+        for name, value in changes.items():
+            *groups, last = name.split("__")
+            inside = settings
+            for group in groups:
+                inside = inside[group]
+            inside[last] = value
+        return config.build(settings, method)
+
+    return make
+
+
+def train(experiment, until=None, monkeypatch=None):
+    """A run; ``until`` stops it after so many steps, as a SIGTERM would."""
+    if until is not None:
+        run_until = Trainer.run
+        monkeypatch.setattr(
+            Trainer, "run", lambda self, save, watcher, stop: run_until(self, save, watcher, lambda: self.done >= until)
+        )
+    ended = run.train(experiment, CPU, say=lambda line: None)
+    if until is not None:
+        monkeypatch.setattr(Trainer, "run", run_until)
+    return ended
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def log(folder):
+    """Records without their speed."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "images_per_second"} for record in records]
+
+
+@pytest.mark.parametrize("method", config.METHODS)
+def test_every_method_trains_and_continues_exactly_in_the_middle_of_an_epoch(method, experiment, tmp_path, monkeypatch):
+    changes = {"train__ema_decay": 0.9, "train__drop_last": False}
+    if method in ("head_kd", "ssta"):
+        changes |= {"train__mixup": 0.8, "train__random_erasing": 0.3, "train__auto_augment": None}
+    whole = train(experiment(method, "whole", **changes))
+    assert whole.finished and whole.steps == whole.total == 8 and whole.nonfinite == 0
+    ended = train(experiment(method, "parts", **changes), 5, monkeypatch)
+    assert not ended.finished and ended.steps == 5
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    assert train(experiment(method, "parts", **changes)).finished
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    assert log(tmp_path / "parts") == log(tmp_path / "whole")
+    first, last = log(tmp_path / "whole")[0], log(tmp_path / "whole")[-1]
+    assert (
+        last["step"] == 8
+        and last["epoch"] == 2
+        and {name for name in last if name.endswith("loss")} == set(name for name in first if name.endswith("loss"))
+    )
+    assert last["loss"] < first["loss"], "it learns"
+    before = weights(tmp_path / "whole")
+    assert train(experiment(method, "whole", **changes)).steps == 8 and weights(tmp_path / "whole") == before
+
+
+def test_the_result_does_not_depend_on_workers_parts_and_the_smaller_last_step(experiment, tmp_path):
+    same = {"train__drop_last": False, "train__epochs": 2, "train__batch_size": 60, "train__opt": "sgd"}
+    train(experiment("ssta", "one", **same))
+    train(experiment("ssta", "two", **same, run__workers=2))
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
+    train(experiment("ssta", "parts", **same, run__at_once=17))
+    from safetensors.torch import load_file
+
+    for folder in ("one", "parts"):
+        assert checkpoint.load(tmp_path / folder / checkpoint.NAME)["done"] == 6
+    one, parts = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "parts"))
+    for name, value in one.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_another_seed_is_another_run(experiment, tmp_path):
+    for seed in (0, 1):
+        train(experiment(output=str(seed), seed=seed, train__epochs=2))
+    assert weights(tmp_path / "0") != weights(tmp_path / "1")
+
+
+def test_changed_settings_are_named(experiment, monkeypatch):
+    train(experiment(), 1, monkeypatch)
+    with pytest.raises(
+        ValueError, match=r"output: .*other settings \(options.attn_weight was 0.1, now 0.2; train.base_lr"
+    ):
+        train(experiment(train__base_lr=1e-3, method__attn_weight=0.2))
+    with pytest.raises(ValueError, match=r"run.precision was fp32, now bf16"):
+        train(experiment(method__attn_weight=0.1, run__precision="bf16"))
+    with pytest.raises(ValueError, match="resume: 'never', but .* has a run"):
+        train(experiment(resume="never"))
+    assert train(experiment(method__attn_weight=0.1, run__log_steps=1, run__workers=1)).finished
+
+
+def test_a_cut_or_foreign_checkpoint_is_named(experiment, tmp_path, monkeypatch):
+    train(experiment(), 1, monkeypatch)
+    path = tmp_path / "run" / checkpoint.NAME
+    whole = path.read_bytes()
+    for content in (b"", whole[:100], whole[: len(whole) // 2], weights_of_a_stranger()):
+        path.write_bytes(content)
+        with pytest.raises(RuntimeError, match=r"checkpoint.safetensors: cannot be read .* delete it to train"):
+            train(experiment())
+    path.write_bytes(whole)
+    assert train(experiment()).finished
+
+
+def weights_of_a_stranger():
+    from safetensors.torch import save
+
+    return save({"x": torch.zeros(1)})
+
+
+def test_steps_that_are_not_finite_are_left_out_counted_and_end_the_run(experiment, tmp_path, monkeypatch):
+    broken = {2, 3, 5}
+    forward = Trainer._step
+
+    def poisoned(self, batches):
+        if self.done in broken:
+            with torch.no_grad():
+                self.task.forward = lambda images, targets: {
+                    "loss": next(self.task.student.parameters()).sum() * float("nan")
+                }
+        try:
+            return forward(self, batches)
+        finally:
+            self.task.__dict__.pop("forward", None)
+
+    monkeypatch.setattr(Trainer, "_step", poisoned)
+    ended = train(experiment(run__log_steps=1, run__nonfinite_limit=3))
+    assert ended.finished and ended.nonfinite == 3
+    assert [record["nonfinite_steps"] for record in log(tmp_path / "run")] == [0, 0, 1, 2, 2, 3]
+    from safetensors.torch import load_file
+
+    assert all(value.isfinite().all() for value in load_file(tmp_path / "run" / "model.safetensors").values())
+    broken |= {1}
+    with pytest.raises(DivergedError, match=r"not finite in 3 steps in a row, the last of them step 4 .*loss = nan"):
+        train(experiment(output="other", run__nonfinite_limit=3))
+
+
+def test_half_precision_continues_with_its_gradient_scale(experiment, tmp_path, monkeypatch):
+    assert train(experiment("head_kd", "whole", run__precision="fp16")).finished
+    train(experiment("head_kd", "parts", run__precision="fp16"), 4, monkeypatch)
+    assert train(experiment("head_kd", "parts", run__precision="fp16")).finished
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    state = checkpoint.load(tmp_path / "parts" / checkpoint.NAME)
+    assert state["scaler"]["scale"] >= 1
+
+
+def test_folders_lists_and_broken_images(experiment, tmp_path, caplog):
+    """A folder of colour images by class, one of them broken; the same without labels, from a list."""
+    for index in range(9):
+        folder = tmp_path / "data" / "train" / f"class{index % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((40, 30), 10 + 20 * index).convert("RGB").save(folder / f"{index}.png")
+    (folder / "broken.png").write_text("no image")
+    train(experiment("head_kd", data=str(tmp_path / "data"), train__batch_size=10, train__epochs=2))
+    assert "broken.png" in caplog.text
+    assert json.loads((tmp_path / "run" / "model.json").read_text())["num_classes"] == 3
+    (tmp_path / "list.txt").write_text("class0/0.png\nclass1/1.png\n")
+    listed = {"data": str(tmp_path / "list.txt"), "data_root": str(tmp_path / "data" / "train"), "train__batch_size": 2}
+    assert train(experiment("attention_probe", "listed", **listed)).finished
+    with pytest.raises(ValueError, match="data: head_kd has a class loss, but .*list.txt has no labels"):
+        train(experiment("head_kd", "labels", **listed, num_classes=10))
+    (tmp_path / "list.txt").write_text("class0/0.png\nclass1/5.png\n")
+    with pytest.raises(ValueError, match="data_root: .* lists 'class1/5.png', which is not in"):
+        train(experiment("attention_probe", "missing", **listed))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "nowhere"}, "data: 'nowhere' is no folder and no list"),
+        ({"data": "wds/x"}, "data: wds/x is a stream"),
+        ({"data": "torch/nothing"}, "data: torch/nothing cannot be opened"),
+        ({"train_split": "other"}, "split: digits have"),
+        ({"train__batch_size": 2000}, "train.batch_size: expected at most 150"),
+        ({"train__mixup": 0.5}, "train.mixup, train.cutmix: attn_distill has no class loss"),
+        ({"assistant": "deit_tiny_patch16_224"}, "assistant: attn_distill has none"),
+        ({"teacher": None}, "teacher: attn_distill needs one"),
+        ({"student": "no_model"}, "student: 'no_model' is no timm model"),
+        ({"method__merge": "sum"}, "merge: expected"),
+    ],
+)
+def test_what_cannot_be_honoured_is_named(experiment, changes, message):
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        train(experiment(**changes))
+
+
+def test_two_runs_in_one_folder(experiment, tmp_path, monkeypatch):
+    from attnkd import files
+
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    (tmp_path / "run").mkdir()
+    with (
+        files.locked(tmp_path / "run" / ".lock"),
+        pytest.raises(RuntimeError, match="another process is at work there"),
+    ):
+        train(experiment())
