@@ -153,9 +153,8 @@ def build(values: Mapping[str, Any], method: str) -> Experiment:
     if not isinstance(options, Mapping):
         options = {}
     values["train"], values["run"] = Recipe(**_tuples(values["train"])), Carrying(**values["run"])
-    return Experiment(
-        method, {name: _scheduled(value) for name, value in options.items()}, TrainConfig(**_tuples(values))
-    )
+    resolved = {**_defaults(method), **{name: _scheduled(value) for name, value in options.items()}}
+    return Experiment(method, resolved, TrainConfig(**_tuples(values)))
 
 
 def read(settings: Mapping[str, Any]) -> Experiment:
@@ -220,6 +219,12 @@ def _row(method: str, name: str | None) -> Row | None:
     if name not in rows:
         raise ValueError(f"recipe: expected one of {', '.join(rows)} for {method}, got {name!r}")
     return ROWS[name]
+
+
+def _defaults(method: str) -> dict[str, Any]:
+    """The method's arguments that need not be given. Saved with a run, so that a default that changes later does not change it."""
+    signature = inspect.signature(method_class(method)).parameters.values()
+    return {p.name: p.default for p in signature if p.name not in GIVEN and p.default is not p.empty}
 
 
 def _parser(method: str) -> Any:
