@@ -68,7 +68,7 @@ def default_size(name: str) -> tuple[int, int] | None:
     if not timm.is_model(name):
         return None
     cfg = timm.models.get_pretrained_cfg(name)
-    return None if cfg is None else tuple(cfg.input_size[-2:])
+    return None if cfg is None else (cfg.input_size[-2], cfg.input_size[-1])
 
 
 def load_saved(path: Path, **kwargs: Any) -> nn.Module:

@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
         scores = knn(values["train"], values["val"], args.k, args.temperature, device=device)
         result |= {"temperature": args.temperature, "scores": {str(k): score for k, score in scores.items()}}
         print(f"{'k':>6}{'top-1 %':>10}{'top-5 %':>10}")
-        for k, score in scores.items():
-            print(f"{k:>6}{score['top1']:>10.2f}" + (f"{score['top5']:>10.2f}" if "top5" in score else ""))
+        for k, found in scores.items():
+            print(f"{k:>6}{found['top1']:>10.2f}" + (f"{found['top5']:>10.2f}" if "top5" in found else ""))
     else:
         hold_out = 0.1 if len(args.lr) > 1 else 0.0
         probe = linear_probe(

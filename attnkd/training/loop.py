@@ -125,7 +125,7 @@ class Trainer:
 
     def __init__(
         self,
-        task: nn.Module,
+        task: Any,
         images: AugmentedImages,
         count: int,
         recipe: Recipe,
@@ -135,7 +135,7 @@ class Trainer:
         seed: int = 0,
         mix: Mix | None = None,
     ) -> None:
-        self.task: Any = task
+        self.task = task
         self.images, self.recipe, self.world, self.carrying, self.seed, self.mix = (
             images, recipe, world, carrying, seed, mix
         )  # fmt: skip

@@ -79,7 +79,7 @@ def train(experiment: Experiment, device: torch.device, say: Callable[[str], Non
             stack.callback(report.close)
         finished = trainer.run(save_to(folder, settings), report, lambda: stop.signal is not None)
         if finished and world.first:
-            averaged = trainer.averaged
+            averaged: Any = trainer.averaged
             save_student(folder, student if averaged is None else averaged.model, description)
         if not finished and stop.signal == signal.SIGINT:
             raise KeyboardInterrupt
@@ -180,7 +180,7 @@ def asked_to_stop() -> Iterator[_Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def remember(number: int, frame: Any) -> None:
         stop.signal = number
