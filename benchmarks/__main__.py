@@ -15,6 +15,10 @@ COMMANDS = {
     ),
     "aot": ("benchmarks.aot", "compile every kernel for every GPU target and check what it uses (no GPU needed)"),
     "traffic": ("benchmarks.traffic", "count the bytes every kernel moves, against the least possible (no GPU needed)"),
+    "host": (
+        "benchmarks.host",
+        "what one call costs the processor that issues it, kernels not launched (no GPU needed)",
+    ),
     "cpu": ("benchmarks.cpu", "the chunked implementation against eager PyTorch on this machine's CPU"),
     "matrix": ("benchmarks.matrix", "kernels and capture with the oldest to the newest torch, Triton and timm"),
     "compare": ("benchmarks.compare", "what became slower or larger from one result file to another"),

@@ -210,13 +210,13 @@ class Attention(Call):
         return given
 
     def results(self, given: dict[str, Tensor], impl: str = "triton") -> tuple[Tensor, ...]:
-        from attnkd import attention_divergence, attention_rows
+        import attnkd
 
         arguments: dict[str, Any] = {**given, "impl": impl}
         if self.one_model:
             query, key = arguments.pop("student_query"), arguments.pop("student_key")
-            return (attention_rows(query, key, merge=self.merge, temperature=self.temperature, impl=impl),)
-        return (attention_divergence(**arguments, **self.options, reduction="batchmean"),)
+            return (attnkd.attention_rows(query, key, merge=self.merge, temperature=self.temperature, impl=impl),)
+        return (attnkd.attention_divergence(**arguments, **self.options, reduction="batchmean"),)
 
     def reference(self, given: dict[str, Tensor], precision: torch.dtype) -> tuple[Tensor, ...]:
         from attnkd.testing import proof

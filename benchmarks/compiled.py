@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,28 @@ class _Driver:
         return {"multiprocessor_count": self.target.processors, "max_shared_mem": self.target.shared}
 
 
+class _LoadingDriver(_Driver):
+    """One that also takes compiled kernels and their launches, and keeps the launched kernels' names; nothing runs."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.launched: list[str] = []
+
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, Any, int, int, int]:
+        return "loaded", name, 0, 0, 1024
+
+    def unload_module(self, module: Any) -> None:
+        pass
+
+    def launcher_cls(self, src: Any, metadata: Any) -> Callable[..., None]:
+        launched = self.launched
+
+        def launch(x: int, y: int, z: int, stream: int, function: str, *rest: Any) -> None:
+            launched.append(function)
+
+        return launch
+
+
 def measure(call: Call, target: str, note: Path | None = None) -> list[dict[str, Any]]:
     """Runs the call, compiling what it launches for the target; one record per launched kernel.
 
@@ -121,6 +143,22 @@ def _captured(target: str, records: list[dict[str, Any]], note: Path | None) -> 
     triton.runtime.driver.set_active(_Driver(target))
     with mock.patch.object(JITFunction, "run", compile_only):
         yield
+
+
+@functools.cache
+def _loading_driver(target: str) -> _LoadingDriver:
+    return _LoadingDriver(target)
+
+
+@contextlib.contextmanager
+def unlaunched(target: str) -> Iterator[list[str]]:
+    """Calls on CPU tensors run as on that GPU, up to the driver's launch, which only adds the kernel's name to the list given."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: this process interprets kernels and cannot compile them")
+    driver = _loading_driver(target)  # one for all calls, because a loaded kernel keeps it
+    triton.runtime.driver.set_active(driver)
+    with _no_gpu(target):
+        yield driver.launched
 
 
 @contextlib.contextmanager

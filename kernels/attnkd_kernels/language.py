@@ -68,7 +68,7 @@ class Stats(NamedTuple):
     cross: Any  # Σ 2^(t − top_t) · difference of the two logits (divergences.py)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one object a spec (launch.head_spec), so its identity tells it apart
 class HeadSpec:
     """What the code depends on: the shape of a side's (wide) head and the kind of its mask. Made by launch.head_spec."""
 

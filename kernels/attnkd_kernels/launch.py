@@ -1,14 +1,15 @@
-"""What every launcher needs: from tensors to sides and specs; sizes and splits; the device."""
+"""What every launcher needs: the launch; from tensors to sides and specs; sizes and splits; the device."""
 
 from __future__ import annotations
 
 import contextlib
 from functools import cache
+from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from attnkd_kernels import language
 from attnkd_kernels.language import HeadSpec, Operand, Side
@@ -17,10 +18,76 @@ LOG2E = language.LOG2E.value
 OPTIONS = {"enable_fp_fusion": True}
 """Compiler options of every launch: multiply-adds may fuse, whatever Triton's default becomes."""
 
+_compiled: dict[tuple, tuple[CompiledKernel, list[Any]]] = {}
+_MOST_COMPILED = 4096
+_HERE = contextlib.nullcontext()
+
+
+def run(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
+    """``kernel[grid](*args, **named)`` on the tensors' device, in a fraction of the host's time from the second launch of a kind on.
+
+    Triton binds and hashes all arguments and compares the kernel's globals in every launch, to find the compiled kernel. Which one
+    it is depends on no more than :func:`_describe` tells, so that is the key here; a hit hands its arguments to that kernel.
+
+    Args:
+        kernel: its constants are its last parameters.
+        args: what is known at run time: tensors, numbers, None, and named tuples of them; at least one tensor.
+        named: the constants and the compiler's options.
+    """
+    first = _first_tensor(args)
+    described: list[Any] = [kernel.fn, first.get_device(), *named, *named.values()]
+    _describe(args, described)
+    key = tuple(described)
+    with on_device(first):
+        if key in _compiled:
+            compiled, constants = _compiled[key]
+            compiled[grid if len(grid) == 3 else (*grid, 1, 1)](*args, *constants)
+            return
+        compiled = kernel[grid](*args, **named, **OPTIONS)
+    if isinstance(compiled, CompiledKernel):  # the interpreter has none
+        if len(_compiled) >= _MOST_COMPILED:  # sizes that never come twice
+            _compiled.clear()
+        _compiled[key] = compiled, [named[name] for name in kernel.arg_names[len(args) :]]
+
+
+def _first_tensor(args: tuple) -> Any:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg
+        if isinstance(arg, tuple):
+            found = _first_tensor(arg)
+            if found is not None:
+                return found
+    return None
+
+
+def _describe(args: tuple, into: list[Any]) -> None:
+    """What a compiled kernel depends on: integers, the dtype and alignment of tensors, and what is None."""
+    for arg in args:
+        kind = type(arg)
+        if kind is Operand:
+            _describe(arg[:1], into)
+            into.append(arg[1:])  # the strides
+        elif kind is int or arg is None:
+            into.append(arg)
+        elif kind is float:
+            into.append(kind)
+        elif isinstance(arg, tuple):
+            _describe(arg, into)
+        else:
+            into += (arg.dtype, arg.data_ptr() % 16 == 0)
+            if torch.version.hip:  # its compiler has other instructions for tensors up to 2 GiB
+                into.append(arg.untyped_storage().nbytes() >> 31)
+
+
+def cdiv(size: int, by: int) -> int:
+    """size / by, up. (Triton's own, and its next power of two, take microseconds outside of a kernel.)"""
+    return -(-size // by)
+
 
 def padded(size: int, at_least: int = 16) -> int:
     """The next power of two, which is what a Triton tile can span."""
-    return max(triton.next_power_of_2(size), at_least)
+    return max(1 << (size - 1).bit_length(), at_least)
 
 
 def operand(tensor: Tensor) -> Operand:
@@ -78,16 +145,15 @@ def head_spec(heads: int, dim: int, mask: str) -> HeadSpec:
 
 def split(tiles: int, programs: int, processors: int) -> tuple[int, int]:
     """(splits, tiles a split): enough programs for four a processor, never less than two tiles each."""
-    splits = max(1, min(triton.cdiv(4 * processors, programs), tiles // 2))
-    per_split = triton.cdiv(tiles, splits)
-    return triton.cdiv(tiles, per_split), per_split
+    splits = max(1, min(cdiv(4 * processors, programs), tiles // 2))
+    per_split = cdiv(tiles, splits)
+    return cdiv(tiles, per_split), per_split
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Launch on the tensor's GPU, which need not be the current one."""
-    if tensor.device.type == "cuda":
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
+    index = tensor.get_device()  # -1 on the CPU
+    return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
 @cache

@@ -34,7 +34,7 @@ from attnkd_kernels.language import Operand
 TILE = 4096  # elements of a feature tile
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one object a spec (_spec), so its identity tells it apart
 class FeatureSpec:
     """What the code depends on: where a model's patches begin, how many channels it has, how many a tile takes."""
 
@@ -255,11 +255,11 @@ def relation_row_fwd(
     coef = new((B, 2, P) if need_grad else (0,), dtype=torch.float32)
     if B:
         kept = (b_0, coef) if need_grad else (None, None)
-        with launch.on_device(student):
-            _relation_row_fwd_kernel[(B * blocks,)](
-                loss, *kept, eps * eps, 1.0 / P, P, blocks, _operand(student), _operand(teacher),
-                S=_spec(student_prefix, C_S), T=_spec(teacher_prefix, C_T), BN=BN, num_warps=8, **launch.OPTIONS,
-            )  # fmt: skip
+        launch.run(
+            _relation_row_fwd_kernel, (B * blocks,),
+            loss, *kept, eps * eps, 1.0 / P, P, blocks, _operand(student), _operand(teacher),
+            S=_spec(student_prefix, C_S), T=_spec(teacher_prefix, C_T), BN=BN, num_warps=8,
+        )  # fmt: skip
     return loss.sum(1) if blocks > 1 else loss.view(B), coef, b_0
 
 
@@ -273,17 +273,15 @@ def relation_row_bwd(grad: Tensor, coef: Tensor, b_0: Tensor, student: Tensor, s
     SPEC = _spec(student_prefix, C)
     BC = SPEC.BC.value
     BN = TILE // BC
-    chunks = triton.cdiv(C, BC)
-    splits, tiles = launch.split(triton.cdiv(P, BN), B * chunks, launch.num_processors(student.device))
+    chunks = launch.cdiv(C, BC)
+    splits, tiles = launch.split(launch.cdiv(P, BN), B * chunks, launch.num_processors(student.device))
     acc = coef.new_empty((B, splits, C)) if splits > 1 else None
     upstream = Operand(grad, grad.stride(0), 0, 0, 0)
-    constants = {"SPEC": SPEC, "BLOCKS": launch.padded(blocks), "num_warps": _warps(student), **launch.OPTIONS}
-    with launch.on_device(student):
-        _relation_row_bwd_kernel[(B * splits * chunks,)](
-            coef, b_0, acc, P, blocks, splits, tiles, upstream, _operand(student), _operand(df), BN=BN, **constants
-        )
-        if acc is not None:
-            _relation_row_cls_kernel[(B, chunks)](
-                acc, b_0, blocks, splits, upstream, _operand(student), _operand(df), **constants
-            )
+    constants = {"SPEC": SPEC, "BLOCKS": launch.padded(blocks), "num_warps": _warps(student)}
+    operands = upstream, _operand(student), _operand(df)
+    numbers = P, blocks, splits, tiles
+    grid = (B * splits * chunks,)
+    launch.run(_relation_row_bwd_kernel, grid, coef, b_0, acc, *numbers, *operands, BN=BN, **constants)
+    if acc is not None:
+        launch.run(_relation_row_cls_kernel, (B, chunks), acc, b_0, blocks, splits, *operands, **constants)
     return df

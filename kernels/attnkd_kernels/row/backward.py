@@ -98,11 +98,11 @@ def row_kl_bwd(
     if B * M == 0:
         return dq, dk.zero_(), dmask
     BN = max(TILE // SPEC.PADDED.value, 1) if need_dk else 256
-    with launch.on_device(student_query):
-        _row_kl_bwd_kernel[(B * HO, triton.cdiv(N, BN))](
-            coef, unit_dq, dq if need_dq else None, dmask if need_dmask else None,
-            student_scale / temperature, 1.0 / temperature, N, M, HO,
-            launch.operand(grad.unsqueeze(-1)), launch.operand(student_query), launch.operand(dk) if need_dk else None,
-            SPEC=SPEC, BN=BN, num_warps=WARPS, **launch.OPTIONS,
-        )  # fmt: skip
+    launch.run(
+        _row_kl_bwd_kernel, (B * HO, launch.cdiv(N, BN)),
+        coef, unit_dq, dq if need_dq else None, dmask if need_dmask else None,
+        student_scale / temperature, 1.0 / temperature, N, M, HO,
+        launch.operand(grad.unsqueeze(-1)), launch.operand(student_query), launch.operand(dk) if need_dk else None,
+        SPEC=SPEC, BN=BN, num_warps=WARPS,
+    )  # fmt: skip
     return dq, dk, dmask

@@ -117,14 +117,14 @@ def row_kl_fwd(
     widest = max(S.PADDED.value, T.PADDED.value)
     c_out, unit_dq_out = (coef, unit_dq) if need_grad else (None, None)
     dq_mul = student_scale / temperature
-    with launch.on_device(student_query):
-        if not fits_whole(N, widest, widest):
-            assert divergence in ONE_SWEEP, divergence
-            row_kl_split(student, teacher, loss, c_out, unit_dq_out, dq_mul, N, S, T, divergence)
-            return loss, coef, unit_dq
-        BN = launch.padded(N)
-        _row_kl_fwd_kernel[(loss.numel(),)](
-            loss, c_out, unit_dq_out, dq_mul, N, M, HO, student, teacher,
-            S=S, T=T, DIVERGENCE=divergence, BN=BN, num_warps=_warps(BN * widest), **launch.OPTIONS,
-        )  # fmt: skip
+    if not fits_whole(N, widest, widest):
+        assert divergence in ONE_SWEEP, divergence
+        row_kl_split(student, teacher, loss, c_out, unit_dq_out, dq_mul, N, S, T, divergence)
+        return loss, coef, unit_dq
+    BN = launch.padded(N)
+    launch.run(
+        _row_kl_fwd_kernel, (loss.numel(),),
+        loss, c_out, unit_dq_out, dq_mul, N, M, HO, student, teacher,
+        S=S, T=T, DIVERGENCE=divergence, BN=BN, num_warps=_warps(BN * widest),
+    )  # fmt: skip
     return loss, coef, unit_dq

@@ -199,15 +199,17 @@ def row_kl_split(
     widest = max(S.PADDED.value, T.PADDED.value)
     tile, warps = (TILE, WARPS) if widest <= 512 else (WIDE_TILE, WIDE_WARPS)
     BN = tile // widest
-    splits, tiles = launch.split(triton.cdiv(num_keys, BN), rows, launch.num_processors(loss.device))
+    splits, tiles = launch.split(launch.cdiv(num_keys, BN), rows, launch.num_processors(loss.device))
     stats = loss.new_empty((rows, splits, 5))
     logits_t = None if coef is None else torch.empty_like(coef)
     acc = None if coef is None else loss.new_empty((rows, splits, 2, S.WIDTH.value))
-    _row_kl_split_kernel[(rows, splits)](
+    launch.run(
+        _row_kl_split_kernel, (rows, splits),
         coef, logits_t, stats, acc, num_keys, M, HO, splits, tiles, student, teacher,
-        S=S, T=T, DIVERGENCE=divergence, BN=BN, STAGES=_stages(student.key.pointer), num_warps=warps, **launch.OPTIONS,
+        S=S, T=T, DIVERGENCE=divergence, BN=BN, STAGES=_stages(student.key.pointer), num_warps=warps,
     )  # fmt: skip
-    _row_kl_join_kernel[(rows, 1 if coef is None else triton.cdiv(num_keys, JOIN_BLOCK))](
+    launch.run(
+        _row_kl_join_kernel, (rows, 1 if coef is None else launch.cdiv(num_keys, JOIN_BLOCK)),
         stats, acc, logits_t, coef, loss, unit_dq, dq_mul, num_keys, M, splits,
-        S=S, SPLITS=launch.padded(splits), DIVERGENCE=divergence, BN=JOIN_BLOCK, num_warps=4, **launch.OPTIONS,
+        S=S, SPLITS=launch.padded(splits), DIVERGENCE=divergence, BN=JOIN_BLOCK, num_warps=4,
     )  # fmt: skip

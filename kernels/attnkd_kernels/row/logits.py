@@ -95,10 +95,8 @@ def row_logits_fwd(
         return logits
     side, SPEC = launch.row_side(query, key, mask, scale, temperature, wide, unit=1.0)
     BN = min(TILE // SPEC.PADDED.value, launch.padded(N))
-    with launch.on_device(query):
-        _row_logits_fwd_kernel[(B * HO, triton.cdiv(N, BN))](
-            logits, N, M, HO, side, SPEC=SPEC, BN=BN, num_warps=WARPS, **launch.OPTIONS
-        )
+    grid = B * HO, launch.cdiv(N, BN)
+    launch.run(_row_logits_fwd_kernel, grid, logits, N, M, HO, side, SPEC=SPEC, BN=BN, num_warps=WARPS)
     return logits
 
 
@@ -117,9 +115,8 @@ def row_logits_bwd(
     if dq.numel():
         SPEC = launch.head_spec(H if wide else 1, D, language.NO_MASK.value)
         BN = max(min(DQ_TILE // SPEC.PADDED.value, launch.padded(N)), 1)
-        with launch.on_device(query):
-            _row_logits_dq_kernel[(B * HO * M,)](
-                grad, dq, scale / temperature, N, M, HO, launch.operand(key),
-                SPEC=SPEC, BN=BN, num_warps=WARPS, **launch.OPTIONS,
-            )  # fmt: skip
+        launch.run(
+            _row_logits_dq_kernel, (B * HO * M,),
+            grad, dq, scale / temperature, N, M, HO, launch.operand(key), SPEC=SPEC, BN=BN, num_warps=WARPS,
+        )  # fmt: skip
     return dq, dk, dmask

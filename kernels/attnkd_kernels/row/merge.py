@@ -146,10 +146,10 @@ def row_merge(
     grad = torch.empty_like(student_logits) if need_grad else student_logits.new_empty(0)
     if loss.numel():
         BN = launch.padded(N)
-        with launch.on_device(student_logits):
-            _row_merge_kernel[(B * HO * M,)](
-                student_logits, loss, grad if need_grad else None, N, M, HO, launch.operand(teacher),
-                HEADS_S=heads_s, HEADS_T=heads_t, GIVEN=given, MERGE=merge, DIVERGENCE=divergence, BN=BN,
-                num_warps=min(max(BN // KEYS_PER_WARP, 4), 16), **launch.OPTIONS,
-            )  # fmt: skip
+        launch.run(
+            _row_merge_kernel, (B * HO * M,),
+            student_logits, loss, grad if need_grad else None, N, M, HO, launch.operand(teacher),
+            HEADS_S=heads_s, HEADS_T=heads_t, GIVEN=given, MERGE=merge, DIVERGENCE=divergence, BN=BN,
+            num_warps=min(max(BN // KEYS_PER_WARP, 4), 16),
+        )  # fmt: skip
     return loss, grad
