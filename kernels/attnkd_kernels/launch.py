@@ -38,7 +38,7 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
     described: list[Any] = [kernel.fn, first.get_device(), *named, *named.values()]
     _describe(args, described)
     key = tuple(described)
-    with on_device(first):
+    with _on_device(first):
         if key in _compiled:
             compiled, constants = _compiled[key]
             compiled[grid if len(grid) == 3 else (*grid, 1, 1)](*args, *constants)
@@ -150,7 +150,7 @@ def split(tiles: int, programs: int, processors: int) -> tuple[int, int]:
     return cdiv(tiles, per_split), per_split
 
 
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
+def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Launch on the tensor's GPU, which need not be the current one."""
     index = tensor.get_device()  # -1 on the CPU
     return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)

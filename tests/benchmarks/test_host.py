@@ -54,7 +54,7 @@ single = replace(row, dtype="float32", dim=32)
 relation = Relation(37, 64, 96, batch=2)
 cases = [(call, shift) for call in (row, single, relation) for shift in (False, True)]
 cases += [(replace(row, **change), False) for change in (
-    {"batch": 1}, {"keys": 48}, {"temperature": 2.0}, {"mask": "additive"}, {"merge": "logsum", "keys": 301}
+    {"batch": 1}, {"keys": 48}, {"temperature": 2.0}, {"mask": "additive"}, {"merge": "logsum", "keys": 301}, {"rows": 0}
 )]
 def launches(call, shift):
     given = call.tensors(filled=False)
@@ -88,6 +88,6 @@ print(json.dumps({
 def test_a_repeated_launch_gets_the_kernel_and_the_arguments_that_triton_would_give_it():
     """Over dtypes, alignments, sizes that are 1 or divisible by 16, masks and forms; all are known before they are repeated."""
     found = json.loads(_python("-c", LAUNCHES).splitlines()[-1])
-    assert found["again by triton"] == 0 and found["fresh by triton"] == found["launches"] > 20
+    assert found["again by triton"] == 0 and found["launches"] >= found["fresh by triton"] > 20
     assert found["kernels"] > 16
     assert all(found["same"]), found["same"]

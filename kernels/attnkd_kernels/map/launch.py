@@ -9,12 +9,11 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from attnkd_kernels.language import BOOL_ROW, FLOAT_MASK, FLOAT_ROW, NO_MASK, Operand, Side
-from attnkd_kernels.launch import LOG2E, OPTIONS, mask_kind, mask_operand, on_device, operand
+from attnkd_kernels.launch import LOG2E, cdiv, mask_kind, mask_operand, operand, padded, run
 from attnkd_kernels.map.bias import Bias, _map_bias_kernel
 from attnkd_kernels.map.check import _map_check_kernel
 from attnkd_kernels.map.gradient import _map_gradient_kernel
@@ -130,13 +129,12 @@ def map_fwd(maps: Maps, need_dq: bool) -> Saved:
     """The divergence of every row and what the backward needs: the normalisers of each side where they are unknown, then the value."""
     saved = allocate(maps, need_dq)
     if saved.loss.numel():
-        with on_device(saved.loss):
-            if maps.divergence != "logit_mse":
-                for model, lse in ((maps.student, saved.lse_s), (maps.teacher, saved.lse_t)):
-                    if model.lse is None:
-                        normaliser(maps, model, lse)
-            _value(maps, saved)
-            _check(maps, saved)
+        if maps.divergence != "logit_mse":
+            for model, lse in ((maps.student, saved.lse_s), (maps.teacher, saved.lse_t)):
+                if model.lse is None:
+                    normaliser(maps, model, lse)
+        _value(maps, saved)
+        _check(maps, saved)
     return saved
 
 
@@ -146,9 +144,10 @@ def normaliser(maps: Maps, model: Model, lse: Tensor) -> None:
     heads = lse.shape[1]
     tile = pick_tile("normaliser", maps.arch, model.query.dtype, maps.width(model), _masks(model), False)
     side, head = _side(model, maps.merge, maps.temperature, tile, 1)
-    _map_normaliser_kernel[(B * heads * triton.cdiv(M, tile.stays),)](
+    run(
+        _map_normaliser_kernel, (B * heads * cdiv(M, tile.stays),),
         side, lse, heads, M, N, FUSE=side.factor > 1e-15, HEAD=head, **_sweeps(maps, tile, True, _tiles_masked(head)),
-        **tile.options, **OPTIONS,
+        **tile.options,
     )  # fmt: skip
 
 
@@ -160,10 +159,11 @@ def _value(maps: Maps, saved: Saved) -> None:
     student, teacher, heads, masks = _sides(maps, tile)
     columns = tile.columns_out(maps.width(maps.student)) if emit else 0
     given = Given(*(None if m.lse is None else RowValues(m.lse, *m.lse.stride()) for m in (maps.student, maps.teacher)))
-    _map_value_kernel[(B * maps.outer * triton.cdiv(M, tile.stays),)](
+    run(
+        _map_value_kernel, (B * maps.outer * cdiv(M, tile.stays),),
         student, teacher, saved.rows, given, saved.loss, operand(saved.unit_dq) if emit else student.query,
-        maps.student.scale / maps.temperature, maps.outer, M, N, BH=triton.next_power_of_2(heads["S"].MEAN.value),
-        **heads, **_sweeps(maps, tile, True, masks, columns), **tile.options, **OPTIONS,
+        maps.student.scale / maps.temperature, maps.outer, M, N, BH=padded(heads["S"].MEAN.value, 1),
+        **heads, **_sweeps(maps, tile, True, masks, columns), **tile.options,
     )  # fmt: skip
 
 
@@ -175,7 +175,7 @@ def _check(maps: Maps, saved: Saved) -> None:
     )
     if lse_s is not None or lse_t is not None:
         rows, block = saved.loss.numel(), 1024
-        _map_check_kernel[(triton.cdiv(rows, block),)](lse_s, lse_t, rows, BLOCK=block, **CHECKS)
+        _map_check_kernel[(cdiv(rows, block),)](lse_s, lse_t, rows, BLOCK=block, **CHECKS)
 
 
 def map_bwd(maps: Maps, saved: Saved, grad: Tensor, queries_left: bool) -> Tensor:
@@ -189,14 +189,14 @@ def map_bwd(maps: Maps, saved: Saved, grad: Tensor, queries_left: bool) -> Tenso
     student, teacher, specs, masks = _sides(maps, tile)
     width = maps.width(maps.student)
     columns = tile.columns_out(width)
-    programs = B * heads * triton.cdiv(M if queries_left else N, tile.stays) * triton.cdiv(width, columns)
+    programs = B * heads * cdiv(M if queries_left else N, tile.stays) * cdiv(width, columns)
     if programs:
-        with on_device(grad):
-            _map_gradient_kernel[(programs,)](
-                student, teacher, saved.rows, RowValues(grad, *grad.stride()), operand(out),
-                maps.student.scale / maps.temperature / (H if maps.merge == "mean" else 1), heads, M, N,
-                **specs, **_sweeps(maps, tile, queries_left, masks, columns), **tile.options, **OPTIONS,
-            )  # fmt: skip
+        run(
+            _map_gradient_kernel, (programs,),
+            student, teacher, saved.rows, RowValues(grad, *grad.stride()), operand(out),
+            maps.student.scale / maps.temperature / (H if maps.merge == "mean" else 1), heads, M, N,
+            **specs, **_sweeps(maps, tile, queries_left, masks, columns), **tile.options,
+        )  # fmt: skip
     return out
 
 
@@ -211,23 +211,23 @@ def map_bias_bwd(maps: Maps, saved: Saved, grad: Tensor, processors: int = 1) ->
     sums = (
         1 if bb == B else B,
         1 if hb == heads else heads,
-        1 if mb == M else triton.cdiv(M, tile.stays),
-        1 if nb == N else triton.cdiv(N, tile.narrow),
+        1 if mb == M else cdiv(M, tile.stays),
+        1 if nb == N else cdiv(N, tile.narrow),
     )
-    tiles = bb * hb * triton.cdiv(mb, tile.stays) * triton.cdiv(nb, tile.narrow)
+    tiles = bb * hb * cdiv(mb, tile.stays) * cdiv(nb, tile.narrow)
     todo = sums[0] * sums[1] * sums[2] * sums[3]
     splits = max(1, min(todo, 2 * processors // max(tiles, 1)))
     out = torch.empty((splits, bb, hb, mb, nb), dtype=torch.float32, device=grad.device)
     if tiles * splits == 0:
         return out.new_zeros(out.shape[1:])
     student, teacher, specs, _ = _sides(maps, tile)
-    with on_device(grad):
-        _map_bias_kernel[(tiles * splits,)](
-            student, teacher, saved.rows, RowValues(grad, *grad.stride()), out,
-            1.0 / maps.temperature / (H if maps.merge == "mean" else 1), Bias(bb, hb, mb, nb, *sums), splits, heads, M, N,
-            OVER_M=mb != M, OVER_N=nb != N, **specs, SWEEP=_sweeps(maps, tile, True, "any")["NARROW"],
-            **tile.options, **OPTIONS,
-        )  # fmt: skip
+    run(
+        _map_bias_kernel, (tiles * splits,),
+        student, teacher, saved.rows, RowValues(grad, *grad.stride()), out,
+        1.0 / maps.temperature / (H if maps.merge == "mean" else 1), Bias(bb, hb, mb, nb, *sums), splits, heads, M, N,
+        OVER_M=mb != M, OVER_N=nb != N, **specs, SWEEP=_sweeps(maps, tile, True, "any")["NARROW"],
+        **tile.options,
+    )  # fmt: skip
     return out.sum(0)
 
 

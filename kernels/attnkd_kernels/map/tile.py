@@ -60,7 +60,7 @@ class RowValues(NamedTuple):
     row: Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one object a spec (launch.py), so its identity tells it apart
 class MapHead:
     """What the code depends on, of one side: its (wide) head, its mask, and how many heads are averaged."""
 
@@ -72,7 +72,7 @@ class MapHead:
     MEAN: tl.constexpr  # heads whose probabilities are averaged; 1 without a mean
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one object a spec (launch.py), so its identity tells it apart
 class Sweep:
     """What the code depends on, of one loop of a launch. A launch has two: first the narrow tiles that need checks (masks, the
     last few rows), then the wide ones that need none. In this order no accumulator leaves a loop for a lone product, which
