@@ -147,28 +147,32 @@ def attention_divergence(
             range in PyTorch, the message comes from the kernel and the next synchronisation raises.
         NotImplementedError: an explicit ``impl`` that cannot be honoured.
     """
-    tensors: dict[str, Any] = {
-        "teacher_query": teacher_query,
-        "teacher_key": teacher_key,
-        "student_scale": student_scale,
-        "teacher_scale": teacher_scale,
-        "student_mask": student_mask,
-        "teacher_mask": teacher_mask,
-        "student_lse": student_lse,
-        "teacher_lse": teacher_lse,
-    }
     if isinstance(student_query, AttentionCall):
-        tensors = _of_calls(student_query, student_key, rows, teacher_probs, tensors)
+        loose = {
+            "teacher_query": teacher_query,
+            "teacher_key": teacher_key,
+            "student_scale": student_scale,
+            "teacher_scale": teacher_scale,
+            "student_mask": student_mask,
+            "teacher_mask": teacher_mask,
+            "student_lse": student_lse,
+            "teacher_lse": teacher_lse,
+        }
+        calls = _compared(student_query, student_key, rows, teacher_probs, loose)
+        student_query, student_key, student_mask, student_scale, *_ = calls[0]
+        student_lse = calls[0].lse
+        if len(calls) == 2:
+            teacher_query, teacher_key, teacher_mask, teacher_scale, *_ = calls[1]
+            teacher_lse = calls[1].lse
     else:
         _refuse_rows(rows)
-        tensors |= {"student_query": student_query, "student_key": student_key}
     check_choice("reduction", reduction, REDUCTIONS)
-    for side in ("student", "teacher"):
-        query, key = f"{side}_query", f"{side}_key"
-        tensors[query], tensors[key] = _autocast(tensors[query], tensors[key])
+    student_query, student_key = _autocast(student_query, student_key)
+    teacher_query, teacher_key = _autocast(teacher_query, teacher_key)
     problem = make_problem(
-        **tensors, teacher_probs=teacher_probs, merge=merge, divergence=divergence, temperature=temperature
-    )
+        student_query, student_key, teacher_query, teacher_key, teacher_probs, student_scale, teacher_scale,
+        student_mask, teacher_mask, merge, divergence, temperature, student_lse, teacher_lse,
+    )  # fmt: skip
     implementation = choose(impl, problem)
     weight = check_weight(row_weight, problem)
     check_reduction(problem, reduction)
@@ -268,10 +272,10 @@ def choose(impl: str, problem: Problem) -> str:
     return dispatch.choose(impl, inputs, beside, lambda: fused.why_not(problem))
 
 
-def _of_calls(
+def _compared(
     student: AttentionCall, teacher: Any, rows: str, teacher_probs: Tensor | None, loose: dict[str, Any]
-) -> dict[str, Any]:
-    """The tensors and scales of captured calls, under the names that loose ones have."""
+) -> list[AttentionCall]:
+    """What is compared of captured calls: the student's and, unless its rows are given, the teacher's."""
     refuse_loose(loose)
     if teacher is not None and not isinstance(teacher, AttentionCall):
         raise TypeError(
@@ -283,16 +287,7 @@ def _of_calls(
             f"teacher: expected an AttentionCall or teacher_probs, got {'neither' if teacher is None else 'both'}"
         )
     calls = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
-    tensors = loose
-    for side, call in zip(calls, compared(rows, **calls), strict=True):
-        tensors = tensors | {
-            f"{side}_query": call.query,
-            f"{side}_key": call.key,
-            f"{side}_mask": call.mask,
-            f"{side}_scale": call.scale,
-            f"{side}_lse": call.lse,
-        }
-    return tensors
+    return compared(rows, **calls)
 
 
 def refuse_loose(loose: dict[str, Any]) -> None:
@@ -326,6 +321,8 @@ def _weighted_sum(implementation: str, problem: Problem, weight: Tensor | float)
             assert problem.student.query is not None
             weight = problem.student.query.new_full((), weight, dtype=problem.dtype).expand(problem.rows_shape)
         return chunked.weighted_sum(problem, weight)
+    if implementation == "triton" and not isinstance(weight, Tensor):
+        return fused.per_row(problem, weight)
     losses = _per_row(implementation, problem)
     return weighted(losses, weight).sum() if isinstance(weight, Tensor) else losses.sum() * weight
 
@@ -342,8 +339,9 @@ def _autocast(query: Any, key: Any) -> tuple[Any, Any]:
     """Under autocast the scores are computed in its dtype, as scaled_dot_product_attention does."""
     if not isinstance(query, Tensor) or not isinstance(key, Tensor):
         return query, key
-    if query.device.type == "meta" or not torch.is_autocast_enabled(query.device.type):
+    device = query.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return query, key
-    dtype = torch.get_autocast_dtype(query.device.type)
+    dtype = torch.get_autocast_dtype(device)
     cast = [t.to(dtype) if t.dtype in (torch.float16, torch.bfloat16, torch.float32) else t for t in (query, key)]
     return cast[0], cast[1]

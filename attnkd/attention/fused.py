@@ -16,6 +16,6 @@ def why_not(problem: Problem) -> str | None:
     return (fused_rows if problem.rows_shape[2] <= dispatch.MAX_ROWS else fused_maps).why_not(problem)
 
 
-def per_row(problem: Problem) -> Tensor:
-    """The divergence of every query row, [B, Ho, M] in float32; ``why_not(problem)`` is None."""
-    return (fused_rows if problem.rows_shape[2] <= dispatch.MAX_ROWS else fused_maps).per_row(problem)
+def per_row(problem: Problem, factor: float | None = None) -> Tensor:
+    """The divergence of every query row, [B, Ho, M] in float32, or ``factor`` times its sum; ``why_not(problem)`` is None."""
+    return (fused_rows if problem.rows_shape[2] <= dispatch.MAX_ROWS else fused_maps).per_row(problem, factor)

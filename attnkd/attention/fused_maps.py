@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from attnkd.attention.problem import Problem, stored_mask
-from attnkd.operators import first_order_only, keep, kept, register
+from attnkd.attention.reductions import of_rows, total
+from attnkd.operators import first_order_only, keep, kept, register, without_autocast
 from attnkd_kernels.launch import architecture, num_processors
 from attnkd_kernels.map.launch import Maps, Model, Saved, allocate, map_bias_bwd, map_bwd, map_fwd
 
@@ -80,21 +81,23 @@ _bwd = register(
 
 
 class MapDivergenceFunction(torch.autograd.Function):
-    """The divergence of every query row, [B, Ho, M] fp32, differentiable in the student's query, key and additive mask."""
+    """The divergence of every query row, [B, Ho, M] fp32, or ``factor`` times its sum; differentiable in the student's query, key
+    and additive mask."""
 
     @staticmethod
     def forward(
         ctx: Any, qs: Tensor, ks: Tensor, ms: Tensor | None, qt: Tensor, kt: Tensor, mt: Tensor | None, *options: Any
     ):
-        scale_s, scale_t, *how, lse_s, lse_t, need_dq = options
+        scale_s, scale_t, *how, lse_s, lse_t, need_dq, factor = options
         stored_s, stored_t = (None if mask is None else stored_mask(mask) for mask in (ms, mt))
         call = (qs, ks, stored_s, scale_s, qt, kt, stored_t, scale_t, *how)
-        with torch.autocast(qs.device.type, enabled=False):
+        with without_autocast(qs.device.type):
             loss, *saved = _fwd(*call, lse_s, lse_t, need_dq)
         keep(ctx, qs, ks, stored_s, qt, kt, stored_t, *saved)
         ctx.options = (scale_s, scale_t, *how)
         ctx.mask_shape = None if ms is None else ms.shape
-        return loss
+        ctx.factor, ctx.rows = factor, loss.shape
+        return total(loss, factor)
 
     @staticmethod
     @first_order_only
@@ -103,12 +106,13 @@ class MapDivergenceFunction(torch.autograd.Function):
         scale_s, scale_t, *how = ctx.options
         need = ctx.needs_input_grad[:3]
         call = (qs, ks, stored_s, scale_s, qt, kt, stored_t, scale_t, *how)
-        with torch.autocast(qs.device.type, enabled=False):
+        grad = of_rows(grad, ctx.factor, ctx.rows)
+        with without_autocast(qs.device.type):
             dq, dk, dmask = _bwd(grad, *call, *saved, *need)
         if need[2]:
             assert stored_s is not None
             dmask = _spread(dmask, ctx.mask_shape, how[0]).to(stored_s.dtype)
-        return dq if need[0] else None, dk if need[1] else None, dmask if need[2] else None, *[None] * 11
+        return dq if need[0] else None, dk if need[1] else None, dmask if need[2] else None, *[None] * 12
 
 
 def _spread(total: Tensor, shape: torch.Size, merge: str | None) -> Tensor:
@@ -138,8 +142,9 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def per_row(problem: Problem) -> Tensor:
-    """The divergence of every query row, [B, Ho, M] float32 (see :mod:`attnkd.attention.reference` for its definition).
+def per_row(problem: Problem, factor: float | None = None) -> Tensor:
+    """The divergence of every query row, [B, Ho, M] float32 (see :mod:`attnkd.attention.reference` for its definition), or
+    ``factor`` times its sum.
 
     Raises:
         NotImplementedError: a merge, dtype or size that no kernel covers; the message names the alternative.
@@ -152,5 +157,5 @@ def per_row(problem: Problem) -> Tensor:
     need_dq = torch.is_grad_enabled() and s.query.requires_grad
     return MapDivergenceFunction.apply(
         s.query, s.key, s.mask, t.query, t.key, t.mask, s.scale, t.scale, problem.merge, problem.divergence,
-        problem.temperature, s.lse, t.lse, need_dq,
+        problem.temperature, s.lse, t.lse, need_dq, factor,
     )  # fmt: skip

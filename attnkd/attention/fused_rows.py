@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnkd.attention.problem import Problem, Side
+from attnkd.attention.reductions import of_rows, total
 from attnkd.operators import first_order_only, keep, kept, register
 from attnkd_kernels.row.backward import row_kl_bwd
 from attnkd_kernels.row.kl import MAX_WIDTH, ONE_SWEEP, fits_whole, row_kl_fwd
@@ -92,10 +93,10 @@ _row_merge = register(
 
 
 class RowKLFunction(torch.autograd.Function):
-    """Per-row divergence [B, Ho, M]; K read once, no K read in the backward."""
+    """Per-row divergence [B, Ho, M], or ``factor`` times its sum; K read once, no K read in the backward."""
 
     @staticmethod
-    def forward(ctx, qs, ks, ms, qt, kt, mt, probs, scale_s, scale_t, temperature, wide, divergence, need_grad):
+    def forward(ctx, qs, ks, ms, qt, kt, mt, probs, scale_s, scale_t, temperature, wide, divergence, need_grad, factor):
         loss, coef, unit_dq = _row_kl_fwd(
             qs, ks, ms, qt, kt, mt, probs, scale_s, scale_t, temperature, wide, divergence, need_grad
         )
@@ -103,19 +104,21 @@ class RowKLFunction(torch.autograd.Function):
             keep(ctx, coef, unit_dq, qs, ks)
             ctx.options = (scale_s, temperature, wide)
             ctx.mask_dtype = None if ms is None else ms.dtype
-        return loss
+            ctx.factor = factor
+        return total(loss, factor)
 
     @staticmethod
     @first_order_only
     def backward(ctx, grad):
         coef, unit_dq, qs, ks = kept(ctx)
+        grad = of_rows(grad, ctx.factor, coef.shape[:3])
         need_dq, need_dk, need_dmask = ctx.needs_input_grad[:3]
         dq, dk, dmask = _row_kl_bwd(grad, coef, unit_dq, qs, ks, *ctx.options, need_dq, need_dk, need_dmask)
         return (
             dq if need_dq else None,
             dk if need_dk else None,
             dmask.to(ctx.mask_dtype) if need_dmask else None,
-            *[None] * 10,
+            *[None] * 11,
         )
 
 
@@ -146,20 +149,21 @@ class RowLogitsFunction(torch.autograd.Function):
 
 
 class RowMergeFunction(torch.autograd.Function):
-    """Per-row divergence [B, Ho, M] of logits [B, Hs, M, N], heads merged by mean, max or min."""
+    """Per-row divergence [B, Ho, M] of logits [B, Hs, M, N], heads merged by mean, max or min; or ``factor`` times its sum."""
 
     @staticmethod
-    def forward(ctx, logits_s, logits_t, probs, merge, divergence, need_grad):
+    def forward(ctx, logits_s, logits_t, probs, merge, divergence, need_grad, factor):
         loss, unit = _row_merge(logits_s, logits_t, probs, merge, divergence, need_grad)
         if need_grad:
             keep(ctx, unit)
-        return loss
+            ctx.factor, ctx.rows = factor, loss.shape
+        return total(loss, factor)
 
     @staticmethod
     @first_order_only
     def backward(ctx, grad):
         (unit,) = kept(ctx)
-        return unit * grad.unsqueeze(-1), None, None, None, None, None
+        return unit * of_rows(grad, ctx.factor, ctx.rows).unsqueeze(-1), *[None] * 6
 
 
 def why_not(problem: Problem) -> str | None:
@@ -176,8 +180,8 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def per_row(problem: Problem) -> Tensor:
-    """Per-row divergence [B, Ho, M] in float32."""
+def per_row(problem: Problem, factor: float | None = None) -> Tensor:
+    """Per-row divergence [B, Ho, M] in float32, or ``factor`` times its sum."""
     student, teacher = problem.student, problem.teacher
     wide = problem.merge == "logsum"
     need_grad = torch.is_grad_enabled() and any(
@@ -187,11 +191,12 @@ def per_row(problem: Problem) -> Tensor:
         return RowKLFunction.apply(
             student.query, student.key, _merged_mask(student, wide), teacher.query, teacher.key, _merged_mask(teacher, wide),
             teacher.probs, student.scale, teacher.scale, problem.temperature, wide, problem.divergence, need_grad,
+            factor,
         )  # fmt: skip
     logits_s = row_logits(student, wide, problem.temperature)
     logits_t = None if teacher.query is None else row_logits(teacher, wide, problem.temperature)
     merge = None if wide else problem.merge
-    return RowMergeFunction.apply(logits_s, logits_t, teacher.probs, merge, problem.divergence, need_grad)
+    return RowMergeFunction.apply(logits_s, logits_t, teacher.probs, merge, problem.divergence, need_grad, factor)
 
 
 def row_logits(side: Side, wide: bool, temperature: float) -> Tensor:

@@ -8,7 +8,7 @@ else H.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,7 @@ HIDDEN_BELOW = -1e30
 """An additive mask entry at or below this hides its key (−inf and every dtype's finfo.min except float16's)."""
 
 
-@dataclass(frozen=True)
-class Side:
+class Side(NamedTuple):
     """The queries and keys of one model, or its finished rows.
 
     query: [B, H, M, D] and key: [B, H, N, D] with any strides, or both None when ``probs`` is given.
@@ -49,8 +48,7 @@ class Side:
         return tensor.shape[1]
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """A student and a teacher :class:`Side` that compare the same M rows over the same N keys."""
 
     student: Side
@@ -144,7 +142,7 @@ def make_problem(
                 f"divergence: 'logit_mse' has no scores to compare after merge={merge!r}; use None or 'logsum'"
             )
     if merge is not None or temperature != 1 or divergence == "logit_mse":
-        student, teacher = replace(student, lse=None), replace(teacher, lse=None)
+        student, teacher = student._replace(lse=None), teacher._replace(lse=None)
     return Problem(student, teacher, merge, divergence, temperature)
 
 
@@ -155,32 +153,31 @@ def make_side(
     prefix = f"{name}_" if name else ""
     check_tensor(f"{prefix}query", query, 4, "[B, H, M, D]")
     check_tensor(f"{prefix}key", key, 4, "[B, H, N, D]")
-    for index, dim in ((0, "batch size B"), (1, "number of heads H"), (3, "head dim D")):
-        _match(f"{prefix}key", dim, key.shape[index], query.shape[index], f"{prefix}query")
+    (batch, heads, rows, dim), (key_batch, key_heads, keys, key_dim) = query.shape, key.shape
+    if (key_batch, key_heads, key_dim) != (batch, heads, dim):
+        like = f"{prefix}query"
+        _match(f"{prefix}key", "batch size B", key_batch, batch, like)
+        _match(f"{prefix}key", "number of heads H", key_heads, heads, like)
+        _match(f"{prefix}key", "head dim D", key_dim, dim, like)
     if key.dtype != query.dtype:
         raise TypeError(f"{prefix}key: expected dtype {query.dtype} like {prefix}query, got {key.dtype}")
-    for dim, size in (
-        ("head dim D", key.shape[3]),
-        ("number of keys N", key.shape[2]),
-        ("number of heads H", key.shape[1]),
-    ):
-        if size == 0:
-            raise ValueError(f"{prefix}key: expected a {dim} of at least 1, got shape {tuple(key.shape)}")
+    if key_dim == 0 or keys == 0 or key_heads == 0:
+        what = "head dim D" if key_dim == 0 else "number of keys N" if keys == 0 else "number of heads H"
+        raise ValueError(f"{prefix}key: expected a {what} of at least 1, got shape {tuple(key.shape)}")
     if scale is None:
-        scale = query.shape[-1] ** -0.5
+        scale = dim**-0.5
     check_number(f"{prefix}scale", scale)
     if not -math.inf < scale < math.inf:  # not isfinite: under torch.compile a scale can be symbolic
         raise ValueError(f"{prefix}scale: expected a finite number, got {scale}")
     if mask is not None:
-        shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-        mask = _expand_mask(f"{prefix}mask", mask, shape)
+        mask = _expand_mask(f"{prefix}mask", mask, (batch, heads, rows, keys))
     if lse is not None:
         check_tensor(f"{prefix}lse", lse, 3, "[B, H, M]")
         if lse.dtype not in (torch.float32, torch.float64):  # half precision is off by percents
             raise TypeError(f"{prefix}lse: expected dtype float32 or float64, got {lse.dtype}")
-        if lse.shape != query.shape[:3]:
+        if tuple(lse.shape) != (batch, heads, rows):
             raise ValueError(
-                f"{prefix}lse: expected [B, H, M] = {tuple(query.shape[:3])} like {prefix}query, got {tuple(lse.shape)}"
+                f"{prefix}lse: expected [B, H, M] = {(batch, heads, rows)} like {prefix}query, got {tuple(lse.shape)}"
             )
         lse = lse.detach()
     return Side(query, key, mask, scale, lse=lse)
@@ -188,8 +185,12 @@ def make_side(
 
 def _detached(side: Side) -> Side:
     """The teacher gets no gradient."""
-    query, key, mask, probs = (None if x is None else x.detach() for x in (side.query, side.key, side.mask, side.probs))
-    return Side(query, key, mask, side.scale, probs, side.lse)
+    query, key, mask, scale, probs, lse = side
+    return Side(_cut(query), _cut(key), _cut(mask), scale, _cut(probs), lse)
+
+
+def _cut(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
 
 
 def stored_mask(mask: Tensor) -> Tensor:
@@ -232,19 +233,18 @@ def _match(name: str, dim: str, got: int, expected: int, like: str) -> None:
 def _check_devices(student: Side, teacher: Side) -> None:
     assert student.query is not None
     device = student.query.device
-    named = {
-        "student_key": student.key,
-        "student_mask": student.mask,
-        "student_lse": student.lse,
-        "teacher_query": teacher.query,
-        "teacher_key": teacher.key,
-        "teacher_mask": teacher.mask,
-        "teacher_lse": teacher.lse,
-        "teacher_probs": teacher.probs,
-    }
-    for name, tensor in named.items():
+    for side, name, tensor in (
+        ("student", "key", student.key),
+        ("student", "mask", student.mask),
+        ("student", "lse", student.lse),
+        ("teacher", "query", teacher.query),
+        ("teacher", "key", teacher.key),
+        ("teacher", "mask", teacher.mask),
+        ("teacher", "lse", teacher.lse),
+        ("teacher", "probs", teacher.probs),
+    ):
         if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name}: expected device {device} like student_query, got {tensor.device}")
+            raise ValueError(f"{side}_{name}: expected device {device} like student_query, got {tensor.device}")
 
 
 def _check_merged_masks(student: Side, teacher: Side) -> None:

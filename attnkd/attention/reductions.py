@@ -58,6 +58,21 @@ def summands(problem: Problem, weight: Tensor | None, reduction: str) -> Tensor 
     return weight / (weight.sum() if alive is None else (weight * alive).sum())
 
 
+def total(rows: Tensor, factor: float | None) -> Tensor:
+    """factor · Σ rows, or with None the rows as they are. Inside an autograd function, with :func:`of_rows` in its backward:
+    as operations of their own, sum and product would put two more nodes into the graph and two more launches on the way back."""
+    if factor is None:
+        return rows
+    return rows.sum() if factor == 1.0 else rows.sum() * factor
+
+
+def of_rows(grad: Tensor, factor: float | None, shape: tuple[int, ...]) -> Tensor:
+    """The gradient of rows [B, Ho, M] = ``shape``, given that of their :func:`total`."""
+    if factor is None:
+        return grad
+    return (grad if factor == 1.0 else grad * factor).expand(shape)
+
+
 def weighted(rows: Tensor, weight: Tensor) -> Tensor:
     """weight · row; a row of weight 0 is left out, even where it is infinite or NaN."""
     return torch.where(weight == 0, 0.0, weight * rows)

@@ -486,7 +486,7 @@ def test_a_mask_without_broadcast_views():
     """Problems may hold masks with sizes of 1 instead of expanded views."""
     bias = torch.randn(1, 3, 1, 33)
     expanded = problem(call(M=20), student_mask=bias)
-    compact = dataclasses.replace(expanded, student=dataclasses.replace(expanded.student, mask=bias))
+    compact = expanded._replace(student=expanded.student._replace(mask=bias))
     assert torch.equal(chunked.per_row(expanded), chunked.per_row(compact))
 
 

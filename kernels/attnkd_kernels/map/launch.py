@@ -175,7 +175,7 @@ def _check(maps: Maps, saved: Saved) -> None:
     )
     if lse_s is not None or lse_t is not None:
         rows, block = saved.loss.numel(), 1024
-        _map_check_kernel[(cdiv(rows, block),)](lse_s, lse_t, rows, BLOCK=block, **CHECKS)
+        run(_map_check_kernel, (cdiv(rows, block),), lse_s, lse_t, rows, BLOCK=block, **CHECKS)
 
 
 def map_bwd(maps: Maps, saved: Saved, grad: Tensor, queries_left: bool) -> Tensor:
