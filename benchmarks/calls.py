@@ -286,21 +286,11 @@ class Block(Attention):
         return {n: x[:, :, rows] if "query" in n else x for n, x in given.items() if "value" not in n}
 
     def results(self, given: dict[str, Tensor], impl: str = "triton") -> tuple[Tensor, ...]:
-        outputs = (
-            torch.nn.functional.scaled_dot_product_attention(
-                *[given[f"{side}_{what}"] for what in ("query", "key", "value")]
-            )
-            for side in ("student", "teacher")
-        )
+        outputs = (_attend(given, side) for side in ("student", "teacher"))
         return *outputs, *super().results(self._compared(given), impl)
 
     def reference(self, given: dict[str, Tensor], precision: torch.dtype) -> tuple[Tensor, ...]:
-        from attnkd.testing import proof
-
-        outputs = []
-        for side in ("student", "teacher"):
-            one = {"student_query": given[f"{side}_query"], "student_key": given[f"{side}_key"]}
-            outputs.append(proof.probabilities(one, precision) @ given[f"{side}_value"].to(precision))
+        outputs = (_attended(given, side, precision) for side in ("student", "teacher"))
         return *outputs, *super().reference(self._compared(given), precision)
 
     def floors(self) -> dict[str, int]:
@@ -312,6 +302,45 @@ class Block(Attention):
     def flops(self) -> dict[str, int]:
         product = 2 * self.batch * self.heads * self.keys**2 * self.dim
         return {"forward": 4 * product, "backward": 4 * product}
+
+
+@dataclass(frozen=True)
+class Alone(Block):
+    """The student's attention output alone, which every loss runs beside: what a loss is small or large against."""
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"attention alone {self.heads}x{self.dim} N{self.keys} {self.dtype}"
+
+    def tensors(self, device: torch.device | str = "cpu", seed: int = 0, filled: bool = True) -> dict[str, Tensor]:
+        return {n: x for n, x in super().tensors(device, seed, filled).items() if n.startswith("student")}
+
+    def results(self, given: dict[str, Tensor], impl: str = "triton") -> tuple[Tensor, ...]:
+        return (_attend(given, "student"),)
+
+    def reference(self, given: dict[str, Tensor], precision: torch.dtype) -> tuple[Tensor, ...]:
+        return (_attended(given, "student", precision),)
+
+    def floors(self) -> dict[str, int]:
+        one = self.batch * self.heads * self.keys * self.dim * SIZES[self.dtype]
+        return {"forward": 4 * one, "backward": 8 * one}
+
+    def flops(self) -> dict[str, int]:
+        product = 2 * self.batch * self.heads * self.keys**2 * self.dim
+        return {"forward": 2 * product, "backward": 4 * product}
+
+
+def _attend(given: dict[str, Tensor], side: str) -> Tensor:
+    inputs = (given[f"{side}_{what}"] for what in ("query", "key", "value"))
+    return torch.nn.functional.scaled_dot_product_attention(*inputs)
+
+
+def _attended(given: dict[str, Tensor], side: str, precision: torch.dtype) -> Tensor:
+    """The same, by stored maps."""
+    from attnkd.testing import proof
+
+    one = {"student_query": given[f"{side}_query"], "student_key": given[f"{side}_key"]}
+    return proof.probabilities(one, precision) @ given[f"{side}_value"].to(precision)
 
 
 @dataclass(frozen=True)

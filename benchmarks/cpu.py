@@ -1,7 +1,9 @@
-"""The chunked implementation against eager PyTorch on the CPU: time and extra memory of one forward and backward.
+"""The chunked implementation against PyTorch, eager and under torch.compile, on the CPU: time and extra memory of a forward and
+backward.
 
 Every measurement has a process of its own: first one step whose peak resident memory is read, then repeated steps that are
-timed. Times are only given where chunked is right: each process ends with the case, in small, against the float64 oracle.
+timed. (Under torch.compile the first step compiles, so memory is read in the second.) Times are only given where chunked is
+right: its processes end with the case, in small, against the float64 oracle.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from benchmarks.calls import DIVERGENCES, Attention, gradients
 from benchmarks.machine import ROOT, describe, headline
 from benchmarks.timing import summarise
 
-IMPLEMENTATIONS = ("eager", "chunked")
+IMPLEMENTATIONS = ("eager", "compile", "chunked")
 HEADS, HEAD_DIM = 6, 64
 
 
@@ -108,24 +110,29 @@ def run(args: argparse.Namespace) -> int:
         records.append({**what, "implementation": name, **measured})
         if name == IMPLEMENTATIONS[-1]:
             with tqdm.external_write_mode():
-                _print(records[-2], records[-1], first=len(records) == 2)
+                _print(records[-len(IMPLEMENTATIONS) :], first=len(records) == len(IMPLEMENTATIONS))
     if args.json:
         schema.save(args.json, schema.document("cpu", machine, "cpu", settings, records))
     return int(any(record["status"] not in ("ok", "OOM") for record in records))
 
 
-def _print(eager: dict[str, Any], chunked: dict[str, Any], first: bool) -> None:
+def _print(records: list[dict[str, Any]], first: bool) -> None:
+    """One line: time and memory of each, and how many times faster chunked is than each of the others."""
+    *others, chunked = records
     if first:
-        print(f"{'':<51} {'eager':>18} {'chunked':>18} {'faster':>7} {'memory':>7}", flush=True)
+        heads = "".join(f"{r['implementation']:>19}" for r in records) + "".join(
+            f"{'to ' + r['implementation']:>11}" for r in others
+        )
+        print(f"{'':<51}{heads}", flush=True)
     cells = []
-    for record in (eager, chunked):
+    for record in records:
         ok = record["status"] == "ok"
         numbers = f"{record['ms']['fastest']:8.1f} ms {record['extra_mib']:5.0f} M" if ok else record["status"]
         cells.append(f"{numbers:>18}")
-    if eager["status"] == chunked["status"] == "ok":
-        cells.append(f"{eager['ms']['fastest'] / chunked['ms']['fastest']:6.2f}x")
-        cells.append(f"{chunked['extra_mib'] / max(eager['extra_mib'], 1e-3):7.1%}")
-    print(f"{label(eager):<51}", *cells, chunked.get("detail", ""), flush=True)
+    for record in others:
+        ok = record["status"] == chunked["status"] == "ok"
+        cells.append(f"{record['ms']['fastest'] / chunked['ms']['fastest']:9.2f}x" if ok else " " * 10)
+    print(f"{label(chunked):<51}", *cells, chunked.get("detail", ""), flush=True)
 
 
 def _in_fresh_process(request: dict[str, Any]) -> dict[str, Any]:
@@ -150,6 +157,8 @@ def _measure(request: dict[str, Any]) -> dict[str, Any]:
         small = replace(call, batch=2, keys=17, rows=min(call.rows, 1))
         _step(small, name)()  # loads libraries and starts threads, which are not the step's
         step = _step(call, name)
+        if name == "compile":
+            step()
         extra = _extra_bytes(step)
         samples: list[float] = []
         end = time.perf_counter() + request["seconds"]
@@ -170,6 +179,9 @@ def _step(call: Attention, name: str) -> Callable[[], None]:
     """One forward and backward on views of packed qkv projections, the layout of timm's blocks."""
     given = call.tensors()
     eager = opponents.divergence(opponents.matmul_scores, call.merge, call.divergence, call.temperature)
+    if name == "compile":
+        torch._dynamo.reset()
+        eager = torch.compile(eager, fullgraph=True, dynamic=False)
 
     def step() -> None:
         gradients(call.results(given, "chunked") if name == "chunked" else (eager(**given),), given)

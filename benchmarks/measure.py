@@ -178,10 +178,30 @@ def _numbers(run: Run, mode: str, settings: Settings) -> dict[str, Any]:
         settings.clock.stay_ahead(host)
     found["ms"] = measure(call, setup, clock=settings.clock, budget_ms=settings.budget_ms).as_dict()
     if settings.device.type == "cuda":
+        if mode != "bwd":
+            found |= graph_ms(call, setup, settings)
         found["peak_bytes"] = peak_bytes(call, setup, settings.device)
         if settings.count_launches:
             found |= count_launches(call, setup, settings.device)
     return found
+
+
+def graph_ms(call: Callable[[Any], Any], setup: Callable[[], Any], settings: Settings) -> dict[str, Any]:
+    """The call replayed as one CUDA graph: the device's time without anything that the host does between two kernels."""
+    assert settings.clock is not None
+    beside = torch.cuda.Stream(settings.device)  # a capture wants its warm-up on another stream
+    beside.wait_stream(torch.cuda.current_stream(settings.device))
+    with torch.cuda.stream(beside):
+        for _ in range(3):
+            call(setup())
+    torch.cuda.current_stream(settings.device).wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call(setup())
+    except RuntimeError as error:
+        return {"graph": f"not captured: {str(error).splitlines()[0][:120]}"}
+    return {"graph_ms": measure(lambda _: graph.replay(), clock=settings.clock, budget_ms=settings.budget_ms).as_dict()}
 
 
 def peak_bytes(call: Callable[[Any], Any], setup: Callable[[], Any], device: torch.device) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import opponents
-from benchmarks.calls import DIVERGENCES, Attention, Block, Call, Relation
+from benchmarks.calls import DIVERGENCES, Alone, Attention, Block, Call, Relation
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,10 @@ class Operation:
 
     @property
     def implementations(self) -> tuple[Implementation, ...]:
-        """Ours first; speed-ups are ours over each."""
+        """Ours first; speed-ups are ours over each. (Attention alone is not ours: the others' times are read beside it.)"""
         call = self.call
+        if isinstance(call, Alone):
+            return (Implementation("sdpa", lambda **given: call.results(given)),)
         found = [Implementation("ours", lambda **given: call.results(given, "triton"), ours=True)]
         if not isinstance(call, Block):
             found.append(Implementation("chunked", lambda **given: call.results(given, "chunked"), ours=True))
@@ -101,6 +103,7 @@ OPERATIONS = {
         Operation("cls_row", Attention()),
         Operation("cls_row_logsum", Attention(**_WIDE)),
         Operation("whole_map", Attention(rows=0)),
+        Operation("attention_alone", Alone(rows=0)),
         Operation("attention_rows", Attention(one_model=True)),
         Operation("cls_row_given", Attention(probs=True)),
         Operation("relation_row", Relation()),

@@ -9,6 +9,7 @@ COLUMNS = (
     "mode",
     "ms",
     "p20–p80",
+    "graph ms",
     "ours is",
     "peak MiB",
     "GB/s",
@@ -54,6 +55,7 @@ def case_line(record: dict[str, Any], ours: dict[str, Any] | None, ceilings: dic
         *head,
         f"{ms['median']:.4f}",
         f"{ms['p20']:.4f}–{ms['p80']:.4f}",
+        _number(record.get("graph_ms", {}).get("median"), 1, ".4f"),
         "" if faster is None else f"{faster:.2f}x" + (" SLOWER" if faster < 1 else ""),
         _number(record.get("peak_bytes"), 1 / 2**20, ".1f"),
         _number(rate.get("gb_s"), 1, ".0f"),
@@ -100,7 +102,7 @@ def columns() -> str:
 
 
 def _align(cells: list[str]) -> str:
-    widths = (15, 5, 10, 18, 14, 9, 7, 8, 8, 10, 9, 8, 8)
+    widths = (15, 5, 10, 18, 10, 14, 9, 7, 8, 8, 10, 9, 8, 8)
     first = f"  {cells[0]:<{widths[0]}} {cells[1] if len(cells) > 1 else '':<{widths[1]}}"
     return first + "".join(f"{cell:>{width}}" for cell, width in zip(cells[2:], widths[2:], strict=False))
 

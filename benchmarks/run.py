@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 if TYPE_CHECKING:
     from benchmarks.measure import Settings
 
+STATE_EVERY_S = 20.0  # how often the GPU's state is asked for
 SUITES = ("operations", "training", "first_call", "scaling")
 SCALING = {
     # operation: (shape of the batch sweep, heads and batch of the token sweep)
@@ -60,6 +63,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile-mode", default="default", help="torch.compile's mode for the opponents (default: default)"
     )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="start nothing new after so long; what is left out is listed (the headline comes first)",
+    )
+    parser.add_argument(
+        "--flush",
+        choices=("read", "write"),
+        default="read",
+        help="how the cache is cleared before a sample (default: read)",
+    )
     parser.add_argument("--budget-ms", type=float, default=100.0, help="time spent on one number (default: 100)")
     parser.add_argument("--device", default="cuda", help="cuda (default), cuda:1, ...")
     parser.add_argument("--output", type=Path, help="folder for SUITE.json (default: benchmarks/results/<device>)")
@@ -77,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     if not has_gpu:
         prepare_interpreter()
         torch.set_num_threads(1)
-    from benchmarks import machine, schema
+    from benchmarks import conditions, machine, schema
 
     torch.set_float32_matmul_precision("highest")
     try:
@@ -96,16 +111,24 @@ def run(args: argparse.Namespace) -> int:
 
         ceilings = measure_ceilings(device, _dtypes(args))
         print("measured here: " + ", ".join(f"{name} {value:.0f}" for name, value in ceilings.items()))
-    bad = 0
+    bad, until = 0, time.monotonic() + 60 * args.minutes
     for suite, cases in todo.items():
         folder = args.output or schema.default_path(suite, facts).parent
         path = folder / f"{suite if args.output or not _selected(args) else f'{suite}-selection'}.json"
-        options = {"ceilings": ceilings, "compile_mode": args.compile_mode, "budget_ms": args.budget_ms}
+        left_out: list[str] = []
+        states: list[dict[str, Any]] = []
+        options = {
+            "ceilings": ceilings, "compile_mode": args.compile_mode, "budget_ms": args.budget_ms, "flush": args.flush,
+            "conditions": states, "left_out": left_out,
+        }  # fmt: skip
         command = shlex.join(["python", "-m", "benchmarks", *_command(args, suite)])
         result = schema.document(suite, facts, command, options, [])
         print(f"\n== {suite}")
         try:
-            for record in _records(suite, cases, ceilings):
+            for record in _records(suite, cases, ceilings, until, left_out):
+                if ceilings and (not result["records"] or time.monotonic() > states[-1]["at_s"] + STATE_EVERY_S):
+                    states.append({"at_s": round(time.monotonic(), 1), **conditions.read(device)})
+                    print(conditions.line(states[-1]))
                 result["records"].append(record)
                 bad += record["status"] in ("FAIL", "error") and schema.is_ours(record)
                 if not args.smoke:  # after every case: an interrupted run keeps what it has
@@ -113,6 +136,8 @@ def run(args: argparse.Namespace) -> int:
         except machine.DeviceLost as error:
             print(f"stopped, the device does not answer any more: {error}")
             return 1
+        if left_out:
+            print(f"left out after {args.minutes:g} minutes: {', '.join(left_out)}")
         if not args.smoke and result["records"]:
             print(f"wrote {path.relative_to(machine.ROOT) if path.is_relative_to(machine.ROOT) else path}")
     if bad:
@@ -147,7 +172,7 @@ def plan(args: argparse.Namespace, device: torch.device) -> tuple[Settings, dict
     settings = Settings(
         device,
         modes=tuple(args.modes),
-        clock=GpuClock(device) if on_gpu else None,
+        clock=GpuClock(device, args.flush) if on_gpu else None,
         report=not args.smoke,
         budget_ms=1.0 if args.smoke else args.budget_ms,
         compile_mode=args.compile_mode,
@@ -211,18 +236,41 @@ def plan(args: argparse.Namespace, device: torch.device) -> tuple[Settings, dict
     return settings, {suite: makers[suite]() for suite in SUITES if suite in args.suite}
 
 
-def _records(suite: str, cases: list[Case], ceilings: dict[str, float]) -> Iterator[dict[str, Any]]:
-    """Runs the cases, prints their lines above a progress bar and yields their records."""
+def _records(
+    suite: str,
+    cases: list[Case],
+    ceilings: dict[str, float],
+    until: float = math.inf,
+    left_out: list[str] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Runs the cases, prints their lines above a progress bar and yields their records.
+
+    After ``until`` (of time.monotonic) no implementation is started; cases that miss some are added to ``left_out``.
+    """
     from tqdm import tqdm
 
     for label, records in (bar := tqdm(cases, unit="case", leave=False, disable=None)):
         bar.set_description(label)
         printed: list[dict[str, Any]] = []
-        for record in records():
+        for record in _before(until, records, label, left_out):
             for line in _lines(suite, record, printed, ceilings):
                 tqdm.write(line)
             printed.append(record)
             yield record
+
+
+def _before(
+    until: float, records: Callable[[], Iterator[dict[str, Any]]], label: str, left_out: list[str] | None
+) -> Iterator[dict[str, Any]]:
+    """The records that are begun in time. A generator of records runs on only when the next one is asked for."""
+    found = records()
+    while time.monotonic() < until:
+        record = next(found, None)
+        if record is None:
+            return
+        yield record
+    if left_out is not None:
+        left_out.append(label)
 
 
 def _lines(suite: str, record: dict[str, Any], before: list[dict[str, Any]], ceilings: dict[str, float]) -> list[str]:
@@ -259,7 +307,14 @@ def _command(args: argparse.Namespace, suite: str) -> list[str]:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     if len(args.modes) != 3:
         words += ["--modes", *args.modes]
-    for name, default in (("compile_mode", "default"), ("budget_ms", 100.0), ("compile_steps", False), ("full", False)):
+    for name, default in (
+        ("compile_mode", "default"),
+        ("budget_ms", 100.0),
+        ("flush", "read"),
+        ("minutes", math.inf),
+        ("compile_steps", False),
+        ("full", False),
+    ):
         value = getattr(args, name)
         if value != default:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]

@@ -1,8 +1,8 @@
 """Timing: median and percentiles of repeated calls, on a GPU with events or on the CPU with a clock.
 
-On a GPU every sample is one call between two events. Before it a buffer larger than the last cache is overwritten, so that no
-call finds its inputs there, and the device is kept busy until the host has had the time to enqueue the whole call: a sample is
-the time the *device* needs. What the host needs is another number (:func:`host_us`), since in a training loop the host runs
+On a GPU every sample is one call between two events. Before it a buffer larger than the last cache is read, so that no call finds
+its inputs there (overwriting it would leave dirty lines that are written back inside the sample), and the device is kept busy
+until the host has had the time to enqueue the whole call: a sample is the time the *device* needs. What the host needs is another number (:func:`host_us`), since in a training loop the host runs
 ahead of the device and its time is hidden.
 """
 
@@ -60,24 +60,33 @@ class GpuClock:
 
     Args:
         device: where the calls run; it must be the current device.
-        flush: overwrite the cache before every sample.
+        flush: what clears the cache before every sample: 'read', 'write' (for comparison) or None.
         ahead: keep the device busy before a sample while the host enqueues the call; see :meth:`stay_ahead`.
     """
 
-    def __init__(self, device: torch.device, flush: bool = True, ahead: bool = True) -> None:
-        self.device, self.ahead_ms = device, 0.2 if ahead else 0.0
-        self._cache = torch.empty(_cache_bytes(device) if flush else 0, dtype=torch.int8, device=device)
+    def __init__(self, device: torch.device, flush: str | None = "read", ahead: bool = True) -> None:
+        self.device, self.flush, self.ahead_ms = device, flush, 0.2 if ahead else 0.0
+        self._cache = torch.zeros(_cache_bytes(device) // 4 if flush else 0, device=device)
+        self._sum = torch.zeros((), device=device)
+        _warm_up(device)
         self._cycles_per_ms = _cycles_per_ms()
 
     def stay_ahead(self, host_us: float) -> None:
-        """Be told what the host needs for one sample, so that the device waits at least that long."""
+        """Be told what the host needs for one sample, so that the device waits at least that long. The device is warm now."""
         self.ahead_ms = min(max(0.2, 1.5e-3 * host_us), 20.0)
+        self._cycles_per_ms = _cycles_per_ms()
+
+    def _clear_cache(self) -> None:
+        if self.flush == "read":
+            torch.sum(self._cache, 0, out=self._sum)
+        elif self.flush == "write":
+            self._cache.zero_()
 
     def samples(self, count: int, call: Callable[[Any], Any], setup: Callable[[], Any]) -> list[float]:
         pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
         for start, end in pairs:
             argument = setup()
-            self._cache.zero_()
+            self._clear_cache()
             if self.ahead_ms:
                 torch.cuda._sleep(int(self.ahead_ms * self._cycles_per_ms))
             start.record()
@@ -153,6 +162,15 @@ def _cache_bytes(device: torch.device) -> int:
     """Twice the last cache and at least 256 MiB (512 where a memory-side cache is not reported)."""
     least = (512 if torch.version.hip else 256) << 20
     return max(least, 2 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0))
+
+
+def _warm_up(device: torch.device, seconds: float = 0.3) -> None:
+    """Work until the clocks have risen from where an idle device keeps them."""
+    a = torch.zeros(2048, 2048, device=device)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        torch.mm(a, a)
+        torch.cuda.synchronize(device)
 
 
 def _cycles_per_ms() -> float:

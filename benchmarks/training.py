@@ -213,7 +213,7 @@ def _numbers(task: nn.Module, pair: Pair, settings: Settings) -> dict[str, Any]:
 
 def _time_steps(step: Callable[[], None], settings: Settings) -> dict[str, Any]:
     """Steps back to back, as in training: what the host cannot hide counts."""
-    clock = timing.GpuClock(settings.device, flush=False, ahead=False)
+    clock = timing.GpuClock(settings.device, flush=None, ahead=False)
     budget = BUDGET_MS if settings.report else 1.0
     return timing.measure(lambda _: step(), clock=clock, budget_ms=budget, min_samples=MIN_STEPS).as_dict()
 

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    conditions,
     judge,
     machine,
     measure,
@@ -60,7 +62,7 @@ def test_every_implementation_of_an_operation_is_right(name):
     records = list(measure.measure_case(operation, shapes.SMOKE, torch.bfloat16, SETTINGS, names))
     assert [r["implementation"] for r in records] == list(names)
     assert {r["status"] for r in records} == {"ok"}, records
-    assert operation.implementations[0].name == "ours"
+    assert operation.implementations[0].name == ("sdpa" if name == "attention_alone" else "ours")
 
 
 @pytest.mark.parametrize("name, opponent", [("cls_row_logsum", "compile_row"), ("attention_cls_row", "sdpa_compile")])
@@ -655,3 +657,46 @@ def test_pytest_benchmark_runs_the_same_cases(tmp_path):
     )
     shapes = 2 if HAS_GPU else 1
     assert done.returncode == 0 and f"{shapes} passed" in done.stdout, done.stdout + done.stderr
+
+
+# --- thirty minutes of a GPU ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_must_end_lists_what_it_left_out():
+    left_out: list[str] = []
+    assert list(run._before(time.monotonic() - 1, lambda: iter([{"n": 1}]), "late", left_out)) == []
+    assert list(run._before(time.monotonic() + 60, lambda: iter([{"n": 1}, {"n": 2}]), "early", left_out)) == [
+        {"n": 1},
+        {"n": 2},
+    ]
+
+    def slow():
+        yield {"n": 1}
+        time.sleep(0.3)
+        yield {"n": 2}
+        raise AssertionError("begun after the time was over")
+
+    assert list(run._before(time.monotonic() + 0.2, slow, "cut", left_out)) == [{"n": 1}, {"n": 2}]
+    assert left_out == ["late", "cut"]
+
+
+def test_headline_operations_come_first():
+    headline = [operation.headline for operation in OPERATIONS.values()]
+    assert headline == sorted(headline, reverse=True)
+    assert list(OPERATIONS)[:4] == ["cls_row", "cls_row_logsum", "whole_map", "attention_alone"]
+
+
+def test_the_state_of_a_gpu_is_read_from_what_nvidia_smi_says():
+    state = conditions.parse("1755, 1980, 2619, 690.51, 700.00, 71, 5120, 0x0000000000000024\n", "11\n12\n13\n", own=12)
+    assert state == {
+        "sm_mhz": 1755.0, "sm_max_mhz": 1980.0, "memory_mhz": 2619.0, "power_w": 690.51, "power_limit_w": 700.0,
+        "temperature_c": 71.0, "memory_used_mib": 5120.0, "slowed_by": ["power cap", "thermal (software)"], "others": 2,
+    }  # fmt: skip
+    assert "slowed by power cap, thermal (software)" in conditions.line(
+        state
+    ) and "2 other processes" in conditions.line(state)
+    idle = conditions.parse("345, [N/A], 405, [Not Supported], 250.00, 30, 0, 0x0000000000000001\n", "", own=12)
+    assert (idle["sm_max_mhz"], idle["power_w"], idle["slowed_by"], idle["others"]) == (None, None, [], 0)
+    assert "345 MHz of ? MHz" in conditions.line(idle) and "not slowed" in conditions.line(idle)
+    unknown = conditions.parse("No devices were found\n", "", own=12)
+    assert list(unknown) == ["absent"] and "unknown" in conditions.line(unknown)
