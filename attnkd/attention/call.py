@@ -40,6 +40,8 @@ class AttentionCall(NamedTuple):
     lse: Tensor | None = None
     """[B, H, M] float32: log Σ_j exp(scale · query · key_j + mask_j), −inf where no key is visible, as the attention itself computed
     it; None: unknown. It saves a whole-map loss a sweep over the keys. To be left out where anything above is replaced."""
+    first_row: tuple[Tensor, Tensor] | None = None
+    """(query, its first row [B, H, 1, D]): a row that sends its gradient back alone, for as long as ``query`` is that very tensor."""
 
 
 def take_heads(call: AttentionCall, heads: Heads) -> AttentionCall:
@@ -81,7 +83,11 @@ def class_row(call: AttentionCall, num_prefix_tokens: int | None = None) -> Atte
     mask = call.mask
     if mask is not None and mask.ndim >= 2 and mask.shape[-2] != 1:
         mask = mask[..., :1, :]
-    row = call._replace(query=call.query[:, :, :1], mask=mask, lse=None if call.lse is None else call.lse[:, :, :1])
+    if call.first_row is not None and call.first_row[0] is call.query:
+        query = call.first_row[1]
+    else:  # of no tap, or replaced by the caller
+        query = call.query[:, :, :1]
+    row = call._replace(query=query, mask=mask, first_row=None, lse=None if call.lse is None else call.lse[:, :, :1])
     return row if prefix is None else _leave_out(row, prefix, True, rows=False)
 
 

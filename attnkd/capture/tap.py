@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from attnkd.attention.call import AttentionCall
 from attnkd.capture.blocks import Blocks, attention_paths, block_owner, plain_class
+from attnkd.capture.hand_out import hand_out
 from attnkd.capture.outputs import NO_DATA_PARALLEL
 from attnkd.capture.sdpa import attention_and_lse
 from attnkd.capture.tokens import BlockLayout, block_layout, input_images
@@ -242,7 +243,9 @@ class _Tapped:
             if attn_mask is not None and attn_mask.is_floating_point():
                 attn_mask = attn_mask.to(dtype)
         softmax_scale = query.shape[-1] ** -0.5 if scale is None else scale
-        call = AttentionCall(query, key, attn_mask, softmax_scale)
+        query, captured, row = hand_out(query)
+        first_row = None if row is None else (captured, row)
+        call = AttentionCall(captured, key, attn_mask, softmax_scale, first_row=first_row)
         slot.calls[slot.position] = call
         if slot.stop and all(call is not None for call in slot.calls):
             raise _Stop
