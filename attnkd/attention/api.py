@@ -167,11 +167,9 @@ def attention_divergence(
     else:
         _refuse_rows(rows)
     check_choice("reduction", reduction, REDUCTIONS)
-    student_query, student_key = _autocast(student_query, student_key)
-    teacher_query, teacher_key = _autocast(teacher_query, teacher_key)
     problem = make_problem(
-        student_query, student_key, teacher_query, teacher_key, teacher_probs, student_scale, teacher_scale,
-        student_mask, teacher_mask, merge, divergence, temperature, student_lse, teacher_lse,
+        *_autocast(student_query, student_key), *_autocast(teacher_query, teacher_key), teacher_probs,
+        student_scale, teacher_scale, student_mask, teacher_mask, merge, divergence, temperature, student_lse, teacher_lse,
     )  # fmt: skip
     implementation = choose(impl, problem)
     weight = check_weight(row_weight, problem)

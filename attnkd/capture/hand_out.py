@@ -39,10 +39,9 @@ class _HandOut(torch.autograd.Function):
     def backward(ctx: Any, attention: Tensor | None, captured: Tensor | None, row: Tensor | None) -> Tensor | None:
         plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling())  # else autograd or a compiler looks on
         ours = plain and attention is not None and _owners(attention) == _alone() and _distinct(attention)
+        grad = captured if attention is None else attention
         if captured is not None and attention is not None:
             grad, ours = attention + captured, plain
-        else:
-            grad = captured if attention is None else attention
         if row is None:
             return grad
         if grad is None:
@@ -56,7 +55,8 @@ class _HandOut(torch.autograd.Function):
 def _owners(tensor: Tensor) -> tuple[int, ...]:
     """How many references there are: from Python, to the tensor, to its memory."""
     storage = tensor.untyped_storage()
-    return sys.getrefcount(tensor), tensor._use_count(), torch._C._storage_Use_Count(storage._cdata)
+    held: Any = tensor  # what counts its owners has no annotation
+    return sys.getrefcount(tensor), held._use_count(), torch._C._storage_Use_Count(storage._cdata)
 
 
 def _distinct(tensor: Tensor) -> bool:
