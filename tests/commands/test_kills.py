@@ -24,11 +24,13 @@ from PIL import Image
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
+pytest.importorskip("jsonargparse")
 
 from attnkd import files
 from attnkd.commands import cli
 from attnkd.demo import command
 from attnkd.methods.head_importance import head_importance
+from attnkd.training import checkpoint, run, sources
 
 pytestmark = pytest.mark.skipif(
     "forkserver" not in multiprocessing.get_all_start_methods(), reason="commands are killed in forks"
@@ -38,7 +40,8 @@ pytestmark = pytest.mark.skipif(
 @functools.cache
 def server():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sklearn.datasets", "attnkd.commands.cli", "attnkd.demo.command", "timm", "pytest"])
+    commands = ["attnkd.commands.cli", "attnkd.commands.train", "attnkd.training.run", "attnkd.demo.command"]
+    context.set_forkserver_preload([*commands, "sklearn.datasets", "jsonargparse", "timm", "pytest"])
     first = context.Process(target=os.getpid)  # starts the server, whose imports take longer than a run
     first.start()
     first.join()
@@ -196,6 +199,74 @@ def test_demo_killed_at_random_moments_twice_at_once_and_on_a_full_disk(tmp_path
     both = [demonstrating(tmp_path / "killed") for _ in range(2)]
     assert sorted(finish(process) for process in both) in ([0, 0], [0, 1])  # the second may be refused
     assert results(tmp_path / "killed") == results(tmp_path / "undisturbed")
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory):
+    """Six steps of `attnkd train ssta`, each of them saved, as a function of the run's folder."""
+    arguments = {"model_name": "vit_tiny_patch16_224", "img_size": 16, "in_chans": 1, "patch_size": 4, "depth": 3}
+    arguments |= {"embed_dim": 16, "num_heads": 2, "num_classes": 10}
+    folder = tmp_path_factory.mktemp("teacher")
+    run.save_student(folder, timm.create_model(**arguments), arguments)
+    teacher = str(folder / "model.safetensors")
+    options = ["--recipe", "ssta_digits", "--teacher", teacher, "--assistant", teacher, "--device", "cpu"]
+    options += ["--method.teacher_heads", "[1, 0, 1]", "--train.epochs", "2", "--train.batch_size", "30"]
+    options += ["--train.warmup_epochs", "1", "--train.ema_decay", "0.5", "--run.save_steps", "1"]
+    options += ["--run.log_steps", "1", "--run.workers", "0"]
+
+    def command(output, **limits):
+        return start(train_on_few_digits, ["train", "ssta", *options, "--output", str(output)], **limits)
+
+    return command
+
+
+def train_on_few_digits(words):
+    whole = sources._digits
+
+    def fewer(split):
+        source = whole(split)
+        return source._replace(images=sources._Digits(source.images.pixels[:90], source.images.labels[:90]))
+
+    sources._digits = fewer
+    return cli.main(words)
+
+
+def trained(folder):
+    """Student, state and log of a run, without its speed and its folder's name."""
+    state = checkpoint.load(folder / checkpoint.NAME)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for record in (*log, state["settings"]):
+        record.pop("images_per_second", None), record.pop("output", None)
+    checkpoint.save(folder / "state", state)
+    return (folder / "model.safetensors").read_bytes(), (folder / "state").read_bytes(), log
+
+
+def test_train_killed_at_random_moments_twice_at_once_and_on_a_full_disk(training, tmp_path):
+    statuses = kill_until_done(lambda name: training(tmp_path / name), seed=4, kills=20)
+    assert -signal.SIGKILL in statuses
+    assert trained(tmp_path / "killed") == trained(tmp_path / "undisturbed")
+
+    status, last = last_line(functools.partial(training, tmp_path / "full"), tmp_path / "said", file_limit=20_000)
+    assert status == 1
+    assert last.startswith(f"attnkd train: {tmp_path / 'full'}") and last.endswith("File too large"), last
+    assert not list((tmp_path / "full").glob("*.safetensors")) and not list((tmp_path / "full").glob(".*.tmp"))
+    both = [training(tmp_path / "full") for _ in range(2)]
+    assert sorted(finish(process) for process in both) in ([0, 0], [0, 1])  # the second waits, or is refused
+    assert trained(tmp_path / "full") == trained(tmp_path / "undisturbed")
+
+
+def test_train_saves_after_a_sigterm_and_ends_with_status_0(training, tmp_path):
+    process = training(tmp_path / "run", log=str(tmp_path / "said"))
+    end = time.monotonic() + 200
+    while not (tmp_path / "run" / checkpoint.NAME).exists():
+        assert time.monotonic() < end and process.is_alive()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    assert finish(process) == 0
+    said = (tmp_path / "said").read_text().splitlines()[-1]
+    done = checkpoint.load(tmp_path / "run" / checkpoint.NAME)["done"]
+    assert said == f"step {done} of 6: stopped and saved; run the same command again to continue"
+    assert done < 6 and not (tmp_path / "run" / "model.safetensors").exists()
 
 
 def search(path):
