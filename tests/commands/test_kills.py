@@ -210,7 +210,7 @@ def training(tmp_path_factory):
     run.save_student(folder, timm.create_model(**arguments), arguments)
     teacher = str(folder / "model.safetensors")
     options = ["--recipe", "ssta_digits", "--teacher", teacher, "--assistant", teacher, "--device", "cpu"]
-    options += ["--method.teacher_heads", "[1, 0, 1]", "--train.epochs", "2", "--train.batch_size", "30"]
+    options += ["--method.teacher_heads", "[1, 0, 1]", "--train.epochs", "2", "--train.batch_size", "10"]
     options += ["--train.warmup_epochs", "1", "--train.ema_decay", "0.5", "--run.save_steps", "1"]
     options += ["--run.log_steps", "1", "--run.workers", "0"]
 
@@ -225,7 +225,7 @@ def train_on_few_digits(words):
 
     def fewer(split):
         source = whole(split)
-        return source._replace(images=sources._Digits(source.images.pixels[:90], source.images.labels[:90]))
+        return source._replace(images=sources._Digits(source.images.pixels[:30], source.images.labels[:30]))
 
     sources._digits = fewer
     return cli.main(words)
