@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from attnkd.attention.problem import Problem, Side
 
 HIDDEN_BELOW = -1e30  # an additive mask at or below this hides the key, like −inf
+TINY = torch.finfo(torch.float32).tiny  # a probability below this is none, as it is in float32
 
 
 def per_row(problem: Problem, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -136,9 +137,9 @@ def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _expectation(p: Tensor, value: Tensor, visible: Tensor, defined: Tensor) -> Tensor:
-    """Σ_j p_j·value_j over visible keys; +inf when p_j > 0 meets a key for which the value is not defined."""
+    """Σ_j p_j·value_j over visible keys; +inf when p_j meets a key for which the value is not defined."""
     terms = torch.where(visible & defined, p * value, 0.0)
-    return torch.where(visible & ~defined & (p > 0), math.inf, terms).sum(-1)
+    return torch.where(visible & ~defined & (p >= TINY), math.inf, terms).sum(-1)
 
 
 def _log_softmax(z: Tensor, visible: Tensor) -> Tensor:

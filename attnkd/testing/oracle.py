@@ -22,6 +22,7 @@ from torch import Tensor
 NOTHING = -math.inf  # the logarithm of the probability of a hidden key
 HIDES = -1e30  # an additive mask at or below this hides its key
 CUBIC = -0.75  # A of the bicubic kernel
+NO_WEIGHT = 2.0**-126  # a probability below this: float32 has no smaller normal number
 NO_DIRECTION = 1e-12  # a vector with a norm up to this
 
 
@@ -159,7 +160,7 @@ def row_divergence(log_s: Tensor, log_t: Tensor, kind: str) -> tuple[Tensor, Ten
 
     def impossible(rows: Tensor, log_p: Tensor, other: Tensor) -> Tensor:
         """+inf where p gives weight to a key that the other side does not see; what is NaN stays NaN."""
-        return rows + torch.where(((log_p.exp() > 0) & ~other).any(1) & alive, math.inf, 0.0)
+        return rows + torch.where(((log_p.exp() >= NO_WEIGHT) & ~other).any(1) & alive, math.inf, 0.0)
 
     def log_mid(s: Tensor, t: Tensor) -> Tensor:
         return torch.logaddexp(s, t) - math.log(2)
@@ -195,11 +196,22 @@ def resample_attention(
     rows = rows.double()
     if teacher_grid == student_grid:
         return rows
-    down, across = (resize_weights(a, b, mode).to(rows.device) for a, b in zip(teacher_grid, student_grid, strict=True))
-    cls, patches = rows[..., :1], rows[..., 1:].unflatten(-1, teacher_grid)
-    resized = torch.einsum("yv,xu,bhmvu->bhmyx", down, across, patches).flatten(-2)
-    resized = torch.where(resized < floor, floor, resized)
+    cls, resized = rows[..., :1], resized_patches(rows, teacher_grid, student_grid, mode, floor)
     return torch.cat([cls, resized / resized.sum(-1, keepdim=True) * (1 - cls)], -1)
+
+
+def resized_patches(
+    rows: Tensor,
+    teacher_grid: tuple[int, int],
+    student_grid: tuple[int, int],
+    mode: str = "bicubic",
+    floor: float = 1e-5,
+) -> Tensor:
+    """The patches of rows [B, H, M, 1 + patches of teacher_grid] on student_grid, at least ``floor``, before the rescale."""
+    down, across = (resize_weights(a, b, mode).to(rows.device) for a, b in zip(teacher_grid, student_grid, strict=True))
+    patches = rows.double()[..., 1:].unflatten(-1, teacher_grid)
+    resized = torch.einsum("yv,xu,bhmvu->bhmyx", down, across, patches).flatten(-2)
+    return torch.where(resized < floor, floor, resized)
 
 
 def resize_weights(size: int, new_size: int, mode: str) -> Tensor:

@@ -14,7 +14,7 @@ from attnkd.attention import api
 from attnkd.attention.chunked import divergence as chunked_divergence
 from attnkd.commands.validate import PROOFS
 from attnkd.methods import attention_probe, whole_map
-from attnkd.testing import cases, generate, method_cases
+from attnkd.testing import cases, generate, method_cases, proof
 from attnkd.testing.method_cases import MethodCase, prove_method
 from attnkd.testing.proof import prove
 
@@ -201,3 +201,19 @@ def test_generated_training_steps_find_a_planted_fault(method, monkeypatch):
     monkeypatch.setattr(*((target, faulty) if name is None else (target, name, faulty)))
     results = (prove_method(MethodCase(method, seed), "chunked", CPU) for seed in range(20))
     assert any(not result.ok for step in results for result in step)
+
+
+def test_a_gradient_of_zeros_fails_where_rounding_is_large(monkeypatch):
+    """Saturated rows: the error that rounding explains exceeds the gradient."""
+    honest = proof.attention_divergence
+
+    def without_gradient(**arguments):
+        return honest(**arguments).detach() + 0 * arguments["student_query"].float().sum()
+
+    case = cases.parse(
+        "operation=map,dtype=bf16,divergence=reverse_kl,B=1,M=22,N=13,D=72,scale=1.0,temperature=0.5,std=3.0"
+    )
+    arguments = case.arguments(torch.device("cpu"))
+    assert all(result.ok for result in proof.prove("chunked", **arguments))
+    monkeypatch.setattr(proof, "attention_divergence", without_gradient)
+    assert [result.ok for result in proof.prove("chunked", **arguments)] == [True, False, False]

@@ -21,6 +21,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+TINY = torch.finfo(torch.float32).tiny
+"""A probability below this adds nothing, in float64 either: all implementations agree on which rows are infinite."""
+
 
 class Softmax:
     """softmax(z) in pieces, each made when it is first asked for.
@@ -190,10 +193,10 @@ _KINDS = {
 
 
 def _mean(side: Softmax, value: Tensor, other: Softmax, out: Tensor | None = None) -> Tensor:
-    """Σ p · value, [P, r, 1]; a key of probability 0 adds 0 even to an infinite value. ``out`` (or value) ← e · value."""
+    """Σ p · value, [P, r, 1]; a key of probability 0 adds 0 even to an infinite value (NaN stays). ``out`` (or value) ← e · value."""
     product = torch.mul(side.exp, value, out=value if out is None else out)
     if side.masked or other.masked:
-        product.masked_fill_(side.exp == 0, 0.0)
+        product.masked_fill_(side.exp < TINY, 0.0)
     return product.sum(-1, keepdim=True) / side.total
 
 
