@@ -282,13 +282,38 @@ def test_head_importance_killed_at_random_moments(tmp_path):
     assert (tmp_path / "killed").read_bytes() == (tmp_path / "undisturbed").read_bytes()
 
 
-def test_validate_leaves_the_old_report_or_the_new_one(tmp_path):
-    words = ["validate", "--impl", "chunked", "--case", "N=8,D=16,Dt=16", "--device", "cpu", "--json"]
-    report = tmp_path / "report.json"
-    assert finish(start(cli.main, [*words, str(report)])) == 0
-    before = report.read_bytes()
-    assert finish(start(cli.main, [*words, str(report)], file_limit=100)) == 1
-    assert report.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["report.json"]
+@pytest.fixture(scope="module")
+def one_file(tmp_path_factory):
+    """The commands that write one file, each as a function of that file."""
+    folder = tmp_path_factory.mktemp("one file")
+    Image.new("RGB", (160, 160), (90, 20, 200)).save(folder / "image.png")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_vit").state_dict(), folder / "weights.pth")
+    models = [f"--{name}" for name in ("teacher", "teacher-checkpoint", "student", "student-checkpoint")]
+    given = ["test_vit", folder / "weights.pth"] * 2
+    options = [str(word) for pair in zip(models, given, strict=True) for word in pair]
+    return {
+        "validate": ["validate", "--impl", "chunked", "--case", "N=8,D=16,Dt=16", "--device", "cpu", "--json"],
+        "maps": ["maps", str(folder / "image.png"), *options, "--no-rollout", "--device", "cpu", "--output"],
+    }
+
+
+@pytest.mark.parametrize("name", ["validate", "maps"])
+def test_a_command_leaves_the_old_file_or_the_new_one(one_file, tmp_path, name):
+    """Killed, with a full disk, and twice at once."""
+
+    def run(file, **limits):
+        (tmp_path / file).mkdir(exist_ok=True)
+        return start(cli.main, [*one_file[name], str(tmp_path / file / "out.png")], **limits)
+
+    kill_until_done(run, seed=4, kills=2)
+    whole = (tmp_path / "undisturbed" / "out.png").read_bytes()
+    status, last = last_line(functools.partial(run, "killed"), tmp_path / "said", file_limit=len(whole) - 1)
+    assert status == 1 and last == f"attnkd {name}: {tmp_path / 'killed' / 'out.png'}: File too large"
+    assert (tmp_path / "killed" / "out.png").read_bytes() == whole
+    assert [finish(process) for process in (run("both"), run("both"))] == [0, 0]
+    assert (tmp_path / "both" / "out.png").read_bytes() == whole
+    assert [path.name for path in (tmp_path / "both").iterdir()] == ["out.png"]
 
 
 # --- the helper itself ------------------------------------------------------------------------------------------------
