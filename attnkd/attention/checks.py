@@ -13,6 +13,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_tensor(name: str, value: object, rank: int, layout: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {layout}, got {kind(value)}")
+    if value.is_nested or value.layout != torch.strided:
+        raise TypeError(
+            f"{name}: expected a dense tensor {layout}, got a {'nested' if value.is_nested else 'sparse'} one"
+        )
     if value.ndim != rank:
         raise ValueError(f"{name}: expected {rank} dimensions {layout}, got shape {tuple(value.shape)}")
     if value.dtype not in DTYPES:
@@ -34,10 +38,10 @@ def check_number(name: str, value: object) -> None:
             what = "a tensor that requires grad, which would get no gradient"
             remedy = "multiply the student's query with it and pass a number here"
         raise TypeError(f"{name}: expected a number, got {what}; {remedy}")
-    if isinstance(value, (int, float)):
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
         return
     try:
-        if isinstance(value, (str, bytes)):
+        if isinstance(value, (bool, str, bytes)):
             raise TypeError
         float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):

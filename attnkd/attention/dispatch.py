@@ -96,6 +96,11 @@ def choose(
             f"impl={impl!r}: forward-mode automatic differentiation (torch.func.jvp, jacfwd) has no implementation but "
             "impl='reference'"
         )
+    if any(_is_transformed(tensor) for tensor in tensors):
+        raise NotImplementedError(
+            f"impl={impl!r}: gradients by torch.func (grad, jacrev, vmap of what requires grad) have no implementation but "
+            "impl='reference'; use torch.autograd.grad or backward"
+        )
     if impl == "chunked":
         return impl
     device = tensors[0].device
@@ -112,3 +117,11 @@ def choose(
 
 def _has_tangent(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """Whether torch.func differentiates by the tensor, which hand-written backwards do not take part in."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    return functorch.is_gradtrackingtensor(tensor) or (functorch.is_batchedtensor(tensor) and tensor.requires_grad)

@@ -106,10 +106,11 @@ def make_problem(
     num_keys = student_key.shape[2]
 
     if teacher_probs is not None:
-        if any(x is not None for x in (teacher_query, teacher_key, teacher_mask, teacher_lse)):
+        beside = (teacher_query, teacher_key, teacher_scale, teacher_mask, teacher_lse)
+        if any(x is not None for x in beside):
             raise ValueError(
-                "teacher_probs: expected alone, got it together with teacher_query, teacher_key, teacher_mask or teacher_lse; "
-                "the rows of a teacher are given either as probabilities or as queries and keys"
+                "teacher_probs: expected alone, got it together with teacher_query, teacher_key, teacher_scale, teacher_mask or "
+                "teacher_lse; the rows of a teacher are given either as probabilities or as queries and keys"
             )
         if divergence == "logit_mse":
             raise ValueError("divergence: 'logit_mse' compares scores before the softmax, but teacher_probs has none")

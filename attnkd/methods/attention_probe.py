@@ -102,7 +102,7 @@ class AttentionProbe(DistillTask):
             )
         if normalize_dim not in (-1, -2):
             raise ValueError(f"normalize_dim: expected -1 or -2, got {normalize_dim!r}")
-        check_student(student, criterion=None)
+        check_student(student, None, impl)
         weights = {"relation_weight": relation_weight, "kd_weight": kd_weight, "noisy_weight": noisy_weight}
         schedules = check_numbers(weights, temperature=temperature, one_of=list(weights))
         if blocks is None:

@@ -119,7 +119,7 @@ class AttnDistill(DistillTask):
         check_choice("merge", merge, ("auto", *MERGES))
         check_choice("resample_mode", resample_mode, MODES)
         check_pair(student, "teacher", teacher, class_token=True)
-        check_student(student, criterion)
+        check_student(student, criterion, impl)
         weights = {
             "pa_weight": pa_weight,
             "patch_weight": patch_weight,

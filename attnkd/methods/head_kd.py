@@ -112,7 +112,7 @@ class HeadKD(DistillTask):
         student = build_student(student, criterion, num_classes)
         teacher = resolve_model(teacher, pretrained=True)
         check_pair(student, "teacher", teacher)
-        check_student(student, criterion)
+        check_student(student, criterion, impl)
         schedules = check_numbers(
             {},
             fractions={

@@ -120,7 +120,7 @@ class SSTA(DistillTask):
         if teacher is not None and assistant is not None and student_heads[0] == student_heads[1]:
             raise ValueError(f"student_heads: expected a head of its own for each teacher, got {student_heads!r}")
 
-        check_student(student, criterion)
+        check_student(student, criterion, impl)
         weights = {"alpha": alpha, "beta": _until("beta", beta, stop_epoch), "lam": _until("lam", lam, stop_epoch)}
         on = [WEIGHTS[name] for name, (source, _, _) in given.items() if source is not None]
         schedules = check_numbers(

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnkd.attention.checks import check_choice
+from attnkd.attention.dispatch import IMPLS
 from attnkd.capture.models import (
     TrainingTask,
     check_images,
@@ -101,6 +103,8 @@ class DistillTask(TrainingTask):
             raise ValueError(f"images: expected [B, C, H, W], got {got}; NaFlex batches of patches are not supported")
         if self.criterion is not None and targets is None:
             raise ValueError("targets: needed by criterion, got None (criterion=None trains without labels)")
+        if len(images) == 0:
+            raise ValueError(f"images: expected at least one, got shape {tuple(images.shape)}")
         check_images("student", self.student, images)
         for name, teacher in self.teachers.items():
             check_images(name, teacher.tap.model, images)
@@ -262,12 +266,13 @@ def check_numbers(
     return schedules
 
 
-def check_student(student: nn.Module, criterion: nn.Module | None) -> None:
-    """Refuse a student that would not train.
+def check_student(student: nn.Module, criterion: nn.Module | None, impl: str) -> None:
+    """Refuse a student that would not train, and an unknown ``impl``.
 
     Raises:
         ValueError: frozen, or without a classifier under a class loss.
     """
+    check_choice("impl", impl, IMPLS)
     parameters = list(student.parameters())
     if not parameters or not any(parameter.requires_grad for parameter in parameters):
         raise ValueError(

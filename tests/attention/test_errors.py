@@ -65,6 +65,17 @@ CASES = {
     ),
     "half a teacher": ({"teacher_key": None}, ValueError, "teacher_query, teacher_key: expected both"),
     "teacher twice": ({"teacher_probs": torch.rand(B, H, M, N)}, ValueError, "teacher_probs: expected alone"),
+    "sparse": (
+        {"student_query": torch.zeros(B, H, M, D).to_sparse()},
+        TypeError,
+        "student_query: expected a dense tensor .* sparse",
+    ),
+    "nested": (
+        {"teacher_key": torch.nested.nested_tensor([torch.zeros(H, N, D)] * B)},
+        TypeError,
+        "teacher_key: expected a dense tensor .* nested",
+    ),
+    "temperature of another type": ({"temperature": True}, TypeError, "temperature: expected a number, got bool True"),
     "merge": ({"merge": "sum"}, ValueError, "merge: expected one of None, 'logsum'.* got 'sum'"),
     "divergence": ({"divergence": "kl"}, ValueError, "divergence: expected one of 'forward_kl'"),
     "logit mse of a merge": (
@@ -121,6 +132,28 @@ def test_attention_divergence_refuses(name):
     change, error, message = CASES[name]
     with pytest.raises(error, match=message):
         attention_divergence(**(good() | change))
+
+
+@pytest.mark.parametrize("impl", ["auto", "chunked", "triton"])
+def test_gradients_by_torch_func_are_for_the_reference(impl):
+    arguments = good()
+    query = arguments.pop("student_query")
+
+    def loss(query, impl):
+        return attention_divergence(query, **arguments, reduction="sum", impl=impl)
+
+    for transform in (torch.func.grad, torch.func.jacrev):
+        with pytest.raises(NotImplementedError, match=f"impl='{impl}': gradients by torch.func .* impl='reference'"):
+            transform(loss)(query, impl)
+    leaf = query.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(leaf, "chunked"), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(query, "reference"), grad)
+
+
+def test_finished_rows_have_no_scale():
+    q, k = torch.randn(B, H, M, D), torch.randn(B, H, N, D)
+    with pytest.raises(ValueError, match="teacher_probs: expected alone, .* teacher_scale"):
+        attention_divergence(q, k, teacher_probs=torch.rand(B, H, M, N), teacher_scale=0.5)
 
 
 def test_target_rows_must_have_the_merged_shape():

@@ -282,6 +282,13 @@ def test_padded_patches_count_in_no_method(method):
     torch.testing.assert_close(losses(16, images), losses(8, images[:, :, :8]))
 
 
+@each
+def test_an_empty_batch_is_named(name):
+    task = TASKS[name](vit(), vit(1))
+    with pytest.raises(ValueError, match="images: expected at least one, got shape"):
+        task(X[:0], Y[:0])
+
+
 def test_a_failed_construction_leaves_the_models_alone():
     student, teacher = vit(), vit(1)
     kinds = copy.deepcopy([type(m) for m in (*student.modules(), *teacher.modules())])
@@ -289,5 +296,10 @@ def test_a_failed_construction_leaves_the_models_alone():
         HeadKD(student, teacher, teacher_heads=[5, 6], verbose=False)
     with pytest.raises(ValueError, match="teacher_heads"):
         SSTA(student, teacher, teacher_heads=[5, 6, 7], verbose=False)
+    for make in TASKS.values():
+        with pytest.raises(
+            ValueError, match="impl: expected one of 'auto', 'triton', 'chunked', 'reference', got 'cuda'"
+        ):
+            make(student, teacher, impl="cuda")
     assert [type(m) for m in (*student.modules(), *teacher.modules())] == kinds
     assert all(p.requires_grad for p in teacher.parameters()) and teacher.training
