@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -25,8 +26,13 @@ def check_tensor(name: str, value: object, rank: int, layout: str) -> None:
         )
 
 
+def integer(value: object) -> int | None:
+    """The Python int of an integer, NumPy's included; None for anything else, booleans and tensors among it."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+
+
 def check_choice(name: str, value: object, choices: tuple) -> None:
-    if not (value is None or isinstance(value, (str, int))) or value not in choices:
+    if not (value is None or isinstance(value, (str, Integral))) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
@@ -46,6 +52,24 @@ def check_number(name: str, value: object) -> None:
         float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected a number, got {kind(value)} {value!r}") from None
+
+
+def check_device(device: object) -> torch.device:
+    """A device that is named or given, which PyTorch can compute on here.
+
+    Raises:
+        ValueError: it cannot; the message says what there is.
+    """
+    try:
+        found = torch.device(device)  # type: ignore[call-overload]
+        torch.zeros(1, device=found).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError) as error:
+        here = [torch.accelerator.current_accelerator()] if torch.accelerator.is_available() else []
+        names = " or ".join(f"'{name}'" for name in (*here, "cpu"))
+        raise ValueError(
+            f"device: expected a device PyTorch can use here, {names}, got {device!r} ({str(error).splitlines()[0]})"
+        ) from None
+    return found
 
 
 def check_temperature(temperature: float) -> None:

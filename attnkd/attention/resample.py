@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attnkd.attention.checks import check_choice, check_number, check_tensor
+from attnkd.attention.checks import check_choice, check_number, check_tensor, integer
 
 MODES = ("bicubic", "bilinear", "area")
 
@@ -67,9 +67,9 @@ def resample_attention(
 
 def _check_grid(name: str, grid: tuple[int, int]) -> tuple[int, int]:
     try:
-        height, width = grid
+        height, width = map(integer, grid)
     except (TypeError, ValueError):
         raise ValueError(f"{name}: expected (height, width) in patches, got {grid!r}") from None
-    if not (isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0):
+    if height is None or width is None or height < 1 or width < 1:
         raise ValueError(f"{name}: expected two positive integers (height, width), got {grid!r}")
     return height, width

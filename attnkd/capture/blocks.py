@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from attnkd.attention.checks import integer
+
 Blocks = int | str | Sequence[int] | Sequence[str]
 
 
@@ -143,6 +145,7 @@ def _listed(model: nn.Module, blocks: Blocks, name: str) -> list:
     listed = list(blocks) if isinstance(blocks, Sequence) and not isinstance(blocks, str) else [blocks]
     if not listed:
         raise ValueError(f"{name}: expected at least one, got none")
+    listed = [block if isinstance(block, str) else integer(block) for block in listed]
     if {type(block) for block in listed} not in ({int}, {str}):
         raise TypeError(f"{name}: expected int, a sequence of int, 'all', or module paths (str), got {blocks!r}")
     return listed

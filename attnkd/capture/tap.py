@@ -268,6 +268,13 @@ def _tapped_class(plain: Any) -> type[nn.Module]:
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for path, module in model.named_modules():
+        if isinstance(module, AttentionTap):
+            where = f"at {path!r}" if path else "itself"
+            raise TypeError(
+                f"model: expected a model, got {type(model).__name__} that has an AttentionTap {where}; tap its model (tap.model), "
+                "once for all blocks"
+            )
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TypeError(f"model: wrap {type(model).__name__} around the AttentionTap, not the tap around it")
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:

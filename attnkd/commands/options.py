@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
+from attnkd.attention.checks import check_device
+
 
 def choose_device(name: str | None) -> torch.device:
     """The device of that name; None is a GPU if there is one, else the CPU.
@@ -16,13 +18,7 @@ def choose_device(name: str | None) -> torch.device:
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device: expected a device PyTorch can use here, got {name!r} ({reason})") from None
-    return device
+    return check_device(name)
 
 
 def require(packages: Mapping[str, str], extra: str = "demo") -> None:

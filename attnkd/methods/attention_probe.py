@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attnkd.attention.checks import integer
 from attnkd.capture.blocks import Blocks, block_paths, default_blocks, pair_blocks
 from attnkd.capture.models import resolve_model, unwrap_model
 from attnkd.capture.outputs import BlockOutputs, BlockTokens
@@ -88,21 +89,21 @@ class AttentionProbe(DistillTask):
         normalize_dim: int = -1,
         input_norm: tuple[Sequence[float], Sequence[float]] | None = None,
         impl: str = "auto",
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         verbose: bool = True,
     ) -> None:
         teacher = resolve_model(teacher, pretrained=True, num_classes=None)
         student = resolve_model(student, pretrained=False, num_classes=getattr(teacher, "num_classes", None))
         check_pair(student, "teacher", teacher, class_token=True)
-        classes, theirs = getattr(student, "num_classes", None), getattr(teacher, "num_classes", None)
-        if not isinstance(theirs, int) or theirs < 2 or classes != theirs:
+        classes, theirs = (integer(getattr(model, "num_classes", None)) for model in (student, teacher))
+        if theirs is None or theirs < 2 or classes != theirs:
             raise ValueError(
                 f"student: expected a classifier of the teacher's classes, got num_classes {classes} and {theirs}"
             )
         if normalize_dim not in (-1, -2):
             raise ValueError(f"normalize_dim: expected -1 or -2, got {normalize_dim!r}")
-        check_student(student, None, impl)
+        check_student(student, None, impl, device, dtype)
         weights = {"relation_weight": relation_weight, "kd_weight": kd_weight, "noisy_weight": noisy_weight}
         schedules = check_numbers(weights, temperature=temperature, one_of=list(weights))
         if blocks is None:

@@ -111,7 +111,7 @@ class AttnDistill(DistillTask):
         task_loss_weight: float | Schedule = 1.0,
         impl: str = "auto",
         check_finite: bool = True,
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         verbose: bool = True,
     ) -> None:
@@ -119,7 +119,7 @@ class AttnDistill(DistillTask):
         check_choice("merge", merge, ("auto", *MERGES))
         check_choice("resample_mode", resample_mode, MODES)
         check_pair(student, "teacher", teacher, class_token=True)
-        check_student(student, criterion, impl)
+        check_student(student, criterion, impl, device, dtype)
         weights = {
             "pa_weight": pa_weight,
             "patch_weight": patch_weight,

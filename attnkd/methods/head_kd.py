@@ -99,7 +99,7 @@ class HeadKD(DistillTask):
         num_classes: int | None = None,
         input_norm: tuple[Sequence[float], Sequence[float]] | None = None,
         impl: str = "auto",
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         verbose: bool = True,
     ) -> None:
@@ -112,7 +112,7 @@ class HeadKD(DistillTask):
         student = build_student(student, criterion, num_classes)
         teacher = resolve_model(teacher, pretrained=True)
         check_pair(student, "teacher", teacher)
-        check_student(student, criterion, impl)
+        check_student(student, criterion, impl, device, dtype)
         schedules = check_numbers(
             {},
             fractions={
@@ -248,9 +248,9 @@ def _teacher_heads(
         )
     if heads is None:
         return tuple(range(wanted))
-    if isinstance(heads, int):
+    if not isinstance(heads, Sequence):
         heads = [heads]
-    if heads and not isinstance(heads[0], int):
+    if heads and isinstance(heads[0], Sequence):
         if len(heads) != pairs:
             raise ValueError(f"teacher_heads: expected one sequence for each of {pairs} blocks, got {len(heads)}")
         heads = heads[index]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attnkd.attention.api import attention_rows
 from attnkd.attention.call import class_row, take_heads
-from attnkd.attention.checks import check_choice
+from attnkd.attention.checks import check_choice, integer
 from attnkd.capture.blocks import Blocks, block_path, default_blocks
 from attnkd.capture.tap import AttentionTap
 from attnkd.capture.tokens import token_layout
@@ -65,21 +65,22 @@ class ProbeScorer(nn.Module):
             raise ValueError(
                 f"teacher: the probe is the class token's row, but {type(teacher).__name__} has no class token"
             )
-        classes = getattr(teacher, "num_classes", None)
-        if not isinstance(classes, int) or classes < 2:
+        classes = integer(getattr(teacher, "num_classes", None))
+        if classes is None or classes < 2:
             raise ValueError(
                 f"teacher: expected a classifier, got {type(teacher).__name__} with num_classes = {classes}"
             )
-        self.prefix, self.head, self.impl = layout.num_prefix_tokens, head, impl
+        index = integer(head)
+        if index is None:
+            check_choice("head", head, ("mean",))
+        self.prefix, self.head, self.impl = layout.num_prefix_tokens, "mean" if index is None else index, impl
         self.tap = AttentionTap(teacher, default_blocks(teacher, 2) if blocks is None else blocks)
         self.tap.eval()
         self.blocks = [int(str(block_path(path)).rpartition(".")[2]) for path in self.tap.paths]
-        if isinstance(head, str):
-            check_choice("head", head, ("mean",))
         for path in self.tap.paths:
-            heads = getattr(teacher.get_submodule(path), "num_heads", None)
-            if not isinstance(head, str) and isinstance(heads, int) and not 0 <= head < heads:
-                raise ValueError(f"head: expected 'mean' or an index from 0 to {heads - 1} ({path}), got {head}")
+            heads = integer(getattr(teacher.get_submodule(path), "num_heads", None))
+            if index is not None and heads is not None and not 0 <= index < heads:
+                raise ValueError(f"head: expected 'mean' or an index from 0 to {heads - 1} ({path}), got {index}")
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> ProbeScores:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
+
+from attnkd.attention.checks import integer
 
 SHAPES = ("linear", "cosine")
 UNITS = ("epoch", "step")
@@ -166,11 +169,12 @@ class Schedules:
 
     def _set(self, unit: str, time: float) -> None:
         _check_number(unit, time, minimum=0.0)
-        self.time[unit] = time
+        whole = integer(time)  # a checkpoint holds Python's numbers, not NumPy's
+        self.time[unit] = float(time) if whole is None else whole
 
 
 def _check_number(name: str, number: object, minimum: float = -math.inf) -> None:
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
+    if isinstance(number, bool) or not isinstance(number, Real):
         raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
     if not math.isfinite(number) or number < minimum:
         at_least = "" if minimum == -math.inf else f" >= {minimum:g}"

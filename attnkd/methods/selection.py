@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from attnkd import files
+from attnkd.attention.checks import check_device, integer, kind
 from attnkd.capture.blocks import Blocks
 from attnkd.methods.image_stream import (
     ENCODING,
@@ -68,7 +69,7 @@ def select_images(
     output_weight: float = 0.9,
     batch_size: int = 256,
     workers: int = 0,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
     amp: bool = False,
     restart: bool = False,
     settings: Mapping[str, Any] | None = None,
@@ -109,13 +110,22 @@ def select_images(
     """
     data, out = Path(data), Path(out)
     table = out.with_suffix(".csv") if scores is None else Path(scores)
-    _check(data, out, table, num_select, head, attn_weight, output_weight, batch_size, workers)
+    num_select, batch_size, workers = (
+        _whole(name, value, least)
+        for name, value, least in (
+            ("num_select", num_select, 1),
+            ("batch_size", batch_size, 1),
+            ("workers", workers, 0),
+        )
+    )
+    _check(data, out, table, attn_weight, output_weight)
     files.make_folder("out", out.parent)
     files.check_writable("out", out)
     files.check_writable("scores", table)
     work = files.make_folder("out", out.with_name(out.name + ".work"))
     if device is None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = check_device(device)
     teacher = copy.deepcopy(teacher)
     digest = _digest(teacher)
     scorer = ProbeScorer(teacher, blocks, head).to(device)
@@ -127,7 +137,7 @@ def select_images(
             "teacher": digest,
             "settings": _plain(transform) if settings is None else json.loads(json.dumps(settings)),
             "blocks": list(scorer.blocks),
-            "head": head,
+            "head": scorer.head,
             "amp": amp,
         }
         count, skipped = _prepare(work, described, log, again, data, restart, progress)
@@ -277,20 +287,23 @@ def _prepare(
     return count, skipped
 
 
+def _whole(name: str, value: int, least: int) -> int:
+    """The value as a Python int."""
+    whole = integer(value)
+    if whole is None:
+        raise TypeError(f"{name}: expected an integer, got {kind(value)} {value!r}")
+    if whole < least:
+        raise ValueError(f"{name}: expected at least {least}, got {whole}")
+    return whole
+
+
 def _check(
     data: Path,
     out: Path,
     table: Path,
-    num_select: int,
-    head: int | str,
     attn_weight: float,
     output_weight: float,
-    batch_size: int,
-    workers: int,
 ) -> None:
-    for name, value, least in (("num_select", num_select, 1), ("batch_size", batch_size, 1), ("workers", workers, 0)):
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
     for name, weight in (("attn_weight", attn_weight), ("output_weight", output_weight)):
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"{name}: expected a finite number >= 0, got {weight}")

@@ -101,7 +101,7 @@ class SSTA(DistillTask):
         num_classes: int | None = None,
         input_norm: tuple[Sequence[float], Sequence[float]] | None = None,
         impl: str = "auto",
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         verbose: bool = True,
     ) -> None:
@@ -120,7 +120,7 @@ class SSTA(DistillTask):
         if teacher is not None and assistant is not None and student_heads[0] == student_heads[1]:
             raise ValueError(f"student_heads: expected a head of its own for each teacher, got {student_heads!r}")
 
-        check_student(student, criterion, impl)
+        check_student(student, criterion, impl, device, dtype)
         weights = {"alpha": alpha, "beta": _until("beta", beta, stop_epoch), "lam": _until("lam", lam, stop_epoch)}
         on = [WEIGHTS[name] for name, (source, _, _) in given.items() if source is not None]
         schedules = check_numbers(

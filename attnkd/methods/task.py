@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnkd.attention.checks import check_choice
+from attnkd.attention.checks import check_choice, check_device
 from attnkd.attention.dispatch import IMPLS
 from attnkd.capture.models import (
     TrainingTask,
@@ -57,13 +57,17 @@ class DistillTask(TrainingTask):
         criterion: nn.Module | None,
         schedules: Schedules,
         impl: str,
-        device: torch.device | None,
+        device: torch.device | str | None,
         dtype: torch.dtype | None,
         verbose: bool,
     ) -> None:
         student = trainable.model
         parameter = next(student.parameters())
-        super().__init__(device=device or parameter.device, dtype=dtype or parameter.dtype, verbose=verbose)
+        super().__init__(
+            device=parameter.device if device is None else torch.device(device),
+            dtype=dtype or parameter.dtype,
+            verbose=verbose,
+        )
         self.criterion, self.schedules, self.impl = criterion, schedules, impl
         for module in trainable.task_modules().values():
             module.to(self.dtype)
@@ -266,13 +270,19 @@ def check_numbers(
     return schedules
 
 
-def check_student(student: nn.Module, criterion: nn.Module | None, impl: str) -> None:
-    """Refuse a student that would not train, and an unknown ``impl``.
+def check_student(
+    student: nn.Module, criterion: nn.Module | None, impl: str, device: torch.device | str | None, dtype: object
+) -> None:
+    """Refuse a student that would not train: frozen, without a classifier under a class loss, or where PyTorch cannot compute.
 
     Raises:
-        ValueError: frozen, or without a classifier under a class loss.
+        TypeError, ValueError: naming the argument.
     """
     check_choice("impl", impl, IMPLS)
+    if device is not None:
+        check_device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype: expected a floating point torch.dtype, such as torch.float32, got {dtype!r}")
     parameters = list(student.parameters())
     if not parameters or not any(parameter.requires_grad for parameter in parameters):
         raise ValueError(

@@ -9,28 +9,32 @@ from torch import Tensor, nn
 
 from attnkd.attention.api import attention_divergence
 from attnkd.attention.call import AttentionCall, Heads, shared_tokens, take_heads
+from attnkd.attention.checks import integer
 from attnkd.capture.blocks import plain_class
 from attnkd.capture.tokens import TokenLayout, check_same_grid, filled_in, padding
 
 
 def num_heads(model: nn.Module, path: str) -> int:
     """The number of heads of an attention, as its module says."""
-    heads = getattr(model.get_submodule(path), "num_heads", None)
-    if not isinstance(heads, int):
+    heads = integer(getattr(model.get_submodule(path), "num_heads", None))
+    if heads is None:
         raise TypeError(f"{path} ({plain_class(model.get_submodule(path)).__name__}): does not say its num_heads")
     return heads
 
 
 def check_heads(name: str, heads: Sequence[int], count: int, path: str) -> Heads:
     """Head indices of an attention with ``count`` heads, each at most once; negative indices are refused."""
+    chosen = []
     for head in heads:
-        if isinstance(head, bool) or not isinstance(head, int):
+        index = integer(head)
+        if index is None:
             raise TypeError(f"{name}: expected head indices (int), got {head!r}")
-        if not 0 <= head < count:
-            raise ValueError(f"{name}: expected indices from 0 to {count - 1} ({path} has {count} heads), got {head}")
-    if len(set(heads)) != len(heads):
-        raise ValueError(f"{name}: expected every head once, got {list(heads)} for {path}")
-    return tuple(heads)
+        if not 0 <= index < count:
+            raise ValueError(f"{name}: expected indices from 0 to {count - 1} ({path} has {count} heads), got {index}")
+        chosen.append(index)
+    if len(set(chosen)) != len(chosen):
+        raise ValueError(f"{name}: expected every head once, got {chosen} for {path}")
+    return tuple(chosen)
 
 
 def whole_map_divergence(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from attnkd.attention import dispatch
-from attnkd.attention.checks import check_choice, check_tensor
+from attnkd.attention.checks import check_choice, check_tensor, integer
 from attnkd.relation import chunked, reference
 
 if dispatch.TRITON_INSTALLED:
@@ -63,13 +63,14 @@ def relation_row_loss(
         loss = relation_row_loss(student_tokens, teacher_tokens)     # [B, 197, 192] and [B, 197, 768]
     """
     check_choice("normalize_dim", normalize_dim, (-1, -2))
+    normalize_dim = int(normalize_dim)
     check_choice("reduction", reduction, REDUCTIONS)
-    _check_features(student_features, teacher_features, student_prefix_tokens, teacher_prefix_tokens)
+    prefixes = _check_features(student_features, teacher_features, student_prefix_tokens, teacher_prefix_tokens)
     teacher_features = teacher_features.detach()
     implementation = dispatch.choose(
         impl, (student_features, teacher_features), why_not_fused=lambda: _why_not_fused(normalize_dim)
     )
-    features = student_features, teacher_features, student_prefix_tokens, teacher_prefix_tokens
+    features = student_features, teacher_features, *prefixes
     if implementation == "triton":
         loss = fused.per_image(*features, reference.EPS)
     elif implementation == "chunked":
@@ -91,13 +92,16 @@ def _why_not_fused(normalize_dim: int) -> str | None:
     return None
 
 
-def _check_features(student: Tensor, teacher: Tensor, student_prefix: int, teacher_prefix: int) -> None:
-    patches = {}
+def _check_features(student: Tensor, teacher: Tensor, student_prefix: int, teacher_prefix: int) -> tuple[int, int]:
+    """The numbers of prefix tokens."""
+    patches, prefixes = {}, []
     for name, features, prefix in (("student", student, student_prefix), ("teacher", teacher, teacher_prefix)):
         check_tensor(f"{name}_features", features, 3, "[B, N, C]")
-        if isinstance(prefix, bool) or not isinstance(prefix, int) or prefix < 1:
+        count = integer(prefix)
+        if count is None or count < 1:
             raise ValueError(f"{name}_prefix_tokens: expected an integer >= 1 (the class token counts), got {prefix!r}")
-        patches[name] = features.shape[1] - prefix
+        prefixes.append(count)
+        patches[name] = features.shape[1] - count
         if patches[name] < 1 or features.shape[2] == 0:
             raise ValueError(
                 f"{name}_features: expected at least one patch token behind {prefix} prefix tokens and one channel, got shape "
@@ -116,3 +120,4 @@ def _check_features(student: Tensor, teacher: Tensor, student_prefix: int, teach
         raise ValueError(
             f"teacher_features: expected device {student.device} like student_features, got {teacher.device}"
         )
+    return prefixes[0], prefixes[1]

@@ -1,5 +1,6 @@
 """Resizing a teacher's rows to another patch grid."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -34,6 +35,10 @@ def test_same_grid_is_the_identity_and_half_precision_becomes_float32():
     source = rows((4, 4))
     assert resample_attention(source, (4, 4), (4, 4)) is source
     assert resample_attention(source.bfloat16(), (4, 4), (2, 2)).dtype == torch.float32
+    grid = np.array([2, 4])
+    torch.testing.assert_close(
+        resample_attention(source, np.array([4, 4]), grid), resample_attention(source, (4, 4), (2, 4))
+    )
 
 
 def test_a_constant_map_stays_constant():
@@ -48,6 +53,7 @@ def test_a_constant_map_stays_constant():
         ({"rows": torch.ones(1, 1, 1, 17, dtype=torch.int64)}, "rows: expected a floating point dtype"),
         ({"teacher_grid": (4, 5)}, "rows: expected 1 \\+ 4·5 = 21 keys"),
         ({"student_grid": (0, 4)}, "student_grid: expected two positive integers"),
+        ({"student_grid": (2.0, 4)}, "student_grid: expected two positive integers"),
         ({"student_grid": 4}, "student_grid: expected \\(height, width\\)"),
         ({"mode": "nearest"}, "mode: expected one of 'bicubic', 'bilinear', 'area', got 'nearest'"),
         ({"floor": 0.0}, "floor: expected a number between 0 and 1"),

@@ -529,6 +529,16 @@ class TestRefused:
         with pytest.raises(TypeError, match="expected a torch.nn.Module, got str"):
             AttentionTap("vit_tiny_patch16_224")
 
+    def test_a_tap_of_a_tap(self) -> None:
+        tap = AttentionTap(make(), 0)
+        for model in (tap, nn.Sequential(nn.Identity(), tap)):
+            with pytest.raises(TypeError, match=r"has an AttentionTap .*; tap its model \(tap.model\)"):
+                AttentionTap(model, -1)
+        second = AttentionTap(tap.model, -1)  # beside each other they are right
+        images = torch.randn(1, 3, 32, 32)
+        assert torch.equal(tap(images)[1][0].query, AttentionTap(make(), 0)(images)[1][0].query)
+        assert torch.equal(second(images)[1][0].query, AttentionTap(make(), -1)(images)[1][0].query)
+
 
 class TestTokens:
     """What the rows of a call are: decided block by block, from the number of tokens and the images."""

@@ -272,6 +272,8 @@ def test_memory_does_not_grow_with_the_folder(tmp_path):
 WRONG = {
     "too many": ({"num_select": 201}, "num_select: expected at most 200, the number of images under"),
     "none": ({"num_select": 0}, "num_select: expected at least 1"),
+    "half": ({"num_select": 2.5}, "num_select: expected an integer, got float 2.5"),
+    "device": ({"device": "gpu"}, "device: expected a device PyTorch can use here, .*got 'gpu'"),
     "batch": ({"batch_size": 0}, "batch_size: expected at least 1"),
     "no folder": ({"data": "nowhere"}, "data: expected a folder"),
     "head": ({"head": 4}, "head: expected 'mean' or an index from 0 to 3"),
@@ -291,7 +293,7 @@ WRONG = {
 def test_refusals_name_the_argument(case, select, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options, message = WRONG[case]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         select(**options)
 
 

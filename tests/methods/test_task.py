@@ -1,8 +1,10 @@
 """What all four tasks promise: what cannot train or be compared is refused by name, and models come back as they were."""
 
 import copy
+import io
 import math
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -56,6 +58,7 @@ NUMBERS = [
     ("SSTA", {"alpha": 0, "beta": 0}, "alpha, beta: all are 0"),
     ("SSTA", {"beta": 0, "criterion": None}, "beta: all are 0"),
     ("AttentionProbe", {"relation_weight": math.nan}, "relation_weight: expected a finite number"),
+    ("AttnDistill", {"device": "gpu"}, "device: expected a device PyTorch can use here, .*'cpu', got 'gpu' "),
 ]
 
 
@@ -280,6 +283,29 @@ def test_padded_patches_count_in_no_method(method):
     images = torch.randn(2, 3, 16, 16)
     images[:, :, 8:] = 0.0
     torch.testing.assert_close(losses(16, images), losses(8, images[:, :, :8]))
+
+
+def test_numbers_of_numpy_are_numbers():
+    """As they come out of arrays: block, head, weight, accuracy, epoch."""
+    one, half = np.int64(1), np.float32(0.5)
+    made = []
+    for index, alpha in ((1, 0.5), (one, half)):
+        kd = HeadKD(
+            vit(), vit(1), mode="head_to_head", blocks=[index], heads=index, teacher_heads=[index], alpha=alpha, verbose=False
+        )
+        kd.set_epoch(index)
+        made.append((kd.student_tap.paths, kd.heads, kd(X, Y)["loss"].item(), kd.schedules.state_dict()))
+    assert made[0] == made[1]
+    file = io.BytesIO()
+    torch.save(kd.schedules.state_dict(), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["epoch"] == 1
+    assert SSTA(vit(), vit(1), blocks=one, teacher_heads=[one], alpha=half, verbose=False).links["teacher"][0][3] == (
+        1,
+    )
+    assert AttentionProbe(vit(), vit(1), half, blocks=one, verbose=False)(X)["loss"].isfinite()
+    with pytest.raises(TypeError, match=r"teacher_heads: expected head indices \(int\), got .*1.0"):
+        SSTA(vit(), vit(1), blocks=-1, teacher_heads=[np.float64(1.0)], verbose=False)
 
 
 @each

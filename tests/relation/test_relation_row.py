@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -198,6 +199,15 @@ def test_no_gradient_where_none_is_asked_for(device):
     assert teacher.grad is None
     with torch.no_grad():
         assert not relation_row_loss(student, teacher, impl="triton").requires_grad
+
+
+def test_numbers_of_numpy_are_numbers(device):
+    student, teacher = features(device)
+    for impl in ("triton", "chunked", "reference"):
+        found = relation_row_loss(
+            student, teacher, student_prefix_tokens=np.int64(1), normalize_dim=np.int64(-1), impl=impl
+        )
+        torch.testing.assert_close(found, relation_row_loss(student, teacher, impl=impl), rtol=0, atol=0)
 
 
 def test_empty_batch(device):
