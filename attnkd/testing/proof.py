@@ -198,7 +198,7 @@ def _judge(
         squares: the value is made of squared differences of numbers of order one. An ulp of those in a difference x changes x² by
             2x ulp.
         terms: by argument, the size of the numbers whose differences its gradient is, for an upstream gradient of 1. They are
-            known to a float32 ulp, whatever the result's type.
+            known to a float32 ulp (float64 in float64), also where the result is rounded to half precision.
     """
     names = tuple(n for n in names if isinstance(arguments.get(n), Tensor) and arguments[n].is_floating_point())
     dtype, loss_dtype = arguments[names[0]].dtype, torch.promote_types(arguments[names[0]].dtype, torch.float32)
@@ -234,10 +234,9 @@ def _judge(
     for name, grad, exact_grad, plain in zip(names, grads, exact_grads, plain_grads, strict=True):
         if exact_grad.any():
             size = (terms or {}).get(name, 0.0) * _largest(upstream) * boost
-            if (
-                eager is not None or "mask" not in name
-            ):  # PyTorch rounds each copy of a broadcast mask's gradient before it adds them
-                size *= torch.finfo(torch.float32).eps / torch.finfo(plain.dtype).eps
+            # PyTorch itself rounds each copy of a broadcast mask's gradient before it adds them.
+            if eager is not None or "mask" not in name:
+                size *= torch.finfo(loss_dtype).eps / torch.finfo(plain.dtype).eps
             ulp = ALLOWANCE[plain.dtype][1] * torch.finfo(plain.dtype).eps
             size = min(size, CAP * _largest(exact_grad) / ulp)  # a gradient of zeros must not pass
         else:

@@ -164,39 +164,43 @@ def test_select_on_a_full_disk(selecting, tmp_path, name):
     assert outputs(tmp_path / "full") == outputs(tmp_path / "undisturbed")
 
 
-def demonstrating(folder, **limits):
+def demonstrating(folder, *options, **limits):
     """`attnkd demo` on a handful of digits."""
-    return start(small_demo, str(folder), **limits)
+    return start(small_demo, str(folder), *options, **limits)
 
 
-def small_demo(folder):
+def small_demo(folder, *options):
     """Without the pictures, which take most of the time."""
-    for drawing in ("draw_curves", "draw_attention"):
+    for drawing in ("draw_curves", "draw_attention", "draw_comparison"):
         setattr(command.figures, drawing, lambda outcome, path: files.write_bytes(path, bytes(1000)))
-    command.QUICK.update(seeds=1, epochs=1, train_size=128, test_size=64)
-    return cli.main(["demo", "--quick", "--device", "cpu", "--output-dir", folder])
+    small = {"seeds": 1, "epochs": 1, "train_size": 128, "test_size": 64}
+    command.QUICK.update(small)
+    command.comparison.QUICK.update(small, teacher_epochs=1, labelled=64, wild_digits=64, wild_photos=32)
+    return cli.main(["demo", "--quick", "--device", "cpu", "--output-dir", folder, *options])
 
 
 def results(folder: Path):
-    """Weights, pictures and numbers of a demo, but for the time that it took."""
+    """Weights, pictures, tables and numbers of a demo, but for the time that it took."""
     summary = json.loads((folder / "summary.json").read_text())
     found = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*") if path.suffix in KEPT}
     return found, {name: value for name, value in summary.items() if name != "seconds"}
 
 
-KEPT = (".safetensors", ".png")
+KEPT = (".safetensors", ".png", ".md", ".txt", ".csv")
 
 
-def test_demo_killed_at_random_moments_twice_at_once_and_on_a_full_disk(tmp_path):
-    status, last = last_line(
-        functools.partial(demonstrating, tmp_path / "killed"), tmp_path / "said", file_limit=100_000
-    )
+@pytest.mark.parametrize("options", [(), ("--all",)])
+def test_demo_killed_at_random_moments_twice_at_once_and_on_a_full_disk(tmp_path, options):
+    def run(name, **limits):
+        return demonstrating(tmp_path / name, *options, **limits)
+
+    status, last = last_line(functools.partial(run, "killed"), tmp_path / "said", file_limit=100_000)
     assert status == 1
     assert last.startswith(f"attnkd demo: {tmp_path / 'killed'}") and last.endswith("File too large"), last
 
-    kill_until_done(lambda name: demonstrating(tmp_path / name), seed=2, kills=2)
+    kill_until_done(run, seed=2, kills=2)
     assert results(tmp_path / "killed") == results(tmp_path / "undisturbed")
-    both = [demonstrating(tmp_path / "killed") for _ in range(2)]
+    both = [run("killed") for _ in range(2)]
     assert sorted(finish(process) for process in both) in ([0, 0], [0, 1])  # the second may be refused
     assert results(tmp_path / "killed") == results(tmp_path / "undisturbed")
 

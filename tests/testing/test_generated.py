@@ -203,6 +203,21 @@ def test_generated_training_steps_find_a_planted_fault(method, monkeypatch):
     assert any(not result.ok for step in results for result in step)
 
 
+def test_a_float64_gradient_that_passed_through_float32_fails(monkeypatch):
+    honest = proof.attention_divergence
+
+    def rounded(**arguments):
+        query = arguments["student_query"] * 1.0
+        if query.requires_grad:
+            query.register_hook(lambda grad: grad.float().double())
+        return honest(**arguments | {"student_query": query})
+
+    arguments = cases.parse("dtype=fp64,divergence=js,N=13,M=3,D=24,Dt=24,std=3.0").arguments(CPU)
+    assert all(result.ok for result in proof.prove("chunked", **arguments))
+    monkeypatch.setattr(proof, "attention_divergence", rounded)
+    assert [result.ok for result in proof.prove("chunked", **arguments)] == [True, False, True]
+
+
 def test_a_gradient_of_zeros_fails_where_rounding_is_large(monkeypatch):
     """Saturated rows: the error that rounding explains exceeds the gradient."""
     honest = proof.attention_divergence
