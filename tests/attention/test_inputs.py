@@ -130,8 +130,6 @@ def test_a_hidden_key_is_never_seen(device, M, merge):
     visible = torch.rand(B, 1, 1, N, device=device) > 0.3
     visible[..., 0], visible[..., 5] = True, False
     for mask in (visible, torch.zeros(visible.shape, device=device).masked_fill(~visible, -torch.inf)):
-        if mask.dtype != torch.bool and M > 16:
-            continue  # the whole-map kernels add the mask: −inf and NaN make NaN
         arguments = call(device, M, student_mask=mask, teacher_mask=mask, merge=merge)
         hit = {name: x.clone() for name, x in arguments.items() if name.endswith("key")}
         for x in hit.values():

@@ -28,6 +28,7 @@ from attnkd_kernels.language import (
     NO_MASK,
     Operand,
     Side,
+    hidden,
     shown,
     side_at,
 )
@@ -259,8 +260,9 @@ def logits(side, a, b, at, factor, norm, HEAD: tl.constexpr, SWEEP: tl.constexpr
             z = tl.where((at.k0 + tl.arange(0, SWEEP.BK) < at.N)[None, :], z, HIDDEN)
     elif HEAD.MASK == BOOL_MASK or HEAD.MASK == BOOL_ROW:
         z = tl.where(mask != 0, product * factor - norm, HIDDEN)
-    else:  # HIDDEN swallows any logit below 1e22; asking again what the mask hides would move its tile twice
-        z = product * factor + mask - norm
+    else:  # a hidden key's product may be NaN. Whether it is hidden is asked of the difference: of the mask, whose tile would move twice
+        z = mask - norm
+        z = tl.where(hidden(z), z, product * factor + z)
     return z
 
 
