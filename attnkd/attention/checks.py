@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -29,6 +29,11 @@ def check_tensor(name: str, value: object, rank: int, layout: str) -> None:
 def integer(value: object) -> int | None:
     """The Python int of an integer, NumPy's included; None for anything else, booleans and tensors among it."""
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+
+
+def number(value: object) -> float | None:
+    """The Python float of a number, NumPy's included; None for anything else, booleans and tensors among it."""
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
 
 
 def check_choice(name: str, value: object, choices: tuple) -> None:

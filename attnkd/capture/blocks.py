@@ -142,10 +142,10 @@ def _check_shared(name: str, path: str, module: nn.Module, stack: nn.ModuleList 
 def _listed(model: nn.Module, blocks: Blocks, name: str) -> list:
     if isinstance(blocks, str) and blocks == "all":
         return list(range(len(_block_stack(model, name)[1])))
-    listed = list(blocks) if isinstance(blocks, Sequence) and not isinstance(blocks, str) else [blocks]
-    if not listed:
+    given: Sequence = blocks if isinstance(blocks, Sequence) and not isinstance(blocks, str) else [blocks]
+    if not len(given):
         raise ValueError(f"{name}: expected at least one, got none")
-    listed = [block if isinstance(block, str) else integer(block) for block in listed]
+    listed = [block if isinstance(block, str) else integer(block) for block in given]
     if {type(block) for block in listed} not in ({int}, {str}):
         raise TypeError(f"{name}: expected int, a sequence of int, 'all', or module paths (str), got {blocks!r}")
     return listed

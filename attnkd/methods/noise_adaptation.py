@@ -6,11 +6,12 @@ Used by Attention Probe (ICASSP 2022); docs/methods/attention_probe.md.
 from __future__ import annotations
 
 import math
-from numbers import Real
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from attnkd.attention.checks import number
 
 
 class NoiseAdaptation(nn.Module):
@@ -29,9 +30,10 @@ class NoiseAdaptation(nn.Module):
         super().__init__()
         if num_classes < 2:
             raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
-        if isinstance(accuracy, bool) or not isinstance(accuracy, Real) or not 0 < accuracy <= 1:
+        share = number(accuracy)
+        if share is None or not 0 < share <= 1:
             raise ValueError(f"teacher_accuracy: expected a number in (0, 1], such as 0.97 for 97 %, got {accuracy!r}")
-        self.accuracy = float(accuracy)
+        self.accuracy = share
         self.weight = nn.Parameter(torch.zeros(num_classes, num_classes - 1))
 
     def forward(self) -> Tensor:

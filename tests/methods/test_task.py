@@ -291,7 +291,14 @@ def test_numbers_of_numpy_are_numbers():
     made = []
     for index, alpha in ((1, 0.5), (one, half)):
         kd = HeadKD(
-            vit(), vit(1), mode="head_to_head", blocks=[index], heads=index, teacher_heads=[index], alpha=alpha, verbose=False
+            vit(),
+            vit(1),
+            mode="head_to_head",
+            blocks=[index],
+            heads=index,
+            teacher_heads=[index],
+            alpha=alpha,
+            verbose=False,
         )
         kd.set_epoch(index)
         made.append((kd.student_tap.paths, kd.heads, kd(X, Y)["loss"].item(), kd.schedules.state_dict()))
