@@ -189,7 +189,7 @@ def results(folder: Path):
 KEPT = (".safetensors", ".png", ".md", ".txt", ".csv")
 
 
-@pytest.mark.parametrize("options", [(), ("--all",)])
+@pytest.mark.parametrize("options", [(), ("--all",)], ids=["guidance", "all methods"])
 def test_demo_killed_at_random_moments_twice_at_once_and_on_a_full_disk(tmp_path, options):
     def run(name, **limits):
         return demonstrating(tmp_path / name, *options, **limits)
