@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any, overload
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -114,6 +115,8 @@ def attention_with_divergence(
     """
     check_choice("impl", impl, IMPLS)
     check_number("dropout_p", dropout_p)
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p: expected a number from 0 to 1, got {dropout_p}")
     student, value = _student(query, key, value, mask, scale)
     if isinstance(teacher, AttentionCall):
         targets: dict[str, Any] = {"teacher": teacher}
@@ -177,6 +180,8 @@ def _output(call: AttentionCall, value: Tensor, dropout_p: float, impl: str) -> 
         mask = call.mask
         if mask is not None and mask.ndim < 2:  # PyTorch wants both dimensions, [M, N]
             mask = mask[(None,) * (2 - mask.ndim)]
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(call.query.dtype)  # PyTorch refuses others, or reads them as this one and says nothing
         return F.scaled_dot_product_attention(call.query, call.key, value, mask, dropout_p, scale=call.scale)
     attention = reference.attention_rows(_side(call), None, 1.0)
     return (F.dropout(attention, dropout_p) @ value.to(attention.dtype)).to(value.dtype)

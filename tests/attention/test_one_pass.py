@@ -44,6 +44,24 @@ def test_masks_and_dead_rows(device, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_a_mask_in_another_precision(device, impl):
+    """PyTorch takes a float32 mask beside float64 queries, and reads it wrong."""
+    bias = torch.randn(2, 18, 18).bfloat16().to(device)
+    for dtype in (torch.float32, torch.bfloat16, *((torch.float64,) if impl != "triton" else ())):
+        given = call(device, dtype=dtype)
+        query, key, value = (given[n] for n in ("student_query", "student_key", "value"))
+        teacher = AttentionCall(given["teacher_query"], given["teacher_key"], None, 0.2)
+        expected = (0.25 * query.double() @ key.double().mT + bias).softmax(-1) @ value.double()
+        close = {"rtol": 0.0, "atol": 0.05 if dtype == torch.bfloat16 else 1e-5}
+        for precision in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            mask = bias.to(precision, copy=True).requires_grad_()
+            output, loss = attention_with_divergence(query, key, value, teacher, mask=mask, impl=impl)
+            torch.testing.assert_close(output.double(), expected, **close)
+            (output.sum() + loss).backward()
+            assert mask.grad.isfinite().all() and mask.grad.any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_the_results_are_those_of_the_two_calls(device, impl):
     given = call(device)
     query, key, value = (given[n] for n in ("student_query", "student_key", "value"))
@@ -111,6 +129,8 @@ def test_messages_name_the_argument(device):
         ((student, key), {"value": value, "teacher": teacher}, ValueError, "key: expected nothing beside a captured call"),
         ((student,), {"value": value, "teacher": teacher, "impl": "sdpa"}, ValueError, "impl: expected one of"),
         ((query, key, value, teacher), {"dropout_p": "0.1"}, TypeError, "dropout_p: expected a number"),
+        ((query, key, value, teacher), {"dropout_p": -0.1}, ValueError, "dropout_p: expected a number from 0 to 1, got -0.1"),
+        ((query, key, value, teacher), {"dropout_p": float("nan")}, ValueError, "dropout_p: expected a number from 0 to 1"),
     ]  # fmt: skip
     for arguments, options, error, message in wrong:
         with pytest.raises(error, match=message):
