@@ -94,7 +94,7 @@ def tunables() -> list[Tunable]:
     found = [
         Tunable(
             "row_kl", "cls_row", "fwd", ("deit_small", "vit_base_384"),
-            {"tile": (8192, 16384, 32768, 65536), "warps": (2, 4, 8, 16)},
+            {"tile": (16384, 32768, 65536, 131072), "warps": (2, 4, 8, 16)},
             *_attributes(f"{kernels}.row.kl", tile="WHOLE_TILE", warps="_warps"),
         ),
         Tunable(

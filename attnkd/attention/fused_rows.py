@@ -209,11 +209,12 @@ def _one_sweep(problem: Problem) -> bool:
         return False
     if problem.divergence in ONE_SWEEP:
         return True
-    widths = []
+    keys = []
     for side in (problem.student, problem.teacher):
-        heads = side.num_heads if problem.merge == "logsum" else 1
-        widths.append(0 if side.query is None else heads * side.query.shape[3])
-    return fits_whole(problem.num_keys, *widths)
+        if side.key is not None:
+            heads = side.num_heads if problem.merge == "logsum" else 1
+            keys.append((heads * side.key.shape[3], side.key.element_size()))
+    return fits_whole(problem.num_keys, *keys)
 
 
 def _merged_mask(side: Side, wide: bool) -> Tensor | None:

@@ -27,7 +27,8 @@ def size(tensor):
     ("merge", "H", "N", "D", "launches"),
     [
         (None, 2, 197, 64, 1),
-        (None, 2, 197, 80, 2),
+        (None, 2, 257, 64, 1),
+        (None, 6, 257, 64, 2),  # a processor holds one such tile; more than four of them are split
         (None, 1, 785, 64, 2),
         ("logsum", 3, 197, 64, 2),
         ("logsum", 6, 101, 64, 2),
@@ -52,6 +53,16 @@ def test_forward_reads_each_key_once_and_backward_none(merge, H, N, D, launches)
     assert backward.loaded("COEF") == rows
     others = sum(forward.loaded(n) for n in forward.names if n not in ("student_key", "teacher_key"))
     assert others <= 2 * rows + 16 * H * D * 4 * max(1, N // 128) + 4096
+
+
+@interpreter_only
+def test_a_few_rows_read_each_key_once():
+    given = inputs(1, 2, 5, 60, 64)
+    leaves = [given[n].requires_grad_() for n in ("student_query", "student_key")]
+    with Meter(**given) as meter:
+        torch.autograd.grad(attention_divergence(**given, impl="triton"), leaves)
+    for name in ("student_key", "teacher_key"):
+        assert meter.loaded(name) == size(given[name]), name
 
 
 @interpreter_only
