@@ -54,9 +54,12 @@ def keep(ctx: Any, *tensors: Tensor | None) -> None:
 
 def kept(ctx: Any) -> list[Any]:
     """What :func:`keep` kept."""
-    if ctx.beside is None:
-        return list(ctx.saved_tensors)
-    return [saved if other is None else other for saved, other in zip(ctx.saved_tensors, ctx.beside, strict=True)]
+    tensors = list(ctx.saved_tensors)
+    if ctx.beside is not None:
+        tensors = [saved if other is None else other for saved, other in zip(tensors, ctx.beside, strict=True)]
+    if getattr(ctx, "anchors", None) is not None:
+        ctx.anchors = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
+    return tensors
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
@@ -67,11 +70,12 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Identity on gradients whose own backward refuses. ``anchor`` only makes the result part of a graph."""
+    """Identity on the first ``count`` tensors, gradients, whose own backward refuses. The others only make the results part of the graph of
+    what the gradients depend on: autograd runs no node that leads to none of the tensors it was asked about."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(grad.view_as(grad) for grad in grads)
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.view_as(grad) for grad in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
@@ -91,12 +95,13 @@ def first_order_only(backward: Callable[..., tuple[Tensor | None, ...]]) -> Call
     def guarded(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():  # as always, but with create_graph=True
             return backward(ctx, *upstream)
+        ctx.anchors = None if torch.compiler.is_compiling() else []  # not always: what it holds would stay in memory
         with torch.no_grad():
             grads = backward(ctx, *upstream)
-        if not torch.compiler.is_compiling():
+        if ctx.anchors is not None:
             which = [i for i, grad in enumerate(grads) if grad is not None]
-            anchor = torch.empty(0, requires_grad=True)
-            refusing = _NoSecondDerivative.apply(anchor, *[grads[i] for i in which])
+            anchors, ctx.anchors = [*ctx.anchors, torch.empty(0, requires_grad=True)], None
+            refusing = _NoSecondDerivative.apply(len(which), *[grads[i] for i in which], *anchors)
             out = list(grads)
             for i, grad in zip(which, refusing, strict=True):
                 out[i] = grad

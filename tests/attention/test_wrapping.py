@@ -118,6 +118,8 @@ def test_double_backward_raises(device, impl, merge):
     loss = attention_divergence(*inputs, merge=merge, impl=impl)
     (grad,) = torch.autograd.grad(loss, inputs[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(grad.sum() + inputs[0].sum(), inputs[:1], retain_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
 
 

@@ -113,14 +113,14 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, *flat: Any) -> Tensor:
         rows, *units = torch.ops.attnkd.chunked_gradients(*flat, weight, *ctx.needs_input_grad[1:4])
-        keep(ctx, *units)
+        keep(ctx, *units, *flat[:3])  # the last three only for second derivatives, to refuse them
         ctx.dtypes = [None if x is None else x.dtype for x in flat[:3]]
         return weighted(rows, weight).sum()
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        units, needs = kept(ctx), ctx.needs_input_grad[1:4]
+        units, needs = kept(ctx)[:3], ctx.needs_input_grad[1:4]
         grads = [
             (unit * grad).to(dtype) if need else None
             for unit, dtype, need in zip(units, ctx.dtypes, needs, strict=True)
