@@ -344,6 +344,82 @@ def _attended(given: dict[str, Tensor], side: str, precision: torch.dtype) -> Te
 
 
 @dataclass(frozen=True)
+class OnePass(Attention):
+    """``attention_with_divergence`` of a packed student, all rows. Divergence 'none': the same kernels as a plain attention.
+
+    mask: None or 'bool'; with others the divergence is computed beside PyTorch's attention.
+    """
+
+    rows: int = 0
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"one pass {super().name}"
+
+    def tensors(self, device: torch.device | str = "cpu", seed: int = 0, filled: bool = True) -> dict[str, Tensor]:
+        loose = super().tensors(device, seed, filled)
+        make = _Maker(self, device, seed, filled)
+        given = {"qkv": make(self.batch, self.keys, 3, self.heads, self.dim).requires_grad_(self.backward)}
+        beside = (
+            "student_mask",
+            *(["teacher_query", "teacher_key", "teacher_mask"] if self.divergence != "none" else []),
+        )
+        return given | {name: loose[name].detach() for name in beside if name in loose}
+
+    def results(self, given: dict[str, Tensor], impl: str = "triton") -> tuple[Tensor, ...]:
+        from attnkd import AttentionCall, attention_with_divergence
+
+        mask = given.get("student_mask")
+        if self.divergence == "none":
+            return (_plain_attention(given["qkv"], mask),)
+        scale = (self.teacher_dim or self.dim) ** -0.5
+        teacher = AttentionCall(given["teacher_query"], given["teacher_key"], given.get("teacher_mask"), scale)
+        options = {**self.options, "reduction": "batchmean", "impl": impl}
+        return attention_with_divergence(given["qkv"], teacher=teacher, mask=mask, **options)
+
+    def reference(self, given: dict[str, Tensor], precision: torch.dtype) -> tuple[Tensor, ...]:
+        from attnkd.testing import proof
+
+        query, key, value = given["qkv"].permute(2, 0, 3, 1, 4).unbind(0)
+        student = {"student_query": query, "student_key": key, "student_mask": given.get("student_mask")}
+        output = proof.probabilities(student, precision) @ value.to(precision)
+        if self.divergence == "none":
+            return (output,)
+        teacher = {name: tensor for name, tensor in given.items() if name.startswith("teacher")}
+        return output, proof.per_row({**student, **teacher, **self.options}, precision)
+
+    def floors(self) -> dict[str, int]:
+        """The forward reads q, k, v and the teacher's q and k once, and writes output, loss and the student's normalisers. The backward
+        reads all of them but the loss, and the output's gradient, and writes one packed gradient."""
+        size = SIZES[self.dtype]
+        one = self.batch * self.heads * self.keys * self.dim * size
+        rows = self.batch * self.heads * self.keys * 4
+        teacher = 0
+        if self.divergence != "none":
+            teacher = 2 * self.batch * self.heads * self.keys * (self.teacher_dim or self.dim) * size
+        forward = 3 * one + teacher + one + rows + (rows if teacher else 0)
+        if not self.backward:
+            return {"forward": forward}
+        return {"forward": forward, "backward": 3 * one + teacher + 2 * one + rows + (4 if teacher else 0) + 3 * one}
+
+    def flops(self) -> dict[str, int]:
+        """Products computed once: scores and output; dP, dq, dk and dv."""
+        product = 2 * self.batch * self.heads * self.keys**2 * self.dim
+        theirs = 0 if self.divergence == "none" else product * (self.teacher_dim or self.dim) // self.dim
+        return {"forward": 2 * product + theirs, "backward": 4 * product}
+
+
+def _plain_attention(qkv: Tensor, mask: Tensor | None) -> Tensor:
+    """The output [B, H, N, D] of the one pass's kernels without a divergence."""
+    from attnkd.attention import fused_attention
+    from attnkd.attention.problem import Problem, make_side
+
+    query, key, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    side = make_side("", query, key, None, mask)
+    return fused_attention.attend([qkv], Problem(side, side, None, "none", 1.0))[0]
+
+
+@dataclass(frozen=True)
 class Relation(Call):
     """``relation_row_loss`` of features [B, N, C] whose first token is the class token."""
 

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
-from benchmarks.calls import DIVERGENCES, SIZES, Attention, Call, Relation
+from benchmarks.calls import DIVERGENCES, SIZES, Attention, Call, OnePass, Relation
 
 HEAD_DIMS = (16, 32, 64, 80, 128, 256)
 WIDE_HEADS = ((3, 64), (6, 64), (12, 64), (16, 64))  # merged widths 192, 384, 768, 1024
@@ -25,6 +25,7 @@ def representative() -> list[Call]:
         Attention(0, 197, 6, 64, "bfloat16", batch=4, known=True),
         Attention(0, 197, 6, 32, "bfloat16", batch=4, divergence="js", mask="additive"),  # the most registers
         Attention(0, 197, 6, 64, "bfloat16", batch=4, merge="mean", mask="bool"),
+        OnePass(0, 197, 6, 64, "bfloat16", batch=4),
         Relation(197, 384, 768, "bfloat16"),
     ]
 
@@ -54,6 +55,7 @@ def everything() -> Iterator[Call]:
         yield dataclasses.replace(call, merge="logsum", teacher_heads=12)
     yield dataclasses.replace(whole, merge="mean", teacher_heads=12)
     yield from _crowded_maps()
+    yield from _one_passes()
     yield dataclasses.replace(row, rows=4)
     yield dataclasses.replace(row, probs=True)
     yield dataclasses.replace(row, merge="logsum", probs=True)
@@ -84,3 +86,15 @@ def _crowded_maps() -> Iterator[Call]:
         yield dataclasses.replace(single, merge="mean", divergence="js", mask=mask)
     for call, mask in itertools.product((whole, single), ("full", "additive", "biases")):
         yield dataclasses.replace(call, merge="logsum", divergence="js", mask=mask)
+
+
+def _one_passes() -> Iterator[Call]:
+    """Attention with its divergence: every divergence, head dim and mask; and the same kernels without one, the yardstick."""
+    one = OnePass(0, 197, 6, 64, "bfloat16", batch=4)
+    for divergence in ("none", *DIVERGENCES):
+        yield dataclasses.replace(one, divergence=divergence)
+    for dim in (16, 32, 48):
+        yield dataclasses.replace(one, dim=dim)
+    for divergence in ("none", "forward_kl", "js"):
+        yield dataclasses.replace(one, divergence=divergence, mask="bool")
+    yield dataclasses.replace(one, dtype="float16")

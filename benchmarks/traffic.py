@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.calls import Attention, Call, Relation, gradients
+from benchmarks.calls import Attention, Call, OnePass, Relation, gradients
 
 
 def metered() -> list[Call]:
@@ -48,6 +48,8 @@ def metered() -> list[Call]:
         whole,
         replace(whole, divergence="js"),
         replace(whole, merge="logsum"),
+        OnePass(0, 197, 2, 64, "bfloat16", batch=1),
+        OnePass(0, 197, 2, 64, "bfloat16", batch=1, divergence="none"),
     ]
 
 

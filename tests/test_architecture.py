@@ -77,7 +77,7 @@ MAY_IMPORT = {
 EXCEPTIONS = {
     "attnkd/commands/cli.py": {"demo"},  # the entry of `attnkd demo`, when it is asked for
 }
-FAST = ("chunked", "fused", "fused_rows", "fused_maps")
+FAST = ("chunked", "fused", "fused_rows", "fused_maps", "fused_attention")
 
 
 def room(name: str) -> str | None:

@@ -12,7 +12,7 @@ from attnkd.attention.call import AttentionCall, compared
 from attnkd.attention.checks import check_choice, check_temperature, kind
 from attnkd.attention.merging import merge_logits, softmax_or_zero
 from attnkd.attention.problem import MERGES, REDUCTIONS, Problem, Side, make_problem, make_side
-from attnkd.attention.reductions import check_reduction, check_weight, summands, weighted
+from attnkd.attention.reductions import check_reduction, check_weight, reduced, summands, weighted
 
 if dispatch.TRITON_INSTALLED:
     # Not where it is used: torch.compile must find this module imported.
@@ -158,7 +158,7 @@ def attention_divergence(
             "student_lse": student_lse,
             "teacher_lse": teacher_lse,
         }
-        calls = _compared(student_query, student_key, rows, teacher_probs, loose)
+        calls = of_calls(student_query, student_key, rows, teacher_probs, loose)
         student_query, student_key, student_mask, student_scale, *_ = calls[0]
         student_lse = calls[0].lse
         if len(calls) == 2:
@@ -168,10 +168,14 @@ def attention_divergence(
         _refuse_rows(rows)
     check_choice("reduction", reduction, REDUCTIONS)
     problem = make_problem(
-        *_autocast(student_query, student_key), *_autocast(teacher_query, teacher_key), teacher_probs,
+        *in_autocast(student_query, student_key), *in_autocast(teacher_query, teacher_key), teacher_probs,
         student_scale, teacher_scale, student_mask, teacher_mask, merge, divergence, temperature, student_lse, teacher_lse,
     )  # fmt: skip
-    implementation = choose(impl, problem)
+    return divergence_of(problem, choose(impl, problem), row_weight, reduction)
+
+
+def divergence_of(problem: Problem, implementation: str, row_weight: Tensor | None, reduction: str) -> Tensor:
+    """:func:`attention_divergence` of a problem that was checked, by the implementation chosen for it."""
     weight = check_weight(row_weight, problem)
     check_reduction(problem, reduction)
     if reduction == "none":
@@ -251,7 +255,7 @@ def attention_rows(
         _refuse_rows(rows)
     check_choice("merge", merge, MERGES)
     check_temperature(temperature)
-    side = make_side("", *_autocast(query, key), scale, mask)
+    side = make_side("", *in_autocast(query, key), scale, mask)
     assert side.query is not None
     implementation = dispatch.choose(impl, (side.query, side.key), (side.mask,))
     if implementation == "reference":
@@ -263,6 +267,27 @@ def attention_rows(
     return logits.softmax(-1) if mask is None else softmax_or_zero(logits)
 
 
+def reduce_rows(
+    rows: Tensor,
+    student: AttentionCall,
+    teacher: AttentionCall,
+    *,
+    merge: str | None = None,
+    row_weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The divergences of all rows, as ``reduction='none'`` returned them for the same calls, weighted and reduced afterwards.
+
+    Raises:
+        ValueError: rows of another shape than these calls have.
+    """
+    problem = problem_of_calls(student, teacher, "all", None, merge, "forward_kl", 1.0)
+    if tuple(rows.shape) != problem.rows_shape:
+        raise ValueError(f"rows: expected {problem.rows_shape} of these calls, got {tuple(rows.shape)}")
+    check_reduction(problem, reduction)
+    return reduced(rows, problem, check_weight(row_weight, problem), reduction)
+
+
 def choose(impl: str, problem: Problem) -> str:
     """The implementation of :func:`attention_divergence`; see :func:`attnkd.attention.dispatch.choose`."""
     s, t = problem.student, problem.teacher
@@ -270,7 +295,25 @@ def choose(impl: str, problem: Problem) -> str:
     return dispatch.choose(impl, inputs, beside, lambda: fused.why_not(problem))
 
 
-def _compared(
+def problem_of_calls(
+    student: AttentionCall,
+    teacher: Any,
+    rows: str,
+    teacher_probs: Tensor | None,
+    merge: str | None,
+    divergence: str,
+    temperature: float,
+) -> Problem:
+    """The problem of captured calls, checked."""
+    s, *others = of_calls(student, teacher, rows, teacher_probs, {})
+    t = others[0] if others else AttentionCall(None, None, None, None)  # type: ignore[arg-type]
+    return make_problem(
+        *in_autocast(s.query, s.key), *in_autocast(t.query, t.key), teacher_probs,
+        s.scale, t.scale, s.mask, t.mask, merge, divergence, temperature, s.lse, t.lse,
+    )  # fmt: skip
+
+
+def of_calls(
     student: AttentionCall, teacher: Any, rows: str, teacher_probs: Tensor | None, loose: dict[str, Any]
 ) -> list[AttentionCall]:
     """What is compared of captured calls: the student's and, unless its rows are given, the teacher's."""
@@ -333,13 +376,18 @@ def _row_logits(implementation: str, side: Side, wide: bool, temperature: float)
     return merge_logits(logits, "logsum") if wide else logits
 
 
-def _autocast(query: Any, key: Any) -> tuple[Any, Any]:
+def in_autocast(query: Any, key: Any) -> tuple[Any, Any]:
     """Under autocast the scores are computed in its dtype, as scaled_dot_product_attention does."""
-    if not isinstance(query, Tensor) or not isinstance(key, Tensor):
-        return query, key
-    device = query.device.type
+    query, key = all_in_autocast(query, key)
+    return query, key
+
+
+def all_in_autocast(*tensors: Any) -> tuple[Any, ...]:
+    """The same for any number of tensors."""
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        return tensors
+    device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
-        return query, key
+        return tensors
     dtype = torch.get_autocast_dtype(device)
-    cast = [t.to(dtype) if t.dtype in (torch.float16, torch.bfloat16, torch.float32) else t for t in (query, key)]
-    return cast[0], cast[1]
+    return tuple(t.to(dtype) if t.dtype in (torch.float16, torch.bfloat16, torch.float32) else t for t in tensors)

@@ -73,6 +73,14 @@ def of_rows(grad: Tensor, factor: float | None, shape: tuple[int, ...]) -> Tenso
     return (grad if factor == 1.0 else grad * factor).expand(shape)
 
 
+def reduced(rows: Tensor, problem: Problem, weight: Tensor | None, reduction: str) -> Tensor:
+    """The divergences [B, Ho, M] of all rows, weighted and reduced."""
+    if reduction == "none":
+        return rows if weight is None else weighted(rows, weight)
+    factors = summands(problem, weight, reduction)
+    return weighted(rows, factors).sum() if isinstance(factors, Tensor) else rows.sum() * factors
+
+
 def weighted(rows: Tensor, weight: Tensor) -> Tensor:
     """weight · row; a row of weight 0 is left out, even where it is infinite or NaN."""
     return torch.where(weight == 0, 0.0, weight * rows)

@@ -64,9 +64,10 @@ def prove_one_pass(
     ]
     problem = {n: a for n, a in exact.items() if n in proof.PROBLEM}
     terms = proof._terms(problem, 1.0)
+    terms["value"] = terms["student_mask"]  # a probability recomputed from a normaliser, times a gradient
     largest = max(map(proof._largest, grads))
     for name, grad, exact_grad, plain in zip(names, found, exact_grads, plain_grads, strict=True):
-        size = terms.get(name, 1.0) * largest * torch.finfo(torch.float32).eps / torch.finfo(plain.dtype).eps
+        size = terms[name] * largest * torch.finfo(torch.float32).eps / torch.finfo(plain.dtype).eps
         judged.append(compare(f"{label} d{name}", grad, exact_grad * boost, plain, scale=size))
     return judged
 

@@ -27,6 +27,9 @@ def test_output_divergence_and_gradients(device, impl):
         assert_one_pass(impl, upstream=upstream, **call(device))
     assert_one_pass(impl, **call(device, dtype=torch.bfloat16, temperature=2.0, student_scale=0.3))
     assert_one_pass(impl, **call(device, merge="logsum"))
+    assert_one_pass(
+        impl, **call(device, dtype=torch.float16)
+    )  # with Triton in one sweep, all others beside the attention
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -100,6 +103,26 @@ def test_packed_projections(device, impl):
         (results[0].square().sum() + 3 * results[1]).backward()
         assert leaf.grad.shape == (2, 18, 3, 2, 16)
     torch.testing.assert_close([*packed, leaves[0].grad], [*loose, leaves[1].grad])
+
+
+@pytest.mark.parametrize("impl", ["triton", "chunked"])
+def test_compile_fullgraph_and_a_second_derivative(device, impl):
+    """Triton in float16 is one sweep; a packed projection stays one tensor."""
+    teacher = AttentionCall(*torch.randn(2, 2, 2, 18, 24, device=device).half(), None, 0.2)
+
+    def function(qkv):
+        return attention_with_divergence(qkv * 1.0, teacher=teacher, reduction="sum", impl=impl)
+
+    torch._dynamo.reset()
+    qkv = torch.randn(2, 18, 3, 2, 16, device=device).half().requires_grad_()
+    runs = []
+    for run in (function, torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=False)):
+        output, loss = run(qkv)
+        (grad,) = torch.autograd.grad(output.float().square().sum() + loss, qkv, create_graph=run is function)
+        runs.append((output, loss, grad))
+    torch.testing.assert_close(runs[1], runs[0], rtol=1e-2, atol=1e-2)
+    with pytest.raises(RuntimeError, match="second derivative|derivative .* is not implemented"):
+        torch.autograd.grad(runs[0][2].float().square().sum() + qkv.sum(), qkv)
 
 
 def test_dropout_drops_attention_weights_and_leaves_the_divergence_alone(device):
