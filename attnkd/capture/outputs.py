@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from attnkd.capture.checkpointing import saved_tensors_are_hooked
 from attnkd.capture.tokens import Grid, block_layout, input_images, padding
 
 
@@ -54,17 +56,37 @@ class BlockOutputs(nn.Module):
                 (reentrant activation checkpointing).
             TypeError: a block or the model returns something else.
         """
-        for keeper in self.keepers:
-            keeper.kept.runs = []
+        return self.compare(images)[:2]
+
+    def compare(
+        self, images: Tensor, compare: Sequence[Callable[[BlockTokens], Any]] | None = None
+    ) -> tuple[Tensor, list[BlockTokens], list[Any]]:
+        """The same, and what ``compare`` makes of the tokens.
+
+        Args:
+            compare: one function for each of the blocks, called with its tokens as soon as it has put them out; a block that
+                activation checkpointing will run a second time is compared when the model is through.
+        """
+        losses: list[Any] = [None] * len(self.paths)
+
+        def compare_now(index: int, runs: list[_Run]) -> None:
+            if compare is not None:
+                losses[index] = compare[index](self._tokens(self.paths[index], runs, images))
+
+        for index, keeper in enumerate(self.keepers):
+            keeper.kept.runs, keeper.kept.then = [], functools.partial(compare_now, index)
         try:
             output = self.model(images)
             kept = [keeper.kept.runs for keeper in self.keepers]
         finally:
             for keeper in self.keepers:
-                keeper.kept.runs = None
+                keeper.kept.runs = keeper.kept.then = None
         if not isinstance(output, Tensor) or output.ndim != 2:
             raise TypeError(f"{type(self.model).__name__}: expected class scores [B, K], got {_shape(output)}")
-        return output, [self._tokens(*one, images) for one in zip(self.paths, kept, strict=True)]
+        tokens = [self._tokens(*one, images) for one in zip(self.paths, kept, strict=True)]
+        if compare is None:
+            return output, tokens, []
+        return output, tokens, [compare[i](tokens[i]) if loss is None else loss for i, loss in enumerate(losses)]
 
     def close(self) -> nn.Module:
         """Remove the hooks and return the model."""
@@ -110,6 +132,7 @@ class _Kept(threading.local):
 
     def __init__(self) -> None:
         self.runs: list[_Run] | None = None
+        self.then: Callable[[list[_Run]], None] | None = None
 
 
 class _Keeper:
@@ -124,6 +147,8 @@ class _Keeper:
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if self.kept.runs is not None:
             self.kept.runs.append(_Run(output, kwargs.get("attn_mask"), torch.is_grad_enabled()))
+            if self.kept.then is not None and not saved_tensors_are_hooked():
+                self.kept.then(self.kept.runs)
 
     def __reduce__(self) -> tuple:
         return type(self), ()

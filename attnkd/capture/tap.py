@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +20,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from attnkd.attention.api import attention_divergence
 from attnkd.attention.call import AttentionCall
+from attnkd.attention.one_pass import distilled, packed
 from attnkd.capture.blocks import Blocks, attention_paths, block_owner, plain_class
+from attnkd.capture.checkpointing import saved_tensors_are_hooked
 from attnkd.capture.hand_out import hand_out
 from attnkd.capture.outputs import NO_DATA_PARALLEL
 from attnkd.capture.sdpa import attention_and_lse
 from attnkd.capture.tokens import BlockLayout, block_layout, input_images
+
+Wanted = AttentionCall | Tensor | Callable[[AttentionCall], Any] | tuple[AttentionCall | Tensor, Mapping[str, Any]]
+"""What a tapped attention is compared with while it runs, see :meth:`AttentionTap.distil`."""
+_Compared = tuple[Any, Mapping[str, Any]]
 
 
 class AttentionTap(nn.Module):
@@ -76,6 +83,47 @@ class AttentionTap(nn.Module):
 
     def capture(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list[AttentionCall]]:
         """The same for another entry into the model: ``tap.capture(tap.model.forward_features, images)``."""
+        output, calls, _ = self._run(function, args, kwargs, None)
+        return output, calls
+
+    def distil(
+        self,
+        teacher: Sequence[Wanted],
+        *args: Any,
+        function: Callable[..., Any] | None = None,
+        **options: Any,
+    ) -> tuple[Any, list[AttentionCall], list[Any]]:
+        """Call the model; its tapped attentions compute their divergence from the teacher's on the way.
+
+        Each tapped attention calls :func:`attnkd.attention_with_divergence` in place of ``F.scaled_dot_product_attention``: same
+        output, and the divergence comes with it. Where saved tensors are hooked (a checkpointed block runs twice, and the second time
+        without its teacher) the divergence is computed after the forward instead, to the same numbers.
+
+        Args:
+            teacher: what each tapped attention is compared with, in the order of ``paths``: a captured call, or probabilities; or
+                (one of them, options for this attention in place of ``options``). Or a function, for what is not one
+                divergence of all heads: it is called with the attention's own call and its result is handed on; ``options`` are not its.
+            args: what the model is called with.
+            function: another entry into the model, such as ``tap.model.forward_features``.
+            options: rows, merge, divergence, temperature, row_weight, reduction, impl; see
+                :func:`attnkd.attention_with_divergence`.
+
+        Returns:
+            What :meth:`forward` returns, and one divergence per tapped attention.
+
+        Raises:
+            ValueError: another number of teacher calls than of tapped attentions.
+        """
+        if len(teacher) != len(self.paths):
+            raise ValueError(
+                f"teacher: expected {len(self.paths)}, one for each tapped attention ({', '.join(self.paths)}), got {len(teacher)}"
+            )
+        wanted: list[Any] = [entry if type(entry) is tuple else (entry, options) for entry in teacher]
+        return self._run(self.model if function is None else function, args, {}, wanted)
+
+    def _run(
+        self, function: Callable[..., Any], args: Any, kwargs: dict[str, Any], wanted: list[_Compared] | None
+    ) -> tuple[Any, list[AttentionCall], list[Any]]:
         attentions: list[Any] = [self.model.get_submodule(path) for path in self.paths]
         for path, attention in zip(self.paths, attentions, strict=True):
             if not isinstance(attention, _Tapped):
@@ -84,18 +132,21 @@ class AttentionTap(nn.Module):
                 raise RuntimeError(f"{path}: its tap was entered again while a forward through it is running")
         _refuse_padding(function, args, kwargs)
         calls: list[AttentionCall | None] = [None] * len(attentions)
+        losses: list[Any] = [None] * len(attentions)
         trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters())
+        images = input_images(args, kwargs)
         output = None
         try:
-            for index, attention in enumerate(attentions):
-                attention._armed.slot = _Slot(calls, index, self.stop, trains, self.paths[index])
+            for index, (path, attention) in enumerate(zip(self.paths, attentions, strict=True)):
+                layout = functools.partial(self._with_layout, path, images=images)
+                compared = None if wanted is None else wanted[index]
+                attention._armed.slot = _Slot(calls, losses, index, self.stop, trains, path, layout, compared)
             output = function(*args, **kwargs)
         except _Stop:
             pass
         finally:
             for attention in attentions:
                 attention._armed.slot = None
-        images = input_images(args, kwargs)
         captured = []
         for path, call in zip(self.paths, calls, strict=True):
             if call is None:
@@ -104,10 +155,13 @@ class AttentionTap(nn.Module):
                     "F.scaled_dot_product_attention, so there are no queries and keys to take. Hugging Face models need "
                     "attn_implementation='sdpa'; a block that layer drop skipped cannot be tapped"
                 )
-            layout = self._layout(path, call, images)
-            # Not call._replace: torch.compile of torch 2.11 cannot make the tuple that comes of it.
-            captured.append(AttentionCall(*call[:4], layout.num_prefix_tokens, layout.has_cls, layout.grid, call.lse))
-        return output, captured
+            captured.append(call)
+        if wanted is None:
+            return output, captured, []
+        for index, (call, compared) in enumerate(zip(captured, wanted, strict=True)):
+            if losses[index] is None:
+                losses[index] = _beside(call, *compared)
+        return output, captured, losses
 
     def untap(self) -> nn.Module:
         """Give the attention modules their own classes back and return the model as it was before."""
@@ -126,12 +180,15 @@ class AttentionTap(nn.Module):
     def extra_repr(self) -> str:
         return f"paths={self.paths}, stop={self.stop}"
 
-    def _layout(self, path: str, call: AttentionCall, images: Tensor | None) -> BlockLayout:
-        """What the rows of a call are. A single row over all tokens is the class token's in class attention, else unknown."""
+    def _with_layout(self, path: str, call: AttentionCall, images: Tensor | None) -> AttentionCall:
+        """The call, with what its tokens are. A single row over all tokens is the class token's in class attention, else unknown."""
         attention = self.model.get_submodule(path)
         layout = block_layout(self.model.get_submodule(block_owner(path)), images, call.key.shape[0], call.key.shape[2])
         own_rows = call.query.shape[2] == call.key.shape[2]
-        return layout if own_rows or plain_class(attention).__name__ == "ClassAttn" else BlockLayout()
+        if not own_rows and plain_class(attention).__name__ != "ClassAttn":
+            layout = BlockLayout()
+        # Not call._replace: torch.compile of torch 2.11 cannot make the tuple that comes of it.
+        return AttentionCall(*call[:4], layout.num_prefix_tokens, layout.has_cls, layout.grid, *call[7:])
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         raise NotImplementedError(f"AttentionTap: {NO_DATA_PARALLEL}")
@@ -159,10 +216,13 @@ class _Slot(NamedTuple):
     """What a tapped attention must know during one forward of its tap."""
 
     calls: list[AttentionCall | None]
+    losses: list[Any]
     position: int
     stop: bool
     trains: bool
     path: str
+    layout: Callable[[AttentionCall], AttentionCall]
+    compared: _Compared | None
 
 
 class _Armed(threading.local):
@@ -243,14 +303,26 @@ class _Tapped:
             if attn_mask is not None and attn_mask.is_floating_point():
                 attn_mask = attn_mask.to(dtype)
         softmax_scale = query.shape[-1] ** -0.5 if scale is None else scale
-        query, captured, row = hand_out(query)
-        first_row = None if row is None else (captured, row)
-        call = AttentionCall(captured, key, attn_mask, softmax_scale, first_row=first_row)
+        teacher, options = (None, {}) if slot.compared is None else slot.compared
+        hooked = saved_tensors_are_hooked()
+        inside = slot.compared is not None and not callable(teacher) and not hooked
+        captured, first_row = query, None
+        if not inside:
+            query, captured, row = hand_out(query)
+            first_row = None if row is None else (captured, row)
+        call = slot.layout(AttentionCall(captured, key, attn_mask, softmax_scale, first_row=first_row))
         slot.calls[slot.position] = call
         if slot.stop and all(call is not None for call in slot.calls):
             raise _Stop
-        output, lse = attention_and_lse(query, key, value, attn_mask, dropout_p, scale)
-        slot.calls[slot.position] = AttentionCall(query, key, attn_mask, softmax_scale, lse=lse)
+        if not inside:
+            output, lse = attention_and_lse(query, key, value, attn_mask, dropout_p, scale)
+            slot.calls[slot.position] = call = AttentionCall(*call[:7], lse, call.first_row)
+            if callable(teacher) and not hooked:
+                slot.losses[slot.position] = teacher(call)
+            return output
+        qkv = packed(query, key, value)
+        inputs = [query, key, value] if qkv is None else [qkv]
+        output, slot.losses[slot.position] = distilled(call, inputs, teacher, dropout_p=dropout_p, **options)
         return output
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
@@ -263,6 +335,15 @@ class _Tapped:
 @functools.cache
 def _tapped_class(plain: Any) -> type[nn.Module]:
     return type(f"Tapped{plain.__name__}", (_Tapped, plain), {"_plain_class": plain, "__module__": plain.__module__})
+
+
+def _beside(call: AttentionCall, teacher: Any, options: Mapping[str, Any]) -> Any:
+    """What a comparison that did not happen inside the attention would have returned."""
+    if callable(teacher):
+        return teacher(call)
+    if isinstance(teacher, Tensor):
+        return attention_divergence(call, teacher_probs=teacher, **options)
+    return attention_divergence(call, teacher, **options)
 
 
 def _check_model(model: nn.Module) -> None:

@@ -95,8 +95,8 @@ def expected_grid(model: nn.Module, size: Sequence[int]) -> Grid | None:
     return size[0] // patch, size[1] // patch
 
 
-def patch_grid(model: nn.Module, size: Sequence[int], num_patches: int) -> Grid:
-    """(height, width) in patches of the tokens that images of ``size`` (height, width in pixels) became.
+def patch_grid(model: nn.Module, size: Sequence[int], num_patches: int | None = None) -> Grid:
+    """(height, width) in patches of the tokens that images of ``size`` (height, width in pixels) became; None: that they will become.
 
     Raises:
         ValueError: the tokens do not form this grid (patch dropout, token pruning, a model that adds tokens).
@@ -106,6 +106,7 @@ def patch_grid(model: nn.Module, size: Sequence[int], num_patches: int) -> Grid:
     if grid is None:
         raise TypeError(f"model: {type(model).__name__} has no patch_embed that tells its grid (dynamic_feat_size)")
     height, width = grid
+    num_patches = height * width if num_patches is None else num_patches
     if height * width != num_patches or drops_patches(model):
         raise ValueError(
             f"{type(model).__name__}: expected {height}·{width} = {height * width} patch tokens for images of "

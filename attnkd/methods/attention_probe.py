@@ -6,9 +6,10 @@ the authors' published code differs: docs/methods/attention_probe.md. Choosing t
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,8 @@ class AttentionProbe(DistillTask):
         normalize_dim: of the features in R: -1 per token, -2 per channel as the published code does.
         input_norm: ((mean, ...), (std, ...)) the images arrive normalised with; the teacher then gets them in the
             normalisation of its ``pretrained_cfg``. None: the teacher gets them as they are.
+        one_pass: R is computed while the student runs, as soon as a block's tokens are there, with the same results. The teacher then
+            runs before the student.
         impl: implementation of R, see :mod:`attnkd.attention.dispatch`.
         device, dtype: of Q; the student's when None.
         verbose: log the settings.
@@ -88,6 +91,7 @@ class AttentionProbe(DistillTask):
         temperature: float | Schedule = 4.0,
         normalize_dim: int = -1,
         input_norm: tuple[Sequence[float], Sequence[float]] | None = None,
+        one_pass: bool = False,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -120,7 +124,7 @@ class AttentionProbe(DistillTask):
             dtype=dtype,
             verbose=verbose,
         )
-        self.pairs, self.normalize_dim = pairs, normalize_dim
+        self.pairs, self.normalize_dim, self.one_pass = pairs, normalize_dim, one_pass
         self.layouts = token_layout(student), token_layout(teacher)
         if verbose:
             wanted = [teacher_paths[t] for _, t in pairs]
@@ -148,17 +152,25 @@ class AttentionProbe(DistillTask):
         Raises:
             ValueError: images of another rank, models that cut the same images into different numbers of patches.
         """
-        output, tokens, log_q = self.run_student(images, targets)
-        target_output, target_tokens = self.teacher(images)
-        assert target_output is not None
+        self.check_inputs(images, targets)
         weights = {name: self.schedules[f"{name}_weight"] for name in ("kd", "noisy", "relation")}
+        compare = None
+        if self.one_pass:
+            target_output, target_tokens = self.teacher(images)
+            if weights["relation"]:
+                compare = [functools.partial(self.relation_loss, teacher=target_tokens[t]) for _, t in self.pairs]
+        output, tokens, log_q, losses = self.run_student(images, compare=compare)
+        if not self.one_pass:
+            target_output, target_tokens = self.teacher(images)
+        assert target_output is not None
         result = {}
         if weights["kd"]:
             result["kd_loss"] = kd_loss(output, target_output, self.schedules["temperature"])
         if weights["noisy"]:
             result["noisy_loss"] = noisy_cross_entropy(output, target_output.argmax(1), log_q)
         if weights["relation"]:
-            losses = [self.relation_loss(tokens[s], cast(Any, target_tokens)[t]) for s, t in self.pairs]
+            if compare is None:
+                losses = [self.relation_loss(tokens[s], target_tokens[t]) for s, t in self.pairs]
             result["relation_loss"] = torch.stack(losses).mean()
         loss = self.total([(weights[name.removesuffix("_loss")], value) for name, value in result.items()])
         return {"loss": loss, **result, "output": output}
@@ -217,10 +229,12 @@ class ProbeStudent(TrainedStudent):
         super().__init__()
         self.outputs, self.noise = outputs, noise
 
-    def forward(self, images: Tensor) -> tuple[Tensor, list[BlockTokens], Tensor]:
-        """images [B, C, H, W] → class scores [B, K], tokens [B, N, D] of the blocks, log Q [K, K]."""
-        output, tokens = self.outputs(images)
-        return output, tokens, self.noise()
+    def forward(
+        self, images: Tensor, compare: Sequence[Callable[[BlockTokens], Tensor]] | None = None
+    ) -> tuple[Tensor, list[BlockTokens], Tensor, list[Tensor]]:
+        """images [B, C, H, W] → class scores [B, K], tokens [B, N, D] of the blocks, log Q [K, K], what ``compare`` makes of the tokens."""
+        output, tokens, losses = self.outputs.compare(images, compare)
+        return output, tokens, self.noise(), losses
 
     def no_weight_decay(self) -> set[str]:
         """The student's own list, and Q."""

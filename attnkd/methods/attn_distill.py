@@ -23,11 +23,12 @@ from attnkd.attention.resample import MODES, resample_attention
 from attnkd.capture.blocks import Blocks, pair_blocks
 from attnkd.capture.models import check_final_norm, resolve_model
 from attnkd.capture.tap import AttentionTap
-from attnkd.capture.tokens import filled_in, padding, patch_grid, token_layout
+from attnkd.capture.tokens import Grid, filled_in, padding, patch_grid, token_layout
 from attnkd.methods.alignment import make_projector, resize_tokens
 from attnkd.methods.schedule import Schedule
 from attnkd.methods.student_teacher import FeatureTeacher, TappedStudent
 from attnkd.methods.task import DistillTask, check_numbers, check_pair, check_student
+from attnkd.methods.whole_map import num_heads
 
 _logger = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ class AttnDistill(DistillTask):
             normalisation of its ``pretrained_cfg``. None: the teacher gets them as they are.
         criterion: loss of (student output, targets); None trains without labels.
         task_loss_weight: weight of ``criterion``.
+        one_pass: the student's attentions compute AG on the way (:meth:`attnkd.AttentionTap.distil`), with the same results. The teacher
+            then runs before the student.
         impl: implementation of the attention loss, see :func:`attnkd.attention_divergence`.
         check_finite: read the loss back every step, and if it is not finite and the teacher is the cause, say so. A
             student's overflow is passed on for a gradient scaler to handle. False saves that one synchronisation.
@@ -109,6 +112,7 @@ class AttnDistill(DistillTask):
         input_norm: tuple[Sequence[float], Sequence[float]] | None = None,
         criterion: nn.Module | None = None,
         task_loss_weight: float | Schedule = 1.0,
+        one_pass: bool = False,
         impl: str = "auto",
         check_finite: bool = True,
         device: torch.device | str | None = None,
@@ -147,7 +151,7 @@ class AttnDistill(DistillTask):
             verbose=verbose,
         )
         self.student_layout, self.teacher_layout, self.pairs = student_layout, teacher_layout, pairs
-        self.merge, self.resample_mode, self.check_finite = merge, resample_mode, check_finite
+        self.merge, self.resample_mode, self.check_finite, self.one_pass = merge, resample_mode, check_finite, one_pass
         if verbose:
             _logger.info(
                 f"AttnDistill: student {student_paths} <- teacher {teacher_paths} (pairs {pairs}), {schedules}, merge={merge}"
@@ -176,13 +180,22 @@ class AttnDistill(DistillTask):
             RuntimeError: the teacher made the loss NaN or infinite (with ``check_finite``); a weight that changes before
                 ``set_epoch`` or ``set_step`` was called; nothing left to train on.
         """
+        self.check_inputs(images, targets)
         weights = {part: self.schedules[name] for part, name in WEIGHTS.items()}
         patches = weights["patch_loss"] != 0
-        output, features, student_calls = self.run_student(images, targets, patches=patches)
         size = images.shape[-2:]
+        guided = any(weights[part] for part in ("pa_loss", "patch_loss", "attn_loss"))
         target_features: Any = None
         teacher_calls: list[AttentionCall] = []
-        if any(weights[part] for part in ("pa_loss", "patch_loss", "attn_loss")):
+        wanted = None
+        if guided and self.one_pass:
+            target_features, teacher_calls = self.teacher(images, patches)
+            if weights["attn_loss"]:
+                grid = patch_grid(self.student, size)
+                heads = [num_heads(self.student, path) for path in self.student_tap.paths]
+                wanted = [self.target(teacher_calls[t], size, grid, heads[s]) for s, t in self.pairs]
+        output, features, student_calls, losses = self.run_student(images, patches=patches, teacher=wanted)
+        if guided and not self.one_pass:
             target_features, teacher_calls = self.teacher(images, patches)
 
         result: dict[str, Tensor] = {}
@@ -192,7 +205,8 @@ class AttnDistill(DistillTask):
             padded = self.padded_patches(student_calls[0])
             result["patch_loss"] = self.patch_loss(features[:, 1:], target_features[:, 1:], size, padded)
         if weights["attn_loss"]:
-            losses = [self.attention_loss(student_calls[s], teacher_calls[t], size) for s, t in self.pairs]
+            if wanted is None:
+                losses = [self.attention_loss(student_calls[s], teacher_calls[t], size) for s, t in self.pairs]
             result["attn_loss"] = torch.stack(losses).mean()
         if self.criterion is not None:
             result["task_loss"] = self.criterion(output, targets)
@@ -242,18 +256,35 @@ class AttnDistill(DistillTask):
             student, teacher: as an :class:`attnkd.AttentionTap` returns them, tokens on dimension 2.
             size: (height, width) of the images in pixels.
         """
-        prefix, teacher_prefix = self.student_layout.num_prefix_tokens, self.teacher_layout.num_prefix_tokens
-        student_grid = patch_grid(self.student, size, student.key.shape[2] - prefix)
-        teacher_grid = patch_grid(self.teacher.tap.model, size, teacher.key.shape[2] - teacher_prefix)
-        for name, call in (("student", student), ("teacher", teacher)):
-            if call.has_cls is False:
-                raise ValueError(
-                    f"{name}: this attention runs before the model adds its class token; choose a later block"
-                )
-        student, teacher = filled_in(student, self.student_layout), filled_in(teacher, self.teacher_layout)
+        grid = patch_grid(self.student, size, student.key.shape[2] - self.student_layout.num_prefix_tokens)
+        if student.has_cls is False:
+            raise ValueError(f"student: {_NO_CLASS_TOKEN}")
+        target, options = self.target(teacher, size, grid, student.query.shape[1])
+        student = filled_in(student, self.student_layout)
+        if isinstance(target, AttentionCall):
+            return attention_divergence(student, target, **options)
+        return attention_divergence(student, teacher_probs=target, **options)
+
+    def target(
+        self, teacher: AttentionCall, size: Sequence[int], grid: Grid, heads: int
+    ) -> tuple[AttentionCall | Tensor, dict[str, Any]]:
+        """What a student's attention is compared with: the teacher's call, or its row of probabilities, resized; and the options
+        of :func:`attnkd.attention_divergence`.
+
+        Args:
+            teacher: as an :class:`attnkd.AttentionTap` returns it.
+            size: (height, width) of the images in pixels.
+            grid: (height, width) of the student in patches.
+            heads: number of the student's heads.
+        """
+        layout = self.teacher_layout
+        teacher_grid = patch_grid(self.teacher.tap.model, size, teacher.key.shape[2] - layout.num_prefix_tokens)
+        if teacher.has_cls is False:
+            raise ValueError(f"teacher: {_NO_CLASS_TOKEN}")
+        teacher = filled_in(teacher, layout)
         merge = self.merge
         if merge == "auto":
-            merge = None if student.query.shape[1] == teacher.query.shape[1] else "logsum"
+            merge = None if heads == teacher.query.shape[1] else "logsum"
         temperature = 10.0 if merge == "logsum" else 1.0
         if "temperature" in self.schedules.numbers:
             temperature = self.schedules["temperature"]
@@ -264,19 +295,22 @@ class AttnDistill(DistillTask):
             "reduction": "batchmean",
             "impl": self.impl,
         }
-        if student_grid == teacher_grid:
-            return attention_divergence(student, teacher, **options)
+        if grid == teacher_grid:
+            return teacher, options
         with torch.no_grad():
             rows_temperature = temperature if merge is None else 1.0  # merging applies it to the finished rows
             rows = attention_rows(teacher, rows="cls", temperature=rows_temperature, impl=self.impl)
-            rows = resample_attention(rows, teacher_grid, student_grid, self.resample_mode)
+            rows = resample_attention(rows, teacher_grid, grid, self.resample_mode)
             if merge is not None:
                 rows = merge_attention(rows, merge, temperature)
-        return attention_divergence(student, teacher_probs=rows, **options)
+        return rows, options
 
     def leaves_parameters_unused(self) -> bool:
         changing = any(not self.schedules.numbers[name].constant for name in ("pa_weight", "patch_weight"))
         return super().leaves_parameters_unused() or changing  # the projector
+
+
+_NO_CLASS_TOKEN = "this attention runs before the model adds its class token; choose a later block"
 
 
 def _blame_teacher(teacher: nn.Module, features: Tensor | None, calls: list[AttentionCall]) -> None:

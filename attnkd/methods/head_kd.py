@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attnkd.attention.api import attention_divergence
+from attnkd.attention.call import AttentionCall, take_heads
 from attnkd.attention.checks import check_choice
 from attnkd.attention.problem import DIVERGENCES
 from attnkd.capture.blocks import Blocks, pair_blocks
 from attnkd.capture.models import resolve_model
-from attnkd.capture.tap import AttentionTap
-from attnkd.capture.tokens import token_layout
+from attnkd.capture.tap import AttentionTap, Wanted
+from attnkd.capture.tokens import filled_in, token_layout
 from attnkd.methods.schedule import Schedule
 from attnkd.methods.student_teacher import FrozenTeacher, TappedStudent
 from attnkd.methods.task import DistillTask, build_student, check_numbers, check_pair, check_student
-from attnkd.methods.whole_map import Heads, check_heads, num_heads, whole_map_divergence
+from attnkd.methods.whole_map import Heads, check_heads, compared_maps, num_heads, whole_map_divergence
 
 _logger = logging.getLogger(__name__)
 
@@ -66,6 +69,8 @@ class HeadKD(DistillTask):
         num_classes: of a student given by name.
         input_norm: ((mean, ...), (std, ...)) the images arrive normalised with; the teacher then gets them in the
             normalisation of its ``pretrained_cfg``. None: it gets them as they are.
+        one_pass: the student's attentions compute the divergences on the way (:meth:`attnkd.AttentionTap.distil`), with the same
+            results. The teacher then runs before the student. 'head_to_head' compares one head of a block, beside its attention.
         impl: see :func:`attnkd.attention_divergence`.
         device, dtype: as in ``timm.task.TrainingTask``; the student's when None.
         verbose: log the pairing.
@@ -98,6 +103,7 @@ class HeadKD(DistillTask):
         criterion: nn.Module | None = CROSS_ENTROPY,
         num_classes: int | None = None,
         input_norm: tuple[Sequence[float], Sequence[float]] | None = None,
+        one_pass: bool = False,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -145,7 +151,8 @@ class HeadKD(DistillTask):
             dtype=dtype,
             verbose=verbose,
         )
-        self.divergence, self.pairs, self.heads = divergence, pairs, chosen
+        self.divergence, self.pairs, self.heads, self.one_pass = divergence, pairs, chosen, one_pass
+        self.mode = mode
         self.layouts = token_layout(student), token_layout(teacher)
         if verbose:
             for (s, t), (ours, theirs) in zip(pairs, self.heads, strict=True):
@@ -169,26 +176,34 @@ class HeadKD(DistillTask):
         Raises:
             ValueError: images of another rank, missing targets, maps of different sizes.
         """
-        output, _, student_calls = self.run_student(images, targets)
+        self.check_inputs(images, targets)
         alpha = self.schedules["alpha"]
+        options: dict[str, Any] = {
+            "divergence": self.divergence,
+            "temperature": self.schedules["temperature"] if alpha < 1 else 1.0,
+            "impl": self.impl,
+        }
+        target_output, teacher_calls, wanted = None, [], None
+        if alpha < 1 and self.one_pass:
+            target_output, teacher_calls = self.teachers["teacher"](images)
+            wanted = [
+                self._wanted(pair, teacher_calls, options | {"reduction": "none"}) for pair in range(len(self.pairs))
+            ]
+        output, _, student_calls, rows = self.run_student(images, teacher=wanted)
         result: dict[str, Tensor] = {}
         parts = []
         if alpha < 1:
-            target_output, teacher_calls = self.teachers["teacher"](images)
+            if wanted is None:
+                target_output, teacher_calls = self.teachers["teacher"](images)
             weight = self.sample_weight(output, target_output, targets)
             losses = [
                 whole_map_divergence(
-                    student_calls[s],
-                    teacher_calls[t],
-                    layouts=self.layouts,
-                    student_heads=ours,
-                    teacher_heads=theirs,
+                    *compared_maps(student_calls[s], teacher_calls[t], self.layouts, *heads),
                     sample_weight=weight,
-                    divergence=self.divergence,
-                    temperature=self.schedules["temperature"],
-                    impl=self.impl,
+                    rows=rows[s] if wanted else None,
+                    **options,
                 )
-                for (s, t), (ours, theirs) in zip(self.pairs, self.heads, strict=True)
+                for (s, t), heads in zip(self.pairs, self.heads, strict=True)
             ]
             result["attn_loss"] = torch.stack(losses).mean()
             parts.append((1 - alpha, result["attn_loss"]))
@@ -199,6 +214,18 @@ class HeadKD(DistillTask):
             parts.append((alpha, result["task_loss"]))
             result["output"] = output
         return {"loss": self.total(parts), **result}
+
+    def _wanted(self, pair: int, teacher_calls: list[AttentionCall], options: dict[str, Any]) -> Wanted:
+        """What the student's attention of a pair compares its rows with, see :meth:`attnkd.AttentionTap.distil`."""
+        (_, t), (ours, theirs) = self.pairs[pair], self.heads[pair]
+        if self.mode != "head_to_head":  # all of the student's heads
+            return take_heads(filled_in(teacher_calls[t], self.layouts[1]), theirs), options
+
+        def one_head(student: AttentionCall) -> Tensor:
+            maps = compared_maps(student, teacher_calls[t], self.layouts, ours, theirs)
+            return attention_divergence(*maps, **options)
+
+        return one_head
 
     def sample_weight(
         self, output: Tensor | None, target_output: Tensor | None, targets: Tensor | None

@@ -6,13 +6,14 @@ and how heads are chosen: docs/methods/ssta.md.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from attnkd.attention.call import AttentionCall
 from attnkd.attention.checks import check_choice
 from attnkd.attention.problem import DIVERGENCES
 from attnkd.capture.blocks import Blocks, pair_blocks
@@ -23,7 +24,7 @@ from attnkd.methods.head_kd import CROSS_ENTROPY
 from attnkd.methods.schedule import Schedule, Schedules
 from attnkd.methods.student_teacher import FrozenTeacher, TappedStudent
 from attnkd.methods.task import DistillTask, build_student, check_numbers, check_pair, check_student
-from attnkd.methods.whole_map import Heads, check_heads, num_heads, whole_map_divergence
+from attnkd.methods.whole_map import Heads, check_heads, compared_maps, num_heads, whole_map_divergence
 
 _logger = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ class SSTA(DistillTask):
         num_classes: of a student given by name.
         input_norm: ((mean, ...), (std, ...)) the images arrive normalised with; each teacher then gets them in the
             normalisation of its ``pretrained_cfg``. None: they get them as they are.
+        one_pass: the student's attentions compare their heads while they run (:meth:`attnkd.AttentionTap.distil`), with the same results.
+            The teachers then run before the student.
         impl: see :func:`attnkd.attention_divergence`.
         device, dtype: as in ``timm.task.TrainingTask``; the student's when None.
         verbose: log the pairing.
@@ -100,6 +103,7 @@ class SSTA(DistillTask):
         criterion: nn.Module | None = CROSS_ENTROPY,
         num_classes: int | None = None,
         input_norm: tuple[Sequence[float], Sequence[float]] | None = None,
+        one_pass: bool = False,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -141,13 +145,13 @@ class SSTA(DistillTask):
             for path in paths:
                 check_heads("student_heads", [head], num_heads(student, path), path)
             chosen = _teacher_heads(name, model, [model_paths[t] for _, t in pairs], heads)
-            links[name] = [(s, (head,), t, theirs) for (s, t), theirs in zip(pairs, chosen, strict=True)]
+            links[name] = [((head,), t, theirs) for (_, t), theirs in zip(pairs, chosen, strict=True)]
             layouts[name] = token_layout(model)
             models[name] = model, model_paths
             if verbose:
-                for (s, ours, t, _), h in zip(links[name], chosen, strict=True):
-                    which = "the mean of its heads" if heads == "average" else f"head {h[0]}"
-                    _logger.info(f"SSTA: {paths[s]} head {ours[0]} <- {name} {model_paths[t]} {which}")
+                for path, (ours, t, theirs) in zip(paths, links[name], strict=True):
+                    which = "the mean of its heads" if heads == "average" else f"head {theirs[0]}"
+                    _logger.info(f"SSTA: {path} head {ours[0]} <- {name} {model_paths[t]} {which}")
         student_tap = AttentionTap(student, paths, stop=criterion is None)
         teachers = {
             name: FrozenTeacher(AttentionTap(model, model_paths, stop=True), input_norm)
@@ -163,7 +167,7 @@ class SSTA(DistillTask):
             dtype=dtype,
             verbose=verbose,
         )
-        self.layouts, self.links, self.divergence = layouts, links, divergence
+        self.layouts, self.links, self.divergence, self.one_pass = layouts, links, divergence, one_pass
         self.averaged = {name: heads == "average" for name, (_, _, heads) in given.items()}
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> dict[str, Tensor]:
@@ -181,42 +185,48 @@ class SSTA(DistillTask):
             ValueError: images of another rank, missing targets, maps of different sizes.
             RuntimeError: a weight that changes with the epoch before ``set_epoch`` was called; nothing left to train on.
         """
-        output, _, calls = self.run_student(images, targets)
+        self.check_inputs(images, targets)
+        weights = {name: self.schedules[WEIGHTS[name]] for name in self.teachers}
+        on = [name for name, weight in weights.items() if weight != 0]
+        observed = {name: self.teachers[name](images)[1] for name in on} if self.one_pass else {}
+        wanted = None
+        if observed:
+            paths = self.student_tap.paths
+            wanted = [functools.partial(self.attention_losses, observed=observed, block=i) for i in range(len(paths))]
+        output, _, student_calls, losses = self.run_student(images, teacher=wanted)
+        if not self.one_pass:
+            observed = {name: self.teachers[name](images)[1] for name in on}
+            losses = [self.attention_losses(call, observed, i) for i, call in enumerate(student_calls)]
         result: dict[str, Tensor] = {}
         parts = []
-        for name, teacher in self.teachers.items():
-            weight = self.schedules[WEIGHTS[name]]
-            if weight == 0:
-                continue
-            _, teacher_calls = teacher(images)
-            options: dict[str, Any] = {
-                "merge": "mean" if self.averaged[name] else None,
-                "divergence": self.divergence,
-                "temperature": self.schedules["temperature"],
-                "impl": self.impl,
-            }
-            losses = [
-                whole_map_divergence(
-                    calls[s],
-                    teacher_calls[t],
-                    layouts=(self.layouts["student"], self.layouts[name]),
-                    student_heads=ours,
-                    teacher_heads=theirs,
-                    **options,
-                )
-                for s, ours, t, theirs in self.links[name]
-            ]
-            result[f"{name}_attn_loss"] = torch.stack(losses).mean()
-            parts.append((weight, result[f"{name}_attn_loss"]))
+        for name in on:
+            result[f"{name}_attn_loss"] = torch.stack([loss[name] for loss in losses]).mean()
+            parts.append((weights[name], result[f"{name}_attn_loss"]))
         if self.criterion is not None:
             result["task_loss"] = self.criterion(output, targets)
             parts.append((self.schedules["alpha"], result["task_loss"]))
             result["output"] = output
         return {"loss": self.total(parts), **result}
 
+    def attention_losses(
+        self, student: AttentionCall, observed: Mapping[str, Sequence[AttentionCall]], block: int
+    ) -> dict[str, Tensor]:
+        """What the attention of the student's compared block number ``block`` differs in from each teacher's, by the teacher's name."""
+        found = {}
+        for name, calls in observed.items():
+            ours, t, theirs = self.links[name][block]
+            found[name] = whole_map_divergence(
+                *compared_maps(student, calls[t], (self.layouts["student"], self.layouts[name]), ours, theirs),
+                merge="mean" if self.averaged[name] else None,
+                divergence=self.divergence,
+                temperature=self.schedules["temperature"],
+                impl=self.impl,
+            )
+        return found
 
-_Link = tuple[int, Heads, int, Heads]
-"""Index of the student's attention, its head; index of the teacher's attention, its heads."""
+
+_Link = tuple[Heads, int, Heads]
+"""A student's head; index of the teacher's attention, its heads."""
 
 
 def _teacher_heads(name: str, model: nn.Module, paths: list[str], heads: Sequence[int] | str | None) -> list[Heads]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attnkd.attention.call import AttentionCall
 from attnkd.capture.models import final_tokens, input_stats, modes, parameter_dtype, restore_modes
-from attnkd.capture.tap import AttentionTap
+from attnkd.capture.tap import AttentionTap, Wanted
 
 
 class TrainedStudent(nn.Module):
@@ -51,20 +51,29 @@ class TappedStudent(TrainedStudent):
         self.tap, self.projector, self.train_head = tap, projector, train_head
 
     def forward(
-        self, images: Tensor, patches: bool = False
-    ) -> tuple[Tensor | None, Tensor | None, list[AttentionCall]]:
-        """images [B, C, H, W] → head output, projected tokens, attention calls; None for what is not computed.
+        self,
+        images: Tensor,
+        patches: bool = False,
+        teacher: Sequence[Wanted] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, list[AttentionCall], list[Any]]:
+        """images [B, C, H, W] → head output, projected tokens, attention calls, divergences; None for what is not computed.
 
         The projected tokens are the class token [B, 1, Dt], or with ``patches`` class token and patches [B, 1 + N, Dt].
+        With ``teacher`` (and ``options``) the attentions compute their divergences, see :meth:`attnkd.AttentionTap.distil`.
         """
         model: Any = self.tap.model
-        tokens, calls = self.tap.capture(model.forward_features, images)
+        losses: list[Any] = []
+        if teacher is None:
+            tokens, calls = self.tap.capture(model.forward_features, images)
+        else:
+            tokens, calls, losses = self.tap.distil(teacher, images, function=model.forward_features, **(options or {}))
         if tokens is None:
-            return None, None, calls
+            return None, None, calls, losses
         with torch.set_grad_enabled(self.train_head and torch.is_grad_enabled()):
             output = model.forward_head(tokens)
         features = None if self.projector is None else self.projector(final_tokens(model, tokens, patches))
-        return output, features, calls
+        return output, features, calls, losses
 
 
 class FrozenTeacher(nn.Module):

@@ -100,8 +100,12 @@ class DistillTask(TrainingTask):
         """Tell the number of optimizer steps done to numbers scheduled by step."""
         self.schedules.set_step(step)
 
-    def run_student(self, images: Tensor, targets: Tensor | None, **options: Any) -> Any:
-        """What the trainable module returns for the images, after a look at the arguments."""
+    def check_inputs(self, images: Tensor, targets: Tensor | None) -> None:
+        """Looks at the arguments of a training step before any model runs.
+
+        Raises:
+            ValueError: images of another rank or size than a model takes, missing targets.
+        """
         if not isinstance(images, Tensor) or images.ndim != 4:
             got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"images: expected [B, C, H, W], got {got}; NaFlex batches of patches are not supported")
@@ -112,6 +116,9 @@ class DistillTask(TrainingTask):
         check_images("student", self.student, images)
         for name, teacher in self.teachers.items():
             check_images(name, teacher.tap.model, images)
+
+    def run_student(self, images: Tensor, **options: Any) -> Any:
+        """What the trainable module returns for the images."""
         if not torch.compiler.is_compiling():
             self._check_wrapper()
         return self.trainable_module(images.to(parameter_dtype(self.student)), **options)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attnkd.attention.api import attention_divergence
+from attnkd.attention.api import attention_divergence, reduce_rows
 from attnkd.attention.call import AttentionCall, Heads, shared_tokens, take_heads
 from attnkd.attention.checks import integer
 from attnkd.capture.blocks import plain_class
@@ -37,29 +37,19 @@ def check_heads(name: str, heads: Sequence[int], count: int, path: str) -> Heads
     return tuple(chosen)
 
 
-def whole_map_divergence(
+def compared_maps(
     student: AttentionCall,
     teacher: AttentionCall,
-    *,
     layouts: tuple[TokenLayout, TokenLayout],
     student_heads: Heads,
     teacher_heads: Heads,
-    merge: str | None = None,
-    sample_weight: Tensor | None = None,
-    **options: Any,
-) -> Tensor:
-    """The divergence of whole maps, averaged over images, heads and query rows; a scalar.
-
-    Rows of padding do not count: tokens that the student's mask hides from all rows, see :func:`attnkd.capture.tokens.padding`.
+) -> tuple[AttentionCall, AttentionCall]:
+    """The heads, queries and keys that a comparison of whole maps is about.
 
     Args:
         student, teacher: as an :class:`attnkd.AttentionTap` returns them.
         layouts: student's and teacher's, for calls that do not say which of their tokens are class token and prefix tokens.
-        student_heads, teacher_heads: student head i learns from teacher head i; with ``merge`` any numbers of heads.
-        merge: None, or how the heads of each side become one map first.
-        sample_weight: [B], multiplies every image's rows; the divisor stays the number of rows, so that a batch of
-            small weights has a small loss.
-        options: divergence, temperature, impl; see :func:`attnkd.attention_divergence`.
+        student_heads, teacher_heads: student head i learns from teacher head i; with a merge any numbers of heads.
 
     Raises:
         ValueError: maps of different sizes or patch grids.
@@ -75,11 +65,40 @@ def whole_map_divergence(
             f"teacher's {t.query.shape[2]} x {t.key.shape[2]} (class token and patches); use models with the same patch "
             "grid, or a method that compares class-token rows (AttnDistill), which can be resized"
         )
-    padded = padding(s.mask, s.key.shape[2]) if s.query.shape[2] == s.key.shape[2] else None
+    return s, t
+
+
+def whole_map_divergence(
+    student: AttentionCall,
+    teacher: AttentionCall,
+    *,
+    merge: str | None = None,
+    sample_weight: Tensor | None = None,
+    rows: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """The divergence of whole maps, averaged over images, heads and query rows; a scalar.
+
+    Rows of padding do not count: tokens that the student's mask hides from all rows, see :func:`attnkd.capture.tokens.padding`.
+
+    Args:
+        student, teacher: as :func:`compared_maps` returns them.
+        merge: None, or how the heads of each side become one map first.
+        sample_weight: [B], multiplies every image's rows; the divisor stays the number of rows, so that a batch of
+            small weights has a small loss.
+        rows: the divergence of every row, where it was computed before.
+        options: divergence, temperature, impl; see :func:`attnkd.attention_divergence`.
+    """
+    padded = None
+    if student.query.shape[2] == student.key.shape[2]:
+        padded = padding(student.mask, student.key.shape[2])
     reduction, row_weight = "mean", None if padded is None else (~padded).float()[:, None]
     if sample_weight is not None:
-        heads = s.query.shape[1] if merge is None else 1
-        counted = heads * s.query.shape[2] if row_weight is None else heads * row_weight.mean(0).sum()
+        heads = student.query.shape[1] if merge is None else 1
+        counted = heads * student.query.shape[2] if row_weight is None else heads * row_weight.mean(0).sum()
         row_weight = (sample_weight / counted)[:, None, None] * (1 if row_weight is None else row_weight)
         reduction = "batchmean"
-    return attention_divergence(s, t, merge=merge, row_weight=row_weight, reduction=reduction, **options)
+    weighting: dict[str, Any] = {"merge": merge, "row_weight": row_weight, "reduction": reduction}
+    if rows is not None:
+        return reduce_rows(rows, student, teacher, **weighting)
+    return attention_divergence(student, teacher, **weighting, **options)

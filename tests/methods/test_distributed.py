@@ -1,4 +1,5 @@
-"""All four tasks under DistributedDataParallel: two processes with half a batch each train like one with all of it."""
+"""All four tasks under DistributedDataParallel and FSDP2, with one_pass and without: two processes with half a batch each train like one
+with all of it."""
 
 import functools
 from collections.abc import Callable
@@ -7,6 +8,8 @@ from pathlib import Path
 import timm
 import torch
 import torch.multiprocessing
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from attnkd import SSTA, AttentionProbe, AttnDistill, HeadKD
 from attnkd.methods.task import DistillTask
@@ -26,17 +29,25 @@ def vit(seed: int, dim: int, heads: int) -> torch.nn.Module:
     )
 
 
-def tasks() -> dict[str, Callable[[], DistillTask]]:
+def tasks() -> dict[str, Callable[..., DistillTask]]:
     student, teacher = functools.partial(vit, 1, 16, 2), functools.partial(vit, 2, 32, 4)
     return {
-        "AttnDistill": lambda: AttnDistill(student(), teacher(), verbose=False),
-        "AttnDistill, attention alone": lambda: AttnDistill(student(), teacher(), pa_weight=0, verbose=False),
-        "HeadKD": lambda: HeadKD(student(), teacher(), verbose=False),
-        "SSTA": lambda: SSTA(student(), teacher(), vit(3, 32, 4), blocks="all", teacher_heads=[0, 1],
-                             assistant_heads=[2, 3], stop_epoch=None, verbose=False),
-        "AttentionProbe": lambda: AttentionProbe(student(), teacher(), 0.9, verbose=False),
-        "AttentionProbe, no relations": lambda: AttentionProbe(student(), teacher(), 0.9, relation_weight=0, verbose=False),
+        "AttnDistill": lambda **o: AttnDistill(student(), teacher(), verbose=False, **o),
+        "AttnDistill, attention alone": lambda **o: AttnDistill(student(), teacher(), pa_weight=0, verbose=False, **o),
+        "HeadKD": lambda **o: HeadKD(student(), teacher(), verbose=False, **o),
+        "SSTA": lambda **o: SSTA(student(), teacher(), vit(3, 32, 4), blocks="all", teacher_heads=[0, 1],
+                                 assistant_heads=[2, 3], stop_epoch=None, verbose=False, **o),
+        "AttentionProbe": lambda **o: AttentionProbe(student(), teacher(), 0.9, verbose=False, **o),
+        "AttentionProbe, no relations": lambda **o: AttentionProbe(student(), teacher(), 0.9, relation_weight=0, verbose=False, **o),
     }  # fmt: skip
+
+
+def sharded(task: DistillTask) -> DistillTask:
+    """FSDP2: every block's parameters lie in two halves, and are gathered when it runs."""
+    for block in task.student.blocks:
+        fully_shard(block)
+    fully_shard(task.trainable_module)
+    return task
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,7 +56,8 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def gradients(task: DistillTask) -> dict[str, torch.Tensor]:
-    return {name: p.grad for name, p in task.student.named_parameters() if p.grad is not None}
+    grads = {name: p.grad for name, p in task.student.named_parameters() if p.grad is not None}
+    return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
 
 
 def worker(rank: int, store: str, out: str) -> None:
@@ -54,11 +66,17 @@ def worker(rank: int, store: str, out: str) -> None:
     images, targets = (part.chunk(2)[rank] for part in batch())
     found = {}
     for name, make in tasks().items():
-        task = make().prepare_distributed().train()
-        for _ in range(2):  # DDP complains about the first step's unused parameters at the second
-            task.student.zero_grad()
-            task(images, targets)["loss"].backward()
-        found[name] = gradients(task)
+        wrapped = {
+            "DDP": make().prepare_distributed(),
+            "DDP, one pass": make(one_pass=True).prepare_distributed(),
+            "FSDP2, one pass": sharded(make(one_pass=True)),
+        }
+        for kind, task in wrapped.items():
+            task.train()
+            for _ in range(2):  # DDP complains about the first step's unused parameters at the second
+                task.student.zero_grad()
+                task(images, targets)["loss"].backward()
+            found[name, kind] = gradients(task)
     if rank == 0:
         torch.save(found, out)
     torch.distributed.destroy_process_group()
@@ -72,6 +90,9 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
         task = make().train()
         task(images, targets)["loss"].backward()
         want = gradients(task)
-        assert set(want) <= set(found[name]), name
-        for parameter, grad in want.items():
-            torch.testing.assert_close(found[name][parameter], grad, rtol=1e-4, atol=1e-6, msg=f"{name}: {parameter}")
+        for kind in ("DDP", "DDP, one pass", "FSDP2, one pass"):
+            grads = found[name, kind]
+            assert set(want) <= set(grads), f"{name}, {kind}"
+            for parameter, grad in want.items():
+                message = f"{name}, {kind}: {parameter}"
+                torch.testing.assert_close(grads[parameter], grad, rtol=1e-4, atol=1e-6, msg=message)

@@ -159,6 +159,30 @@ def test_a_batch_that_the_teacher_gets_all_wrong_has_no_attention_loss():
     torch.testing.assert_close(result["loss"], 0.5 * result["task_loss"])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mode": "block_to_block", "teacher_heads": [3, 1], "divergence": "logit_mse"},
+        {"wrong_teacher_weight": 0.25, "wrong_student_weight": 0.5, "temperature": 2.0},
+        {"criterion": None},
+        {"alpha": 1.0},
+    ],
+)
+def test_one_pass_has_the_same_losses_and_gradients(options):
+    """The student's attentions compute the divergences on the way; registers of the student stay left out."""
+    images, targets = batch()
+    results = []
+    for one_pass in (False, True):
+        student = vit(2, reg_tokens=2)
+        task = HeadKD(student, vit(4, dim=64, seed=1), one_pass=one_pass, verbose=False, **options)
+        result = task(images, targets)
+        result["loss"].backward()
+        results.append((result, {name: p.grad for name, p in student.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(results[1][0], results[0][0])
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-4, atol=1e-6)
+
+
 def test_teacher_rests_while_alpha_is_one():
     task = HeadKD(vit(2), vit(2, seed=1), alpha=Schedule(0.5, stop=1, end=1.0), verbose=False)
     images, targets = batch()

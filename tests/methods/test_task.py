@@ -19,7 +19,7 @@ from attnkd.methods.attn_distill import AttnDistill
 from attnkd.methods.head_kd import HeadKD
 from attnkd.methods.schedule import Schedule
 from attnkd.methods.ssta import SSTA
-from attnkd.methods.whole_map import whole_map_divergence
+from attnkd.methods.whole_map import compared_maps, whole_map_divergence
 
 X, Y = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3])
 
@@ -229,9 +229,7 @@ def test_rows_of_padding_leave_the_mean(kind, weighted):
     def loss(padding):
         fill = lambda x: torch.where(valid[:, None, :, None], x, padding)  # noqa: E731
         calls = [AttentionCall(fill(a), fill(b), mask, 0.5) for a, b in ((q, k), (tq, tk))]
-        return whole_map_divergence(
-            *calls, layouts=layouts, student_heads=heads, teacher_heads=heads, sample_weight=sample
-        )
+        return whole_map_divergence(*compared_maps(*calls, layouts, heads, heads), sample_weight=sample)
 
     expected = []
     for image, count in enumerate((6, 4)):
