@@ -218,6 +218,13 @@ def test_a_float64_gradient_that_passed_through_float32_fails(monkeypatch):
     assert [result.ok for result in proof.prove("chunked", **arguments)] == [True, False, True]
 
 
+def test_a_gradient_below_the_rounding_of_float32_is_not_judged_by_it():
+    """A saturated row: its gradient is 1e-7 of what it is the difference of. float64 resolves it."""
+    text = "operation=rows,layout=expanded_batch,B=3,H=1,N=31,D=128,Ht=1,Dt=1,scale=0.125,temperature=0.5,std=3.0,seed=537446"
+    for dtype, impl in (("fp32", "chunked"), ("bf16", "chunked"), ("fp64", "chunked"), ("fp64", "reference")):
+        assert not wrong(cases.parse(f"{text},dtype={dtype}"), impl)
+
+
 def test_a_gradient_of_zeros_fails_where_rounding_is_large(monkeypatch):
     """Saturated rows: the error that rounding explains exceeds the gradient."""
     honest = proof.attention_divergence
