@@ -157,15 +157,15 @@ def memory_promise(case: Case, results: list[Tensor], block: int) -> int:
     """Bytes that forward and backward may allocate: the results three times over (they are accumulated in fp32), a few numbers a
     query, key and head, and, where at most 16 rows are asked for, six fp32 copies of those rows. Nothing grows with M·N beyond
     that, but for an implementation that works on blocks of ``block`` logits: it has eight fp32 buffers of that size, or of the
-    logits that there are, and two of merged rows.
+    logits that there are (ten, and two of merged rows, where finished rows of heads are merged).
     """
     wide = 2 if "fp64" in (case.dtype, case.teacher_dtype) else 1
     total = 3 * sum(x.numel() * max(x.element_size(), 4) for x in results)
     heads = max(case.H, case.Ht)
     total += wide * 128 * case.B * heads * (case.M + case.N) + (1 << 20)
-    total += wide * 8 * 4 * min(block, case.B * heads * case.M * case.N)
-    if case.merge in ("mean", "max", "min"):  # the merged rows, and their copy that becomes a softmax
-        total += wide * 2 * 4 * min(block, case.B * case.M * case.N)
+    merged = case.merge in ("mean", "max", "min")  # from rows that are finished, of each head
+    total += wide * (10 if merged else 8) * 4 * min(block, case.B * heads * case.M * case.N)
+    total += wide * 2 * 4 * min(block, case.B * case.M * case.N) if merged else 0
     for mask in (case.mask, case.teacher_mask):  # which keys a stored mask hides, a few bytes an element
         total += 0 if mask == "none" else 8 * case.B * heads * case.M * case.N
     if case.operation != "map":

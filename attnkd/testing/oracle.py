@@ -134,7 +134,7 @@ def merge_log(log_p: Tensor, merge: str) -> Tensor:
     """
     b, i, j = (log_p != NOTHING).any(1).nonzero(as_tuple=True)  # keys that some head sees
     heads = log_p[b, :, i, j]
-    value = {"mean": _log_mean, "max": lambda x: x.amax(1), "min": lambda x: x.amin(1)}[merge](heads)
+    value = {"mean": _log_mean, "max": lambda x: x.amax(1), "min": _least}[merge](heads)
     merged = torch.full_like(log_p[:, 0], NOTHING).index_put((b, i, j), value)
     blind = (log_p == NOTHING).all(-1).any(1)  # [B, M]
     return log_normalise(torch.where(blind[..., None], NOTHING, merged))[:, None]
@@ -296,6 +296,11 @@ def _sum_of_heads(x: Tensor) -> Tensor:
 def _log_mean(log_p: Tensor) -> Tensor:
     """log of the mean over dimension 1 of e^log_p [P, H]; not all of a line is −inf."""
     return log_p.logsumexp(1) - math.log(log_p.shape[1])
+
+
+def _least(log_p: Tensor) -> Tensor:
+    """[K, H] → [K]; a key that one head hides is hidden, also where another head has NaN."""
+    return torch.where((log_p == NOTHING).any(1), NOTHING, log_p.amin(1))
 
 
 def _cubic(x: float) -> float:

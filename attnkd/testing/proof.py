@@ -243,15 +243,15 @@ def _judge(
             size = min(size, CAP * _largest(exact_grad) / ulp)  # a gradient of zeros must not pass
         else:
             size = max(size, 4 * whole * boost, ZERO * whole * boost / ulp)  # zero by right: everything cancelled
-        result = compare(f"{label} d{name}", grad, exact_grad, plain, scale=size)
-        if not result.ok and eager is not None and exact_grad.any() and dtype != torch.float64:
+        verdict = compare(f"{label} d{name}", grad, exact_grad, plain, scale=size)
+        if not verdict.ok and eager is not None and exact_grad.any() and dtype != torch.float64:
             # A gradient below float32's rounding, as of a saturated row: plain PyTorch in float32 misses it too, and by how much is allowed.
             given = {n: _held(n, a, torch.float32) for n, a in arguments.items()}
-            _, (single,) = _differentiate(eager(torch.float32), given, (name,), upstream * boost)
-            missed = _largest(single.detach().cpu().double() - exact_grad)
+            _, (plain32,) = _differentiate(eager(torch.float32), given, (name,), upstream * boost)
+            missed = _largest(plain32.detach().cpu().double() - exact_grad)
             size = max(size, ALLOWANCE[torch.float32][0] * missed / ulp)
-            result = compare(f"{label} d{name}", grad, exact_grad, plain, scale=size)
-        results.append(result)
+            verdict = compare(f"{label} d{name}", grad, exact_grad, plain, scale=size)
+        results.append(verdict)
     return results
 
 

@@ -5,7 +5,6 @@
 
 import random
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
@@ -89,7 +88,7 @@ def teacher_faults(fault):
 
     def make_problem(*arguments, **named):
         problem = honest(*arguments, **named)
-        return replace(problem, **fault(problem))
+        return problem._replace(**fault(problem))
 
     return api, "make_problem", make_problem
 
@@ -109,24 +108,24 @@ def swapped_heads():
         side = problem.teacher
         if problem.merge is not None or side.query is None:
             return {}
-        return {"teacher": replace(side, query=side.query.flip(1), key=side.key.flip(1))}
+        return {"teacher": side._replace(query=side.query.flip(1), key=side.key.flip(1))}
 
     return teacher_faults(fault)
 
 
 FAULTS = {
     "a coefficient off by 2 %": wrong_coefficient,
-    "the teacher's mask dropped": lambda: teacher_faults(lambda p: {"teacher": replace(p.teacher, mask=None)}),
+    "the teacher's mask dropped": lambda: teacher_faults(lambda p: {"teacher": p.teacher._replace(mask=None)}),
     "heads swapped": swapped_heads,
     "the temperature halved": lambda: teacher_faults(lambda p: {"temperature": p.temperature / 2}),
     "the teacher's scale taken for the student's": lambda: teacher_faults(
-        lambda p: {"teacher": replace(p.teacher, scale=p.student.scale)}
+        lambda p: {"teacher": p.teacher._replace(scale=p.student.scale)}
     ),
     "the student's mask not divided by T": lambda: teacher_faults(
         lambda p: (
             {}
             if p.student.mask is None or p.student.mask.dtype == torch.bool
-            else {"student": replace(p.student, mask=p.student.mask * p.temperature)}
+            else {"student": p.student._replace(mask=p.student.mask * p.temperature)}
         )
     ),
     "row weights ignored": lambda: (api, "check_weight", lambda weight, problem: None),
