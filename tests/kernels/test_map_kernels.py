@@ -49,6 +49,12 @@ def test_per_head(device, divergence, dtype):
     assert_proved("triton", **call(device, **size, D_t=24, dtype=dtype, divergence=divergence, temperature=1.7))
 
 
+def test_heads_of_a_few_channels_more_than_64(device):
+    """They are two tiles: 72 channels are 64 and half of 16, 80 are 64 and 16, 96 are 64 and 32."""
+    for D, D_t, divergence in ((72, 96, "forward_kl"), (80, 64, "js")):
+        assert_proved("triton", **call(device, B=1, M=20, D=D, D_t=D_t, divergence=divergence))
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_wide_heads(device, divergence):
     """Log-sum merging: 3 heads of 48 make 144 channels, multiplied in chunks; the teacher's 4 of 16 fit one."""

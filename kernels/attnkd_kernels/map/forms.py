@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from attnkd_kernels.language import LN2, TINY, shown
+from attnkd_kernels.language import LN2, log2_of_normal, shown
 from attnkd_kernels.map.tile import fold
 
 
@@ -41,6 +41,15 @@ class Sums(NamedTuple):
     sum_t: Any  # Σ p_t
     clash: Any  # Σ of the weighing side's p over keys that the other side hides
     count: Any  # keys that both see; the two MSEs, with masks
+
+
+@triton.jit
+def over_mean(ls, lt):
+    """(log2 p_s/m, log2 p_t/m), m = (p_s + p_t) / 2. From the difference alone: its logarithm is one of a number between 1 and 2,
+    and nothing large cancels."""
+    gap = ls - lt
+    half = 1.0 - log2_of_normal(1.0 + tl.exp2(-tl.abs(gap)))
+    return half + tl.minimum(gap, 0.0), half - tl.maximum(gap, 0.0)
 
 
 @triton.jit
@@ -74,9 +83,9 @@ def add_keys(sums, ls, lt, ps, pt, MASKED: tl.constexpr, SWEEP: tl.constexpr):
             clash += fold(ps - both, SWEEP)
         value += fold(both * (ls - lt), SWEEP)
     elif DIVERGENCE == "js":
-        log_m = tl.log2(tl.maximum(ps + pt, TINY)) - 1.0
-        value += fold(pt * (lt - log_m), SWEEP)
-        slope += fold(ps * (ls - log_m), SWEEP)
+        over_s, over_t = over_mean(ls, lt)
+        value += fold(pt * over_t, SWEEP)
+        slope += fold(ps * over_s, SWEEP)
     elif DIVERGENCE == "mse":
         gap = gap_of_probs(ps, pt, ls, lt, MASKED)
         pt = where_shown(pt, ls, MASKED)
@@ -165,18 +174,17 @@ def terms(lh, ls, lt, MASKED: tl.constexpr, MERGED: tl.constexpr, DIVERGENCE: tl
         if MERGED:
             pt = pt * tl.exp2(lh - ls)  # p^h / p_s, at most H; anything where the student hides the key
         term = -where_shown(pt, ls, MASKED)
+    elif DIVERGENCE == "js":
+        over_s, _over_t = over_mean(ls, lt)
+        term = (0.5 * LN2) * ph * over_s
     elif DIVERGENCE == "reverse_kl":
         term = LN2 * ph * (ls - lt)
         if MASKED:
             term = tl.where(shown(lt), term, -ph)
     else:
+        tl.static_assert(DIVERGENCE == "mse")
         ps = ph
         if MERGED:
             ps = tl.exp2(ls)
-        pt = tl.exp2(lt)
-        if DIVERGENCE == "js":
-            term = (0.5 * LN2) * ph * (ls + 1.0 - tl.log2(tl.maximum(ps + pt, TINY)))
-        else:
-            tl.static_assert(DIVERGENCE == "mse")
-            term = ph * gap_of_probs(ps, pt, ls, lt, MASKED)
+        term = ph * gap_of_probs(ps, tl.exp2(lt), ls, lt, MASKED)
     return term, ph

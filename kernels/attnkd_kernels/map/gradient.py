@@ -25,6 +25,7 @@ from attnkd_kernels.language import DEAD, at_head, side_at
 from attnkd_kernels.map.forms import gap_of_logits, terms, where_shown
 from attnkd_kernels.map.tile import (
     At,
+    add_gradient,
     at_rows,
     at_tile,
     load_left,
@@ -33,9 +34,10 @@ from attnkd_kernels.map.tile import (
     log_probs,
     logits,
     move_head,
+    no_gradient,
     row_values,
     skip_rows,
-    store_rows,
+    store_gradient,
     without_checks,
 )
 
@@ -75,15 +77,15 @@ def _map_gradient_kernel(
     student, teacher, given = at_tile(student, at), at_tile(teacher, at), given_at(given, at.q0)
     left = load_left(student, at, S, WIDE), load_left(teacher, at, T, WIDE)
     clear, stop = without_checks(student, teacher, at, S, T, WIDE)
-    acc = tl.zeros([WIDE.BL, WIDE.OUT], tl.float32)
+    acc = no_gradient(S, WIDE.BL, WIDE.OUT)
     acc = _more(acc, student, teacher, given, left, at, (clear, stop), o0, S, T, NARROW)
     if WIDE.MASKS != "any":
         acc = _more(acc, student, teacher, given, left, at, (0, clear), o0, S, T, WIDE)
 
-    acc = acc * out_scale
+    factor = out_scale
     if WIDE.QUERIES_LEFT:
-        acc = acc * upstream_values(given, at, WIDE)
-    store_rows(at_rows(at_head(OUT, b, h), l0), acc, l0, left_rows, o0, S, WIDE.BL, WIDE.OUT)
+        factor = out_scale * upstream_values(given, at, WIDE)
+    store_gradient(at_rows(at_head(OUT, b, h), l0), acc, factor, l0, left_rows, o0, S, WIDE.BL, WIDE.OUT)
 
 
 @triton.jit
@@ -143,9 +145,9 @@ def _more(acc, student, teacher, given, left, at, span, o0, S: tl.constexpr, T: 
         if not SWEEP.QUERIES_LEFT:
             dz = dz * upstream_values(given, here, SWEEP)
             given = given_at(given, SWEEP.BR)
-        if S.WIDTH > S.BLOCK:
+        if not S.WHOLE:
             right_s = load_right(student, here, o0, S, SWEEP, SWEEP.OUT)
-        acc = tl.dot(dz.to(right_s.dtype), right_s, acc, input_precision="ieee")
+        acc = add_gradient(acc, dz, right_s, S)
         student, teacher = skip_rows(student, SWEEP.BR, SWEEP), skip_rows(teacher, SWEEP.BR, SWEEP)
     return acc
 

@@ -25,6 +25,9 @@ from attnkd_kernels.map.value import Given, _map_value_kernel
 ONE_SWEEP = ("forward_kl", "cross_entropy", "logit_mse")
 """Divergences whose gradient needs nothing of a row's end: the value's sweep emits the unit query gradient."""
 
+LEAST = 16
+"""Rows of the narrowest tile: a matrix unit multiplies no fewer. Most ViTs have a class token beside k·64 patches, or little more."""
+
 CHECKS = {"debug": True, "sanitize_overflow": False}
 """Compiler options of a kernel with a ``tl.device_assert``, and of no other check."""
 
@@ -83,7 +86,8 @@ class Maps(NamedTuple):
         """Whether the value's sweep can emit the unit query gradient: it must hold a whole row of it."""
         if self.divergence not in ONE_SWEEP or self.merge == "mean":
             return False
-        return self.width(self.student) <= self.tile("unit").out_columns
+        tile, width = self.tile("unit"), self.width(self.student)
+        return width <= tile.columns_out(width)
 
 
 class Saved(NamedTuple):
@@ -233,8 +237,10 @@ def map_bias_bwd(maps: Maps, saved: Saved, grad: Tensor, processors: int = 1) ->
 
 def _sweeps(maps: Maps, tile: Tile, queries_left: bool, masks: str, out: int = 0) -> dict[str, Sweep]:
     """The compile-time part of a launch's two loops: over narrow tiles with checks, and over wide ones without."""
+    left_over = maps.size[3 if queries_left else 2] % tile.streams
+    narrow = LEAST if masks == "none" and left_over <= LEAST else tile.narrow
     both = {}
-    for name, streams in (("NARROW", tile.narrow), ("WIDE", tile.streams)):
+    for name, streams in (("NARROW", narrow), ("WIDE", tile.streams)):
         queries, keys = (tile.stays, streams) if queries_left else (streams, tile.stays)
         both[name] = _constant(
             Sweep, maps.divergence, queries_left, queries, keys, tile.stays, streams, name == "NARROW", masks, out, tile.lanes
@@ -283,4 +289,5 @@ def _side(model: Model, merge: str | None, temperature: float, tile: Tile, mean:
     masked = Operand(query, 0, 0, 0, 0) if mask is None else mask_operand(mask)
     width = H * D if merge == "logsum" else D
     side = Side(operand(query), operand(key), masked, scale * LOG2E / temperature, repeat * LOG2E / temperature)
-    return side, _constant(MapHead, D, width, tile.columns(width), kind, heads, mean)
+    columns, rest = tile.columns(width), tile.rest(width)
+    return side, _constant(MapHead, D, width, columns, rest, width <= columns + rest, kind, heads, mean)

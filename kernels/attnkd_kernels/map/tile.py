@@ -8,7 +8,8 @@ Logits are in units of log 2, and normalisers are known: z − LSE is the log-pr
 A row that sees no key has the normaliser ``DEAD``, which makes every probability of the row 0.
 
 A *wide* head is the concatenation of H heads of DIM channels (log-sum merging): column c lives in head c // DIM at channel
-c % DIM, whatever the strides. Heads wider than BLOCK are multiplied BLOCK columns at a time.
+c % DIM, whatever the strides. A head of a few columns more than BLOCK has a second, narrower tile for the REST: 72 and 80 are
+64 + 16, 96 is 64 + 32, where one tile would be 128 wide. Heads wider than that are multiplied BLOCK columns at a time.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from attnkd_kernels.language import (
     Operand,
     Side,
     hidden,
+    log2_of_normal,
     shown,
     side_at,
 )
@@ -68,6 +70,8 @@ class MapHead:
     DIM: tl.constexpr
     WIDTH: tl.constexpr  # DIM, or H · DIM of a wide head
     BLOCK: tl.constexpr  # columns multiplied at a time
+    REST: tl.constexpr  # columns of the second tile, or 0
+    WHOLE: tl.constexpr  # whether those hold the whole head
     MASK: tl.constexpr
     MASK_HEADS: tl.constexpr  # heads whose additive masks add up
     MEAN: tl.constexpr  # heads whose probabilities are averaged; 1 without a mean
@@ -91,6 +95,13 @@ class Sweep:
     LANES: tl.constexpr  # partial sums of a row, so that none crosses threads inside the loop
 
 
+class Parts(NamedTuple):
+    """The tiles [rows, BLOCK] and [rows, REST] of a head with a REST, where other heads have one tile."""
+
+    first: Any
+    rest: Any
+
+
 @triton.jit
 def load_rows(
     operand, row0, rows, col0, HEAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHECK: tl.constexpr
@@ -100,7 +111,10 @@ def load_rows(
     r = tl.arange(0, ROWS)
     c = col0 + tl.arange(0, COLUMNS)
     pointers = operand.pointer + (r[:, None] * operand.row + head_columns(operand, c, HEAD)[None, :])  # [ROWS, COLUMNS]
-    if HEAD.WIDTH % COLUMNS != 0:
+    SHORT: tl.constexpr = (HEAD.REST == 0 and HEAD.WIDTH % COLUMNS != 0) or (
+        COLUMNS == HEAD.REST and HEAD.WIDTH < HEAD.BLOCK + HEAD.REST
+    )
+    if SHORT:
         if CHECK:
             tile = tl.load(pointers, mask=(row0 + r < rows)[:, None] & (c < HEAD.WIDTH)[None, :], other=0.0)
         else:
@@ -121,6 +135,59 @@ def store_rows(operand, tile, row0, rows, col0, HEAD: tl.constexpr, ROWS: tl.con
     pointers = operand.pointer + (r[:, None] * operand.row + head_columns(operand, c, HEAD)[None, :])  # [ROWS, COLUMNS]
     inside = (row0 + r < rows)[:, None] & (c < HEAD.WIDTH)[None, :]
     tl.store(pointers, tile.to(operand.pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_head(operand, row0, rows, HEAD: tl.constexpr, ROWS: tl.constexpr, CHECK: tl.constexpr):
+    """All columns of the rows, [ROWS, BLOCK] or Parts."""
+    tile = load_rows(operand, row0, rows, 0, HEAD, ROWS, HEAD.BLOCK, CHECK)
+    if HEAD.REST > 0:
+        tile = Parts(tile, load_rows(operand, row0, rows, HEAD.BLOCK, HEAD, ROWS, HEAD.REST, CHECK))
+    return tile
+
+
+@triton.jit
+def no_gradient(HEAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Zeros to add a gradient up in: [ROWS, COLUMNS] or Parts, fp32."""
+    if HEAD.REST > 0:
+        acc = Parts(tl.zeros([ROWS, HEAD.BLOCK], tl.float32), tl.zeros([ROWS, HEAD.REST], tl.float32))
+    else:
+        acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    return acc
+
+
+@triton.jit
+def add_gradient(acc, dz, tile, HEAD: tl.constexpr):
+    """acc + dz · tile, of all columns that ``acc`` has."""
+    if HEAD.REST > 0:
+        dz = dz.to(tile.first.dtype)
+        first = tl.dot(dz, tile.first, acc.first, input_precision="ieee")
+        acc = Parts(first, tl.dot(dz, tile.rest, acc.rest, input_precision="ieee"))
+    else:
+        acc = tl.dot(dz.to(tile.dtype), tile, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def without_rows(acc, dead, HEAD: tl.constexpr):
+    """acc, 0 in the rows that are dead [ROWS]."""
+    if HEAD.REST > 0:
+        acc = Parts(tl.where(dead[:, None], 0.0, acc.first), tl.where(dead[:, None], 0.0, acc.rest))
+    else:
+        acc = tl.where(dead[:, None], 0.0, acc)
+    return acc
+
+
+@triton.jit
+def store_gradient(
+    operand, acc, factor, row0, rows, col0, HEAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Writes acc · factor; factor: a number or [ROWS, 1]."""
+    if HEAD.REST > 0:
+        store_rows(operand, acc.first * factor, row0, rows, 0, HEAD, ROWS, HEAD.BLOCK)
+        store_rows(operand, acc.rest * factor, row0, rows, HEAD.BLOCK, HEAD, ROWS, HEAD.REST)
+    else:
+        store_rows(operand, acc * factor, row0, rows, col0, HEAD, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -159,11 +226,11 @@ def skip_rows(side, rows, SWEEP: tl.constexpr):
 
 @triton.jit
 def load_left(side, at, HEAD: tl.constexpr, SWEEP: tl.constexpr):
-    """[BL, BLOCK]: what stays with the program; unused when the head is wider."""
+    """[BL, BLOCK] or Parts: what stays with the program; unused when the head is wider."""
     if SWEEP.QUERIES_LEFT:
-        tile = load_rows(side.query, at.q0, at.M, 0, HEAD, SWEEP.BL, HEAD.BLOCK, True)
+        tile = load_head(side.query, at.q0, at.M, HEAD, SWEEP.BL, True)
     else:
-        tile = load_rows(side.key, at.k0, at.N, 0, HEAD, SWEEP.BL, HEAD.BLOCK, True)
+        tile = load_head(side.key, at.k0, at.N, HEAD, SWEEP.BL, True)
     return tile
 
 
@@ -179,10 +246,13 @@ def load_right(side, at, col0, HEAD: tl.constexpr, SWEEP: tl.constexpr, COLUMNS:
 
 @triton.jit
 def load_whole_right(side, stand_in, at, HEAD: tl.constexpr, SWEEP: tl.constexpr):
-    """[BR, BLOCK]: what streams past, of a head that is no wider than BLOCK; else ``stand_in``."""
+    """[BR, BLOCK] or Parts: what streams past, of a head that is no wider; else ``stand_in``."""
     tile = stand_in
-    if HEAD.WIDTH <= HEAD.BLOCK:
-        tile = load_right(side, at, 0, HEAD, SWEEP, HEAD.BLOCK)
+    if HEAD.WHOLE:
+        if SWEEP.QUERIES_LEFT:
+            tile = load_head(side.key, at.k0, at.N, HEAD, SWEEP.BR, SWEEP.CHECK)
+        else:
+            tile = load_head(side.query, at.q0, at.M, HEAD, SWEEP.BR, SWEEP.CHECK)
     return tile
 
 
@@ -240,10 +310,13 @@ def load_mask(side, at, HEAD: tl.constexpr, SWEEP: tl.constexpr):
 def logits(side, a, b, at, factor, norm, HEAD: tl.constexpr, SWEEP: tl.constexpr):
     """[BL, BR]: factor · q·k + bias · mask − norm; HIDDEN (or less) where the mask hides, or the key is past N on the right.
 
-    Tiles a [BL, BLOCK] and b [BR, BLOCK] hold all columns unless the head is wider.
+    Tiles a [BL, BLOCK] and b [BR, BLOCK], or Parts, hold all columns unless the head is wider.
     """
     mask = load_mask(side, at, HEAD, SWEEP)
-    if HEAD.WIDTH <= HEAD.BLOCK:
+    if HEAD.REST > 0:
+        product = tl.dot(a.first, tl.trans(b.first), input_precision="ieee")
+        product = tl.dot(a.rest, tl.trans(b.rest), product, input_precision="ieee")
+    elif HEAD.WHOLE:
         product = tl.dot(a, tl.trans(b), input_precision="ieee")
     else:
         product = tl.zeros([SWEEP.BL, SWEEP.BR], tl.float32)
@@ -286,10 +359,10 @@ def log_probs(side, lse, norm, a, b, at, HEAD: tl.constexpr, SWEEP: tl.constexpr
 def head_log_probs(side, lse, head, at, HEAD: tl.constexpr, SWEEP: tl.constexpr):
     """[BL, BR]: log2 of the probabilities of one head of a mean; ``side`` and ``lse`` are those of its first head."""
     one = move_head(side, head)
-    a, b = 0.0, 0.0
-    if HEAD.WIDTH <= HEAD.BLOCK:
+    a = 0.0
+    if HEAD.WHOLE:
         a = load_left(one, at, HEAD, SWEEP)
-        b = load_right(one, at, 0, HEAD, SWEEP, HEAD.BLOCK)
+    b = load_whole_right(one, 0.0, at, HEAD, SWEEP)
     norm = row_values(lse + tl.cast(head, tl.int64) * at.M, at, DEAD, SWEEP)
     return logits(one, a, b, at, side.factor, norm, HEAD, SWEEP)
 
@@ -304,7 +377,7 @@ def move_head(side, head):
 def log2_add(x, y):
     """log2(2^x + 2^y), safe for the stand-ins."""
     top = tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
-    return top + tl.log2(1.0 + tl.exp2(tl.minimum(x, y) - top))
+    return top + log2_of_normal(1.0 + tl.exp2(tl.minimum(x, y) - top))
 
 
 @triton.jit

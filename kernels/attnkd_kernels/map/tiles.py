@@ -21,7 +21,8 @@ from attnkd_kernels.launch import padded
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program computes at a time. Heads of more than ``whole`` channels are streamed, ``chunk`` channels at a time.
+    """What a program computes at a time. Heads of more than ``whole`` channels are streamed, ``chunk`` channels at a time, but for
+    those of up to ``split`` channels: they are two tiles, of 64 channels and of the rest.
 
     Attributes:
         stays: queries (the key gradient: keys) that a program owns.
@@ -38,17 +39,26 @@ class Tile:
     warps: int
     stages: int
     whole: int = 128
+    split: int = 0
     chunk: int = 64
     out_columns: int = 128
     maxnreg: int | None = None
     lanes: int = 8
 
+    def rest(self, width: int) -> int:
+        """Channels of a head's second tile, 0 without."""
+        return padded(width - 64) if 64 < width <= self.split else 0
+
     def columns(self, width: int) -> int:
-        """Channels of a head that are multiplied at a time."""
+        """Channels of a head that are multiplied at a time, but for the second tile's."""
+        if self.rest(width):
+            return 64
         return padded(width) if width <= self.whole else self.chunk
 
     def columns_out(self, width: int) -> int:
         """Channels of a gradient that one program writes."""
+        if self.rest(width):
+            return 64 + self.rest(width)
         return padded(width) if width <= self.whole else self.out_columns
 
     @property
@@ -57,7 +67,7 @@ class Tile:
         return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
 
 
-_INTERPRETER = Tile(64, 32, 16, 4, 1, whole=64, chunk=32, out_columns=64)
+_INTERPRETER = Tile(64, 32, 16, 4, 1, whole=64, split=96, chunk=32, out_columns=64)
 # IEEE products have no matrix unit on NVIDIA: operands live in registers, and the assembler must be told to use them.
 _FP32 = Tile(32, 16, 16, 4, 2, whole=16, chunk=16, out_columns=64, maxnreg=255)
 _FP32_OF = {
@@ -89,6 +99,17 @@ _PLAIN: dict[tuple[str, str], Pair] = {  # no extras, up to 128 channels
     ("value", "gfx942"): (Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2)),
     ("dq", "gfx942"): (Tile(64, 64, 32, 4, 2), Tile(64, 32, 32, 4, 2)),
     ("dk", "gfx942"): (Tile(64, 32, 32, 2, 2), Tile(64, 32, 32, 4, 2)),
+}  # fmt: skip
+_SPLIT: dict[tuple[str, str], Tile] = {  # no extras, 65 to 96 channels: 64 and the rest
+    ("normaliser", "sm80"): Tile(64, 32, 32, 4, 2, split=96),
+    ("value", "sm80"): Tile(64, 32, 32, 4, 2, split=96),
+    ("dq", "sm80"): Tile(64, 32, 32, 4, 2, split=96),
+    ("dk", "sm80"): Tile(64, 32, 32, 4, 2, split=96),
+    ("normaliser", "sm90"): Tile(64, 128, 32, 4, 2, split=96),
+    ("value", "sm90"): Tile(64, 64, 32, 4, 2, split=96),
+    ("unit", "sm90"): Tile(64, 32, 32, 4, 3, split=96),
+    ("dq", "sm90"): Tile(64, 64, 32, 4, 2, split=96),
+    ("dk", "sm90"): Tile(64, 64, 32, 4, 3, split=96),
 }  # fmt: skip
 _HEAVY: dict[tuple[str, str], Pair] = {  # js or boolean masks of keys; and beyond 128 channels
     ("value", "sm80"): (Tile(64, 32, 32, 4, 2), Tile(64, 32, 32, 4, 2, whole=64)),
@@ -194,6 +215,10 @@ def pick_tile(kernel: str, arch: str, dtype: torch.dtype, width: int, extras: in
     if mean:
         tiles = {**_MEAN, **_MEAN_BOTH} if extras == 3 else _MEAN
         return next(tiles[key] for key in keys if key in tiles)
+    if extras == 0 and 64 < width <= 96:
+        split = next((_SPLIT[key] for key in keys if key in _SPLIT), None)
+        if split is not None:
+            return split
     tables = [_PLAIN, _HEAVY] if width <= 128 else [_HEAVY], [_HEAVY], [_ADDED, _HEAVY], [_BOTH, _ADDED, _HEAVY]
     narrow, wide = next(table[key] for table in tables[extras] for key in keys if key in table)
     return narrow if width <= 64 else wide

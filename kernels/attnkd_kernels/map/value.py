@@ -25,6 +25,7 @@ from attnkd_kernels.map.forms import add_keys, finish, gap_of_logits, no_sums, t
 from attnkd_kernels.map.tile import (
     At,
     Rows,
+    add_gradient,
     at_rows,
     at_tile,
     head_log_probs,
@@ -32,10 +33,12 @@ from attnkd_kernels.map.tile import (
     load_right,
     load_whole_right,
     log_probs,
+    no_gradient,
     row_values,
     skip_rows,
-    store_rows,
+    store_gradient,
     without_checks,
+    without_rows,
 )
 
 
@@ -47,7 +50,7 @@ class Given(NamedTuple):
 
 
 class Left(NamedTuple):
-    """What stays with a program: the tiles [BL, BLOCK] and the normalisers [BL, 1] of its queries."""
+    """What stays with a program: the tiles [BL, BLOCK], or Parts, and the normalisers [BL, 1] of its queries."""
 
     student: Any
     teacher: Any
@@ -86,8 +89,10 @@ def _map_value_kernel(
     state = (
         no_sums(WIDE),
         tl.zeros([WIDE.BL, BH], tl.float32),
-        tl.zeros([WIDE.BL, WIDE.OUT if WIDE.OUT > 0 else 1], tl.float32),
+        0.0,
     )
+    if WIDE.OUT > 0:
+        state = state[0], state[1], no_gradient(S, WIDE.BL, WIDE.OUT)
     state = _more_keys(state, student, teacher, rows, left, at, (clear, stop), S, T, NARROW)
     if WIDE.MASKS != "any":
         state = _more_keys(state, student, teacher, rows, left, at, (0, clear), S, T, WIDE)
@@ -125,11 +130,11 @@ def _map_value_kernel(
             MASKED,
             T.MEAN,
         )
-        unit = tl.where(dead[:, None], 0.0, unit)
+        if WIDE.OUT > 0:
+            unit = without_rows(unit, dead, S)
     tl.store(LOSS + row * M + m, value, mask=m < M)
     if WIDE.DIVERGENCE == "mse" or WIDE.DIVERGENCE == "logit_mse":
         tl.store(kept.weight + row * M + m, weight, mask=m < M)
-        unit *= weight[:, None]
     if S.MEAN > 1:
         for head in range(S.MEAN):
             mine = tl.sum(tl.where((tl.arange(0, BH) == head)[None, :], centres, 0.0), 1)
@@ -137,7 +142,10 @@ def _map_value_kernel(
     elif WIDE.DIVERGENCE == "reverse_kl" or WIDE.DIVERGENCE == "js" or WIDE.DIVERGENCE == "mse":
         tl.store(kept.centre + row * M + m, tl.where(dead, 0.0, centre), mask=m < M)
     if WIDE.OUT > 0:
-        store_rows(at_rows(at_head(UNIT_DQ, b, h), at.q0), unit * unit_scale, at.q0, M, 0, S, WIDE.BL, WIDE.OUT)
+        factor = unit_scale
+        if WIDE.DIVERGENCE == "logit_mse":
+            factor = unit_scale * weight[:, None]
+        store_gradient(at_rows(at_head(UNIT_DQ, b, h), at.q0), unit, factor, at.q0, M, 0, S, WIDE.BL, WIDE.OUT)
 
 
 @triton.jit
@@ -212,9 +220,9 @@ def _more_keys(state, student, teacher, rows, left, at, span, S: tl.constexpr, T
                 dz = gap_of_logits(ls, lt, MASKED)
             else:
                 dz = ps - where_shown(pt, ls, MASKED)
-            if S.WIDTH > S.BLOCK:
+            if not S.WHOLE:
                 k_s = load_right(student, here, 0, S, SWEEP, SWEEP.OUT)
-            unit = tl.dot(dz.to(k_s.dtype), k_s, unit, input_precision="ieee")
+            unit = add_gradient(unit, dz, k_s, S)
         if S.MEAN > 1:
             for head in range(S.MEAN):
                 lh = head_log_probs(student, rows.lse_s, head, here, S, SWEEP)
