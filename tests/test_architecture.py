@@ -68,7 +68,7 @@ MAY_IMPORT = {
     "methods": {"attention", "relation", "capture", "files", "attnkd"},
     "testing": PRODUCT | {"attnkd_kernels", "attnkd"},
     "training": PRODUCT | {"attnkd"},
-    "evaluation": PRODUCT | {"attnkd"},
+    "evaluation": PRODUCT | {"training", "attnkd"},
     "commands": PRODUCT | {"training", "evaluation", "testing", "attnkd"},
     "demo": PRODUCT | {"training", "evaluation", "commands", "attnkd"},
     "__init__": PRODUCT,

@@ -30,7 +30,7 @@ COMMANDS = {
         "list the images of a folder on which a teacher should be distilled (Attention Probe)",
     ),
     "train": ("attnkd.commands.train", "train a student by one of the methods, from published recipes"),
-    "eval": ("attnkd.commands.eval", "k-NN and linear probe of a frozen model or of a run's student"),
+    "eval": ("attnkd.commands.eval", "k-NN, linear probe and fine-tuning of a run's student or another model"),
     "export": ("attnkd.commands.export", "write a run's student as a folder that timm loads, with a model card"),
     "demo": ("attnkd.demo", "distil a small ViT on real handwritten digits and compare with and without attention"),
 }

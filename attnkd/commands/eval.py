@@ -1,11 +1,14 @@
-"""`attnkd eval`: k-NN and linear probe of a frozen model's class tokens."""
+"""`attnkd eval`: k-NN, linear probe and fine-tuning of a model, and the results of several runs side by side."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,29 +17,40 @@ from attnkd import files
 from attnkd.capture.loading import image_config, image_transform, load_model, load_saved
 from attnkd.commands.options import choose_device
 from attnkd.evaluation.features import Features, batches, extract
+from attnkd.evaluation.finetune import LAYER_DECAY, RECIPE, finetune
 from attnkd.evaluation.knn import KS, TEMPERATURE, knn
 from attnkd.evaluation.linear import RATES, linear_probe
-from attnkd.training.run import CONFIG, WEIGHTS
-from attnkd.training.sources import open_source
-
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+from attnkd.evaluation.results import as_text, compared
+from attnkd.methods.recipes import Recipe
+from attnkd.training.loop import PRECISIONS, Carrying
+from attnkd.training.run import CONFIG, DESCRIPTION, WEIGHTS
+from attnkd.training.sources import Source, open_source, subset
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from timm.utils import ParseKwargs
 
     parser.description = (
-        "Evaluates a frozen model on a labelled data set. knn: the weighted k-NN classifier of DINO, on cosines of class tokens. "
-        "linear: a linear classifier on them, trained by SGD; its learning rate is chosen on held-out training images."
+        "Evaluates a model on a labelled data set. knn: the weighted k-NN classifier of DINO, on cosines of class tokens. "
+        "linear: a linear classifier on them, trained by SGD; its learning rate is chosen on held-out training images. "
+        "finetune: all weights are trained with a new classifier, as DeiT is, with layer-wise learning rates; the same command "
+        "continues it. compare: a table of what the others left in the folders of several runs."
     )
     option = parser.add_argument
-    option("how", choices=("knn", "linear"), help="what to do with the features")
-    option("model", help="folder of a run of attnkd train, a model.safetensors with its .json, or a timm model name")
+    option("how", choices=("knn", "linear", "finetune", "compare"), help="how to evaluate")
+    option(
+        "model",
+        nargs="+",
+        help="folder of a run of attnkd train, a model.safetensors with its .json, or a timm model name; compare: several folders",
+    )
     option("--data", metavar="SPEC", help="data set, as for attnkd train (default: the run's)")
     option("--data-root", metavar="DIR", help="where torch/ and hfds/ data sets are kept (default: the run's)")
     option("--download", action="store_true", help="fetch a torch/ data set")
     option("--train-split", metavar="NAME", help="labelled images (default: the run's, else train)")
     option("--val-split", metavar="NAME", help="images to score (default: the run's, else validation)")
+    option(
+        "--subset", metavar="X", help="of the labelled images: a share of every class, such as 0.01, or a file of names"
+    )
     option("--checkpoint", type=Path, metavar="FILE", help="weights for a model given by name")
     option("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="arguments of a timm model")
     option("--img-size", type=int, metavar="N", help="image size (default: the model's)")
@@ -48,61 +62,102 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(
         "--lr", type=float, nargs="+", default=list(RATES), metavar="X", help="linear: learning rates to choose from"
     )
-    option("--epochs", type=int, default=100, metavar="N", help="linear: (default: 100)")
+    option("--epochs", type=int, metavar="N", help="linear, finetune: (default: 100)")
+    option(
+        "--recipe",
+        nargs="*",
+        default={},
+        action=ParseKwargs,
+        metavar="K=V",
+        help="finetune: numbers of attnkd.methods.recipes.Recipe, such as batch_size=256 mixup=0, and layer_decay",
+    )
+    option("--output", type=Path, metavar="DIR", help="finetune: its folder (default: finetune in the run's folder)")
     option("--batch-size", type=int, default=256, metavar="N", help="images at a time (default: 256)")
     option("--workers", type=int, default=4, metavar="N", help="processes that decode images (default: 4)")
     option("--precision", choices=tuple(PRECISIONS), default="fp32", help="of the model's autocast (default: fp32)")
-    option("--seed", type=int, default=0, help="linear: of order and held-out images (default: 0)")
+    option("--seed", type=int, default=0, help="of everything random (default: 0)")
     option("--device", metavar="NAME", help="a PyTorch device (default: cuda if there is one, else cpu)")
     option("--json", type=Path, metavar="FILE", help="also write the result here (a run has it in its folder)")
 
 
+class Asked(NamedTuple):
+    """The model of a command, and where what is said about it goes."""
+
+    name: str
+    folder: Path | None
+    """Of a run."""
+    data: dict[str, Any]
+    suffix: str
+    """Of file names; '' for the run's own data and all labels."""
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status. What is wrong is raised, see :func:`attnkd.commands.cli.main`."""
+    if args.how == "compare":
+        return _compare(args)
+    asked = _asked(args)
     device = choose_device(args.device)
-    folder = Path(args.model) if (Path(args.model) / CONFIG).is_file() else None
+    outputs = [
+        path for path in (asked.folder and asked.folder / f"eval_{args.how}{asked.suffix}.json", args.json) if path
+    ]
+    for path in outputs:
+        files.check_writable("json", path)
+    model = _load(args, asked)
+    config = image_config(model, img_size=args.img_size, mean=args.mean, std=args.std)
+    train, val = _sources(args, asked, config)
+    result: dict[str, Any] = {
+        "evaluation": args.how,
+        "model": asked.name,
+        **asked.data,
+        "train_images": len(train.images),
+        "val_images": len(val.images),
+        "precision": args.precision,
+        "seed": args.seed,
+    }
+    print(
+        f"{asked.name}: {result['val_images']} images of {asked.data['data']}, learnt from {result['train_images']}",
+        flush=True,
+    )
+    if args.how == "finetune":
+        found = _finetune(args, asked, model, config, train, val, device)
+        if found is None:
+            return 0
+    else:
+        found = _frozen(args, model.to(device), config, train, val, device)
+    for path in outputs:
+        files.write_json(path, result | found)
+        print(f"wrote {path}")
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    table = compared([Path(name) for name in args.model])
+    if not table:
+        raise ValueError(
+            f"model: no results in {', '.join(args.model)}; attnkd eval knn, linear and finetune leave some"
+        )
+    print(as_text(table, [Path(name) for name in args.model]))
+    if args.json is not None:
+        files.write_json(args.json, table)
+    return 0
+
+
+def _asked(args: argparse.Namespace) -> Asked:
+    if len(args.model) > 1:
+        raise ValueError(f"model: {args.how} takes one, got {len(args.model)}")
+    (name,) = args.model
+    folder = Path(name) if (Path(name) / CONFIG).is_file() else None
     earlier = {} if folder is None else _settings(folder)
     data = {
-        name: getattr(args, name) or earlier.get(name) for name in ("data", "data_root", "train_split", "val_split")
+        option: getattr(args, option) or earlier.get(option)
+        for option in ("data", "data_root", "train_split", "val_split")
     }
     if data["data"] is None:
         raise ValueError("data: expected a data set, got none (only a run's folder has one)")
-    outputs = [path for path in (folder and folder / f"eval_{args.how}.json", args.json) if path]
-    for path in outputs:
-        files.check_writable("json", path)
-    model = _load(args, folder).to(device)
-    values = _features(args, model, data, device)
-    result: dict[str, Any] = {
-        "evaluation": args.how,
-        "model": args.model,
-        **data,
-        "train_images": len(values["train"].labels),
-        "val_images": len(values["val"].labels),
-        "last_blocks": args.last_blocks,
-        "precision": args.precision,
-    }
-    print(f"{args.model}: {result['val_images']} images of {data['data']}, learnt from {result['train_images']}")
-    if args.how == "knn":
-        scores = knn(values["train"], values["val"], args.k, args.temperature, device=device)
-        result |= {"temperature": args.temperature, "scores": {str(k): score for k, score in scores.items()}}
-        print(f"{'k':>6}{'top-1 %':>10}{'top-5 %':>10}")
-        for k, found in scores.items():
-            print(f"{k:>6}{found['top1']:>10.2f}" + (f"{found['top5']:>10.2f}" if "top5" in found else ""))
-    else:
-        hold_out = 0.1 if len(args.lr) > 1 else 0.0
-        probe = linear_probe(
-            values["train"], values["val"], epochs=args.epochs, rates=args.lr, hold_out=hold_out, seed=args.seed, device=device
-        )  # fmt: skip
-        result |= {"epochs": args.epochs, "lr": probe.lr, "held_out": {str(k): v for k, v in probe.held_out.items()}}
-        result |= {"top1": probe.top1, "top5": probe.top5, "seed": args.seed}
-        print(f"{'lr':>10}{'held out, top-1 %':>20}")
-        for rate, score in probe.held_out.items() if hold_out else ():
-            print(f"{rate:>10g}{score:>20.2f}{' *' if rate == probe.lr else ''}")
-        print(f"top-1 {probe.top1:.2f} %" + ("" if probe.top5 is None else f", top-5 {probe.top5:.2f} %"))
-    for path in outputs:
-        files.write_json(path, result)
-        print(f"wrote {path}")
-    return 0
+    parts = [] if data["data"] == earlier.get("data") else [data["data"]]
+    parts += [] if args.subset is None else [args.subset]
+    suffix = "".join("_" + re.sub(r"[^\w.-]+", "_", part).strip("_") for part in parts)
+    return Asked(name, folder, {**data, "subset": args.subset}, suffix)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -115,30 +170,119 @@ def _settings(folder: Path) -> dict[str, Any]:
         raise ValueError(f"model: {folder / CONFIG} cannot be read ({str(error).splitlines()[0]})") from None
 
 
-def _load(args: argparse.Namespace, folder: Path | None) -> nn.Module:
-    if folder is None:
-        return load_model("model", args.model, args.checkpoint, **args.model_kwargs)
-    if not (folder / WEIGHTS).is_file():
-        raise ValueError(f"model: {folder} has no {WEIGHTS} yet; let the run end first")
-    return load_saved(folder / WEIGHTS)
+def _load(args: argparse.Namespace, asked: Asked) -> nn.Module:
+    if asked.folder is None:
+        return load_model("model", asked.name, args.checkpoint, **args.model_kwargs)
+    if args.checkpoint is not None:
+        raise ValueError(f"checkpoint: {asked.folder} is a run, and has its weights; leave it out")
+    if not (asked.folder / WEIGHTS).is_file():
+        raise ValueError(f"model: {asked.folder} has no {WEIGHTS} yet; let the run end first")
+    return load_saved(asked.folder / WEIGHTS, **args.model_kwargs)
 
 
-def _features(
-    args: argparse.Namespace, model: nn.Module, data: dict[str, Any], device: torch.device
-) -> dict[str, Features]:
-    config = image_config(model, img_size=args.img_size, mean=args.mean, std=args.std)
-    transform = image_transform(config)
-    mode = "L" if config["input_size"][0] == 1 else "RGB"
-    found = {}
-    for part, split in (("train", data["train_split"] or "train"), ("val", data["val_split"] or "validation")):
+def _sources(args: argparse.Namespace, asked: Asked, config: dict[str, Any]) -> tuple[Source, Source]:
+    """Labelled images to learn from, and those to score."""
+    data, mode = asked.data, "L" if config["input_size"][0] == 1 else "RGB"
+    found = []
+    for split in (data["train_split"] or "train", data["val_split"] or "validation"):
         source = open_source(data["data"], split, root=data["data_root"], download=args.download, mode=mode)
         if not source.labelled:
             raise ValueError(f"data: {data['data']} has no labels to evaluate with")
+        found.append(source)
+    train, val = found
+    return (train if args.subset is None else subset(train, args.subset, args.seed)), val
+
+
+def _frozen(
+    args: argparse.Namespace, model: nn.Module, config: dict[str, Any], train: Source, val: Source, device: torch.device
+) -> dict[str, Any]:
+    """k-NN or linear probe of the model's features."""
+    transform, values = image_transform(config), {}
+    for part, source in (("train", train), ("val", val)):
         seen = _with_progress(batches(source.images, transform, args.batch_size, args.workers), part)
-        found[part] = extract(
+        values[part] = extract(
             model, seen, last_blocks=args.last_blocks, device=device, precision=PRECISIONS[args.precision]
         )  # fmt: skip
-    return found
+    how = _knn if args.how == "knn" else _linear
+    return {"last_blocks": args.last_blocks, **how(args, values, device)}
+
+
+def _knn(args: argparse.Namespace, values: dict[str, Features], device: torch.device) -> dict[str, Any]:
+    scores = knn(values["train"], values["val"], args.k, args.temperature, device=device)
+    print(f"{'k':>6}{'top-1 %':>10}{'top-5 %':>10}")
+    for k, found in scores.items():
+        print(f"{k:>6}{found['top1']:>10.2f}" + (f"{found['top5']:>10.2f}" if "top5" in found else ""))
+    return {"temperature": args.temperature, "scores": {str(k): score for k, score in scores.items()}}
+
+
+def _linear(args: argparse.Namespace, values: dict[str, Features], device: torch.device) -> dict[str, Any]:
+    hold_out, epochs = 0.1 if len(args.lr) > 1 else 0.0, args.epochs or 100
+    probe = linear_probe(
+        values["train"], values["val"], epochs=epochs, rates=args.lr, hold_out=hold_out, seed=args.seed, device=device
+    )  # fmt: skip
+    print(f"{'lr':>10}{'held out, top-1 %':>20}")
+    for rate, score in probe.held_out.items() if hold_out else ():
+        print(f"{rate:>10g}{score:>20.2f}{' *' if rate == probe.lr else ''}")
+    _show(probe.top1, probe.top5)
+    return {
+        "epochs": epochs,
+        "lr": probe.lr,
+        "held_out": {str(rate): score for rate, score in probe.held_out.items()},
+        "top1": probe.top1,
+        "top5": probe.top5,
+    }
+
+
+def _finetune(
+    args: argparse.Namespace,
+    asked: Asked,
+    model: nn.Module,
+    config: dict[str, Any],
+    train: Source,
+    val: Source,
+    device: torch.device,
+) -> dict[str, Any] | None:
+    """The result; None if it was asked to stop before its end."""
+    folder = args.output or (asked.folder and asked.folder / f"finetune{asked.suffix}")
+    if folder is None:
+        raise ValueError("output: expected a folder for the fine-tuned model, got none (only a run has one)")
+    numbers = {**({} if args.epochs is None else {"epochs": args.epochs}), **args.recipe}
+    layer_decay = numbers.pop("layer_decay", LAYER_DECAY)
+    unknown = sorted(numbers.keys() - {field.name for field in fields(Recipe)})
+    if unknown:
+        raise ValueError(f"recipe: expected fields of Recipe, or layer_decay, got {', '.join(unknown)}")
+    recipe = replace(RECIPE, **numbers)
+    settings = {**asked.data, "model": asked.name, "description": _description(args, asked)}
+    carrying = Carrying(at_once=args.batch_size, workers=args.workers, precision=args.precision)
+    found = finetune(
+        model, train, val, folder, config, settings,
+        recipe=recipe, layer_decay=layer_decay, carrying=carrying, seed=args.seed, device=device,
+    )  # fmt: skip
+    if not found.finished:
+        print(f"step {found.steps} of {found.total}: stopped and saved; run the same command again to continue")
+        return None
+    if found.top1 is None:
+        return None  # another process than the first
+    _show(found.top1, found.top5)
+    changed = {name: value for name, value in vars(recipe).items() if value != getattr(RECIPE, name)}
+    return {
+        "folder": str(folder),
+        "epochs": recipe.epochs,
+        "recipe": {**changed, "layer_decay": layer_decay},
+        "top1": found.top1,
+        "top5": found.top5,
+    }
+
+
+def _description(args: argparse.Namespace, asked: Asked) -> dict[str, Any]:
+    """``timm.create_model`` arguments of the model."""
+    saved = asked.folder / DESCRIPTION if asked.folder else Path(asked.name).with_suffix(".json")
+    base = json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else {"model_name": asked.name}
+    return {**base, **args.model_kwargs}
+
+
+def _show(top1: float, top5: float | None) -> None:
+    print(f"top-1 {top1:.2f} %" + ("" if top5 is None else f", top-5 {top5:.2f} %"))
 
 
 def _with_progress(data: Any, part: str) -> Any:

@@ -1,1 +1,1 @@
-"""What a frozen backbone's features are worth: k-NN and linear probe. The command line and the demo call it."""
+"""How good a trained model is: k-NN, linear probe, fine-tuning. The command line and the demo call it."""

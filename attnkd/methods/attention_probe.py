@@ -20,6 +20,7 @@ from attnkd.capture.blocks import Blocks, block_paths, default_blocks, pair_bloc
 from attnkd.capture.models import resolve_model, unwrap_model
 from attnkd.capture.outputs import BlockOutputs, BlockTokens
 from attnkd.capture.tokens import check_same_grid, filled_in, token_layout
+from attnkd.methods.logits import kd_loss
 from attnkd.methods.noise_adaptation import NoiseAdaptation, noisy_cross_entropy
 from attnkd.methods.schedule import Schedule
 from attnkd.methods.student_teacher import FrozenTeacher, TrainedStudent
@@ -239,12 +240,6 @@ class ProbeStudent(TrainedStudent):
     def no_weight_decay(self) -> set[str]:
         """The student's own list, and Q."""
         return super().no_weight_decay() | {"noise.weight"}
-
-
-def kd_loss(output: Tensor, target_output: Tensor, temperature: float) -> Tensor:
-    """T²·KL(softmax(target / T) ‖ softmax(output / T)) of scores [B, K], averaged over the batch (Hinton et al., 2015)."""
-    log_p, log_t = ((x.float() / temperature).log_softmax(1) for x in (output, target_output))
-    return temperature**2 * F.kl_div(log_p, log_t, reduction="batchmean", log_target=True)
 
 
 def _zeroed(tokens: Tensor, padded: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from attnkd.capture.blocks import Blocks, pair_blocks
 from attnkd.capture.models import resolve_model
 from attnkd.capture.tap import AttentionTap, Wanted
 from attnkd.capture.tokens import filled_in, token_layout
+from attnkd.methods.logits import KD_TEMPERATURE, check_classes, kd_loss
 from attnkd.methods.schedule import Schedule
 from attnkd.methods.student_teacher import FrozenTeacher, TappedStudent
 from attnkd.methods.task import DistillTask, build_student, check_numbers, check_pair, check_student
@@ -37,7 +38,7 @@ CROSS_ENTROPY = nn.CrossEntropyLoss()
 
 
 class HeadKD(DistillTask):
-    """Head-specific knowledge distillation: loss = α · class loss + (1 − α) · attention loss.
+    """Head-specific knowledge distillation: loss = α · class loss + (1 − α) · attention loss [+ logit loss].
 
     The attention loss is the mean over block pairs of the divergence between whole attention maps, itself the mean over
     images, heads and query rows. Maps run over class token and patches; registers and distillation tokens are left out.
@@ -65,6 +66,9 @@ class HeadKD(DistillTask):
         wrong_teacher_weight: factor in [0, 1] on the attention loss of images that the teacher misclassifies. Below 1
             the teacher must have a classifier for the student's classes.
         wrong_student_weight: the same for images that the student misclassifies now.
+        kd_weight: of logit distillation, kd_weight · T²·KL(teacher ‖ student) of the class probabilities, which is added to the
+            loss; a number or a Schedule. Above 0 the teacher must have a classifier for the student's classes.
+        kd_temperature: its T.
         criterion: class loss of (student output, targets); None trains on the attention loss alone.
         num_classes: of a student given by name.
         input_norm: ((mean, ...), (std, ...)) the images arrive normalised with; the teacher then gets them in the
@@ -100,6 +104,8 @@ class HeadKD(DistillTask):
         temperature: float | Schedule = 1.0,
         wrong_teacher_weight: float = 1.0,
         wrong_student_weight: float = 1.0,
+        kd_weight: float | Schedule = 0.0,
+        kd_temperature: float | Schedule = KD_TEMPERATURE,
         criterion: nn.Module | None = CROSS_ENTROPY,
         num_classes: int | None = None,
         input_norm: tuple[Sequence[float], Sequence[float]] | None = None,
@@ -120,14 +126,18 @@ class HeadKD(DistillTask):
         check_pair(student, "teacher", teacher)
         check_student(student, criterion, impl, device, dtype)
         schedules = check_numbers(
-            {},
+            {"kd_weight": kd_weight},
             fractions={
                 "alpha": _alpha(alpha, divergence),
                 "wrong_teacher_weight": wrong_teacher_weight,
                 "wrong_student_weight": wrong_student_weight,
             },
             temperature=temperature,
+            kd_temperature=kd_temperature,
         )
+        learns_logits = not schedules.numbers["kd_weight"].off
+        if learns_logits:
+            check_classes(student, teacher)
         if min(schedules.numbers["alpha"].reached) == 1 and criterion is None:
             raise ValueError("alpha: 1 leaves the class loss alone, but criterion is None")
         _check_wrong_weights(student, teacher, wrong_teacher_weight, wrong_student_weight, criterion)
@@ -139,10 +149,11 @@ class HeadKD(DistillTask):
             ours = _student_heads(mode, student, student_paths[s], index, len(pairs), heads)
             theirs = _teacher_heads(mode, teacher, teacher_paths[t], index, len(pairs), len(ours), teacher_heads)
             chosen.append((ours, theirs))
-        student_tap = AttentionTap(student, student_paths, stop=criterion is None)
-        teacher_tap = AttentionTap(teacher, teacher_paths, stop=wrong_teacher_weight == 1)
+        classifies = criterion is not None or learns_logits
+        student_tap = AttentionTap(student, student_paths, stop=not classifies)
+        teacher_tap = AttentionTap(teacher, teacher_paths, stop=wrong_teacher_weight == 1 and not learns_logits)
         super().__init__(
-            TappedStudent(student_tap, train_head=criterion is not None),
+            TappedStudent(student_tap, train_head=classifies),
             {"teacher": FrozenTeacher(teacher_tap, input_norm)},
             criterion=criterion,
             schedules=schedules,
@@ -169,32 +180,40 @@ class HeadKD(DistillTask):
             targets: what ``criterion`` takes: [B] class indices, or [B, classes] probabilities.
 
         Returns:
-            loss: what to call backward on. attn_loss, task_loss: its unweighted parts; attn_loss is absent while α is 1
-            and the teacher does not run, task_loss and output [B, classes] without ``criterion``. attn_sample_weight [B]: the
-            images' weights, if ``wrong_teacher_weight`` or ``wrong_student_weight`` is below 1.
+            loss: what to call backward on. attn_loss, task_loss, kd_loss: its unweighted parts. attn_loss is absent while α is
+            1, kd_loss while its weight is 0, and while both are the teacher does not run; task_loss and output [B, classes] are
+            absent without ``criterion``. attn_sample_weight [B]: the images' weights, if ``wrong_teacher_weight`` or
+            ``wrong_student_weight`` is below 1.
 
         Raises:
             ValueError: images of another rank, missing targets, maps of different sizes.
         """
         self.check_inputs(images, targets)
-        alpha = self.schedules["alpha"]
+        alpha, kd_weight = self.schedules["alpha"], self.schedules["kd_weight"]
         options: dict[str, Any] = {
             "divergence": self.divergence,
             "temperature": self.schedules["temperature"] if alpha < 1 else 1.0,
             "impl": self.impl,
         }
-        target_output, teacher_calls, wanted = None, [], None
-        if alpha < 1 and self.one_pass:
+        taught = alpha < 1 or kd_weight != 0
+        target_output: Any = None
+        teacher_calls, wanted = [], None
+        if taught and self.one_pass:
             target_output, teacher_calls = self.teachers["teacher"](images)
-            wanted = [
-                self._wanted(pair, teacher_calls, options | {"reduction": "none"}) for pair in range(len(self.pairs))
-            ]
+            if alpha < 1:
+                wanted = [
+                    self._wanted(pair, teacher_calls, options | {"reduction": "none"})
+                    for pair in range(len(self.pairs))
+                ]
         output, _, student_calls, rows = self.run_student(images, teacher=wanted)
+        if taught and not self.one_pass:
+            target_output, teacher_calls = self.teachers["teacher"](images)
         result: dict[str, Tensor] = {}
         parts = []
+        if kd_weight:
+            result["kd_loss"] = kd_loss(output, target_output, self.schedules["kd_temperature"])
+            parts.append((kd_weight, result["kd_loss"]))
         if alpha < 1:
-            if wanted is None:
-                target_output, teacher_calls = self.teachers["teacher"](images)
             weight = self.sample_weight(output, target_output, targets)
             losses = [
                 whole_map_divergence(

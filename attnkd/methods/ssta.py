@@ -21,6 +21,7 @@ from attnkd.capture.models import resolve_model
 from attnkd.capture.tap import AttentionTap
 from attnkd.capture.tokens import token_layout
 from attnkd.methods.head_kd import CROSS_ENTROPY
+from attnkd.methods.logits import KD_TEMPERATURE, check_classes, kd_loss
 from attnkd.methods.schedule import Schedule, Schedules
 from attnkd.methods.student_teacher import FrozenTeacher, TappedStudent
 from attnkd.methods.task import DistillTask, build_student, check_numbers, check_pair, check_student
@@ -57,6 +58,10 @@ class SSTA(DistillTask):
         stop_epoch: the epoch from which β = λ = 0. The paper stops at 100 of 300. None: never. With it ``set_epoch`` must
             be called.
         temperature: divides the scores of both sides; a number or a Schedule.
+        kd_weight: of logit distillation from ``teacher``, kd_weight · T²·KL(teacher ‖ student) of the class probabilities, which
+            is added to the loss and does not end at ``stop_epoch``; a number or a Schedule. Above 0 the teacher must have a
+            classifier for the student's classes.
+        kd_temperature: its T.
         divergence: of the maps, see :func:`attnkd.attention_divergence`; the paper's is KL(teacher ‖ student).
         criterion: class loss of (student output, targets); None trains on the maps alone, and then not past ``stop_epoch``.
         num_classes: of a student given by name.
@@ -99,6 +104,8 @@ class SSTA(DistillTask):
         lam: float | Schedule = 1.0,
         stop_epoch: float | None = 100,
         temperature: float | Schedule = 1.0,
+        kd_weight: float | Schedule = 0.0,
+        kd_temperature: float | Schedule = KD_TEMPERATURE,
         divergence: str = "forward_kl",
         criterion: nn.Module | None = CROSS_ENTROPY,
         num_classes: int | None = None,
@@ -126,10 +133,17 @@ class SSTA(DistillTask):
 
         check_student(student, criterion, impl, device, dtype)
         weights = {"alpha": alpha, "beta": _until("beta", beta, stop_epoch), "lam": _until("lam", lam, stop_epoch)}
+        weights["kd_weight"] = kd_weight
         on = [WEIGHTS[name] for name, (source, _, _) in given.items() if source is not None]
         schedules = check_numbers(
-            weights, temperature=temperature, one_of=[*(["alpha"] if criterion is not None else []), *on]
+            weights,
+            one_of=[*(["alpha"] if criterion is not None else []), *on, "kd_weight"],
+            temperature=temperature,
+            kd_temperature=kd_temperature,
         )
+        learns_logits = not schedules.numbers["kd_weight"].off
+        if learns_logits and teacher is None:
+            raise ValueError("kd_weight: above 0, but teacher is None, whose class probabilities would be learnt")
         layouts = {"student": token_layout(student)}
         models: dict[str, tuple[nn.Module, list[str]]] = {}
         links: dict[str, list[_Link]] = {}
@@ -141,6 +155,8 @@ class SSTA(DistillTask):
                 continue
             model = resolve_model(source, pretrained=True)
             check_pair(student, name, model)
+            if learns_logits and name == "teacher":
+                check_classes(student, model)
             paths, model_paths, pairs = pair_blocks(student, model, blocks, source_blocks, teacher_name=name)
             for path in paths:
                 check_heads("student_heads", [head], num_heads(student, path), path)
@@ -152,13 +168,14 @@ class SSTA(DistillTask):
                 for path, (ours, t, theirs) in zip(paths, links[name], strict=True):
                     which = "the mean of its heads" if heads == "average" else f"head {theirs[0]}"
                     _logger.info(f"SSTA: {path} head {ours[0]} <- {name} {model_paths[t]} {which}")
-        student_tap = AttentionTap(student, paths, stop=criterion is None)
-        teachers = {
-            name: FrozenTeacher(AttentionTap(model, model_paths, stop=True), input_norm)
-            for name, (model, model_paths) in models.items()
-        }
+        classifies = criterion is not None or learns_logits
+        student_tap = AttentionTap(student, paths, stop=not classifies)
+        teachers = {}
+        for name, (model, model_paths) in models.items():
+            whole = learns_logits and name == "teacher"
+            teachers[name] = FrozenTeacher(AttentionTap(model, model_paths, stop=not whole), input_norm)
         super().__init__(
-            TappedStudent(student_tap, train_head=criterion is not None),
+            TappedStudent(student_tap, train_head=classifies),
             teachers,
             criterion=criterion,
             schedules=schedules,
@@ -178,8 +195,9 @@ class SSTA(DistillTask):
             targets: what ``criterion`` takes.
 
         Returns:
-            loss: what to call backward on. teacher_attn_loss, assistant_attn_loss, task_loss: its unweighted parts; those of
-            a teacher are absent while its weight is 0, and then it does not run. output [B, classes] with ``criterion``.
+            loss: what to call backward on. teacher_attn_loss, assistant_attn_loss, kd_loss, task_loss: its unweighted parts;
+            absent while their weight is 0, and a teacher none of whose parts is on does not run. output [B, classes] with
+            ``criterion``.
 
         Raises:
             ValueError: images of another rank, missing targets, maps of different sizes.
@@ -187,21 +205,27 @@ class SSTA(DistillTask):
         """
         self.check_inputs(images, targets)
         weights = {name: self.schedules[WEIGHTS[name]] for name in self.teachers}
-        on = [name for name, weight in weights.items() if weight != 0]
-        observed = {name: self.teachers[name](images)[1] for name in on} if self.one_pass else {}
+        on, kd_weight = [name for name, weight in weights.items() if weight != 0], self.schedules["kd_weight"]
+        taught = [name for name in self.teachers if name in on or (name == "teacher" and kd_weight != 0)]
+        given = {name: self.teachers[name](images) for name in taught} if self.one_pass else {}
+        observed = {name: given[name][1] for name in on} if self.one_pass else {}
         wanted = None
         if observed:
             paths = self.student_tap.paths
             wanted = [functools.partial(self.attention_losses, observed=observed, block=i) for i in range(len(paths))]
         output, _, student_calls, losses = self.run_student(images, teacher=wanted)
         if not self.one_pass:
-            observed = {name: self.teachers[name](images)[1] for name in on}
+            given = {name: self.teachers[name](images) for name in taught}
+            observed = {name: given[name][1] for name in on}
             losses = [self.attention_losses(call, observed, i) for i, call in enumerate(student_calls)]
         result: dict[str, Tensor] = {}
         parts = []
         for name in on:
             result[f"{name}_attn_loss"] = torch.stack([loss[name] for loss in losses]).mean()
             parts.append((weights[name], result[f"{name}_attn_loss"]))
+        if kd_weight:
+            result["kd_loss"] = kd_loss(output, given["teacher"][0], self.schedules["kd_temperature"])
+            parts.append((kd_weight, result["kd_loss"]))
         if self.criterion is not None:
             result["task_loss"] = self.criterion(output, targets)
             parts.append((self.schedules["alpha"], result["task_loss"]))

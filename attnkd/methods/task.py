@@ -248,29 +248,30 @@ def check_numbers(
     weights: Mapping[str, float | Schedule],
     *,
     fractions: Mapping[str, float | Schedule] | None = None,
-    temperature: float | Schedule | None = None,
     one_of: Sequence[str] = (),
+    **temperatures: float | Schedule | None,
 ) -> Schedules:
     """All numbers of a method, checked at construction: what a schedule will ever reach counts.
 
     Args:
         weights: by argument name; at least 0.
         fractions: from 0 to 1.
-        temperature: above 0; None leaves it out.
         one_of: weights of which one must be above 0 at some time.
+        temperatures: above 0; None leaves one out.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
     fractions = fractions or {}
-    schedules = Schedules(**weights, **fractions, **({} if temperature is None else {"temperature": temperature}))
+    given = {name: number for name, number in temperatures.items() if number is not None}
+    schedules = Schedules(**weights, **fractions, **given)
     for name, number in schedules.numbers.items():
         low, high = min(number.reached), max(number.reached)
         if name in weights and low < 0:
             raise ValueError(f"{name}: expected a number >= 0, got {number}")
         if name in fractions and not 0 <= low <= high <= 1:
             raise ValueError(f"{name}: expected a number from 0 to 1, got {number}")
-        if name == "temperature" and low <= 0:
+        if name in temperatures and low <= 0:
             raise ValueError(f"{name}: expected a number > 0, got {number}")
     if one_of and all(schedules.numbers[name].off for name in one_of):
         raise ValueError(f"{', '.join(one_of)}: all are 0, nothing would be distilled")

@@ -52,6 +52,7 @@ class TrainConfig:
         num_classes: of the student; None is the data set's.
         train_split: split to train on.
         val_split: split to evaluate on.
+        subset: of the training images: a share of every class, such as 0.01, or a file with their names.
         data_root: folder that torch/ and hfds/ data sets are kept in.
         download: fetch a torch/ data set.
         mean: of each image channel; None is the data set's, else the teacher's.
@@ -81,6 +82,7 @@ class TrainConfig:
     num_classes: int | None = None
     train_split: str = "train"
     val_split: str = "validation"
+    subset: str | None = None
     data_root: str | None = None
     download: bool = False
     mean: tuple[float, ...] | None = None

@@ -117,9 +117,13 @@ def _results(run: Path) -> str:
     for path in sorted(run.glob("eval_*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         where = f"{found['val_images']} images of {found['data']}"
+        if found.get("subset") is not None:
+            where += f", learnt from {found['train_images']} labelled ones"
         if found["evaluation"] == "knn":
             lines += [f"k-NN on {where}, top-1:", "", "| k | % |", "|---:|---:|"]
             lines += [f"| {k} | {score['top1']:.2f} |" for k, score in found["scores"].items()]
+        elif found["evaluation"] == "finetune":
+            lines += [f"Fine-tuned, on {where}, top-1: {found['top1']:.2f} % ({found['epochs']} epochs)"]
         else:
             lines += [f"Linear probe on {where}, top-1: {found['top1']:.2f} % (learning rate {found['lr']:g})"]
         lines.append("")

@@ -121,6 +121,7 @@ class Trainer:
         carrying: how the run is carried out.
         seed: of the order, the augmentation and everything random in a step.
         mix: mixes the images of a part and their targets.
+        layer_decay: factor on the learning rate of each layer against that of the next one; the task trains a timm model alone.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class Trainer:
         *,
         seed: int = 0,
         mix: Mix | None = None,
+        layer_decay: float | None = None,
     ) -> None:
         self.task = task
         self.images, self.recipe, self.world, self.carrying, self.seed, self.mix = (
@@ -143,7 +145,7 @@ class Trainer:
         self.steps, self.done, self.tally = recipe.epochs * self.plan.steps_per_epoch, 0, Tally()
         if recipe.ema_decay is not None:
             self.task.setup_ema(decay=recipe.ema_decay)
-        self.optimizer = recipe.optimizer(task)
+        self.optimizer = recipe.optimizer(task, layer_decay=layer_decay)
         self.scheduler = recipe.scheduler(self.optimizer, self.plan.steps_per_epoch)
         if carrying.compile:
             self.task.compile()

@@ -51,39 +51,91 @@ def train(experiment: Experiment, device: torch.device, say: Callable[[str], Non
         ValueError: settings that cannot be honoured, or that are not those of the run in the folder.
         RuntimeError: another process at work in the folder, an unreadable checkpoint, a diverged run.
     """
+    with opened(Path(experiment.config.output), device) as run:
+        say = say if run.world.first else lambda line: None
+        settings = experiment.settings()
+        state = run.earlier(settings, experiment.config.resume)
+        trainer, student, description = prepare(experiment, run.world, say)
+        if run.world.first:
+            files.write_text(run.folder / CONFIG, config.as_yaml(settings))
+        finished = run.carry_out(trainer, state, settings, say, experiment.config.tensorboard)
+        if finished and run.world.first:
+            averaged: Any = trainer.averaged
+            save_student(run.folder, student if averaged is None else averaged.model, description)
+    return Ended(finished, trainer.done, trainer.steps, trainer.tally.nonfinite, run.folder)
+
+
+class Run(NamedTuple):
+    """A folder in which this process, with the others of its world, may work."""
+
+    folder: Path
+    world: World
+    stop: _Stop
+
+    def earlier(self, settings: dict[str, Any], resume: str = "auto") -> dict[str, Any] | None:
+        """The state of a run in the folder, which must have these settings."""
+        path = self.folder / checkpoint.NAME
+        if resume == "never" and path.exists():
+            raise ValueError(
+                f"resume: 'never', but {self.folder} has a run; choose another output, or continue with resume=auto"
+            )
+        state = checkpoint.load(path)
+        if state is None:
+            return None
+        changed = config.differences(state["settings"], settings)
+        if changed:
+            raise ValueError(
+                f"output: {self.folder} has a run with other settings ({'; '.join(changed)}); give it those, or choose another "
+                "output"
+            )
+        return state
+
+    def carry_out(
+        self,
+        trainer: Trainer,
+        state: dict[str, Any] | None,
+        settings: dict[str, Any],
+        say: Callable[[str], None] = lambda line: None,
+        tensorboard: bool = False,
+    ) -> bool:
+        """Train from ``state`` on, to the end or to a SIGTERM.
+
+        Returns:
+            Whether the end was reached.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C came, and the state is saved.
+        """
+        if state is not None:
+            trainer.load(state)
+        most, least = self.world.largest([trainer.done, -trainer.done])
+        if most != -least:
+            raise RuntimeError(
+                f"{self.folder}: the processes do not see the same checkpoint; it must be on a shared file system"
+            )
+        if trainer.done:
+            say(f"{self.folder}: continues after step {trainer.done} of {trainer.steps}")
+        with ExitStack() as stack:
+            report = None
+            if self.world.first and trainer.done < trainer.steps:
+                report = Report(self.folder, self.world.device, tensorboard)
+                stack.callback(report.close)
+            finished = trainer.run(save_to(self.folder, settings), report, lambda: self.stop.signal is not None)
+        if not finished and self.stop.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        return finished
+
+
+@contextmanager
+def opened(folder: Path, device: torch.device) -> Iterator[Run]:
+    """Make the folder of a run and keep other runs out of it, see SIGTERM and Ctrl-C, and join the other processes."""
     with ExitStack() as stack:
         stop = stack.enter_context(asked_to_stop())
         world = stack.enter_context(joined(device))
-        folder = Path(experiment.config.output)
         if world.first:
             files.make_folder("output", folder)
             stack.enter_context(files.locked(folder / ".lock"))
-        say = say if world.first else lambda line: None
-        state = _earlier(experiment, folder)
-        trainer, student, description = prepare(experiment, world, say)
-        if state is not None:
-            trainer.load(state)
-        most, least = world.largest([trainer.done, -trainer.done])
-        if most != -least:
-            raise RuntimeError(
-                f"{folder}: the processes do not see the same checkpoint; it must be on a shared file system"
-            )
-        settings = experiment.settings()
-        if world.first:
-            files.write_text(folder / CONFIG, config.as_yaml(settings))
-        if trainer.done:
-            say(f"{folder}: continues after step {trainer.done} of {trainer.steps}")
-        report = None
-        if world.first and trainer.done < trainer.steps:
-            report = Report(folder, world.device, experiment.config.tensorboard)
-            stack.callback(report.close)
-        finished = trainer.run(save_to(folder, settings), report, lambda: stop.signal is not None)
-        if finished and world.first:
-            averaged: Any = trainer.averaged
-            save_student(folder, student if averaged is None else averaged.model, description)
-        if not finished and stop.signal == signal.SIGINT:
-            raise KeyboardInterrupt
-    return Ended(finished, trainer.done, trainer.steps, trainer.tally.nonfinite, folder)
+        yield Run(folder, world, stop)
 
 
 def prepare(
@@ -94,6 +146,8 @@ def prepare(
     teachers = models.build_teachers(experiment)
     channels = input_channels(next(iter(teachers.values()))) or 3
     source = open_split(experiment, settings.train_split, "L" if channels == 1 else "RGB")
+    if settings.subset is not None:
+        source = sources.subset(source, settings.subset)
     inputs = models.inputs_of(experiment, teachers, source, channels)
     arguments = models.student_arguments(experiment, teachers, inputs, source.num_classes)
     student = models.build_student(experiment, arguments, inputs)
@@ -149,24 +203,6 @@ def save_student(folder: Path, student: nn.Module, description: dict[str, Any]) 
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
     files.write_json(folder / DESCRIPTION, description)
     files.write_bytes(folder / WEIGHTS, to_bytes(weights, metadata={"format": "pt"}))
-
-
-def _earlier(experiment: Experiment, folder: Path) -> dict[str, Any] | None:
-    """The state of a run in the folder, which must be of this experiment."""
-    path = folder / checkpoint.NAME
-    if experiment.config.resume == "never" and path.exists():
-        raise ValueError(
-            f"resume: 'never', but {folder} has a run; choose another output, or continue with resume=auto"
-        )
-    state = checkpoint.load(path)
-    if state is None:
-        return None
-    changed = config.differences(state["settings"], experiment.settings())
-    if changed:
-        raise ValueError(
-            f"output: {folder} has a run with other settings ({'; '.join(changed)}); give it those, or choose another output"
-        )
-    return state
 
 
 class _Stop:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from attnkd.methods.image_stream import open_image, read_lines
 
 DIGITS = "digits"
@@ -65,6 +67,66 @@ def open_source(name: str, split: str, *, root: str | None = None, download: boo
     if prefix == "torch":
         images = _Converted(images, mode)
     return Source(images, _num_classes(images))
+
+
+def subset(source: Source, which: str, seed: int = 0) -> Source:
+    """Fewer images of a labelled source, as the evaluations with 1 % and 10 % of the labels use them.
+
+    Args:
+        which: a share of every class, such as '0.01': at least one image, drawn by ``seed``, the same ones for the same data set
+            on every machine. Or a text file with the names of images of a folder, one a line, with or without the folders
+            that they are in.
+
+    Raises:
+        ValueError: neither; a share that is not in (0, 1]; a name that is not in the folder.
+        NotImplementedError: a data set that does not tell its labels, or its names, without its images being read.
+    """
+    from torch.utils.data import Subset
+
+    if Path(which).is_file():
+        chosen = _named(source.images, Path(which))
+    else:
+        try:
+            share = float(which)
+        except ValueError:
+            share = 0.0
+        if not 0 < share <= 1:
+            raise ValueError(f"subset: expected a share of the images from 0 to 1, or a file with names, got {which!r}")
+        labels = torch.as_tensor(_labels(source.images))
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        per_class = (order[labels[order] == label] for label in labels.unique())
+        chosen = sorted(int(i) for own in per_class for i in own[: max(1, round(share * len(own)))])
+    return source._replace(images=Subset(source.images, chosen))
+
+
+def _labels(images: Any) -> list[int]:
+    inner = images.images if isinstance(images, _Converted) else images
+    reader: Any = getattr(inner, "reader", None)
+    for labels in (getattr(inner, "labels", None), getattr(inner, "targets", None)):
+        if labels is not None:
+            return [int(label) for label in labels]
+    if hasattr(reader, "samples"):  # timm's, of folders
+        return [label for _, label in reader.samples]
+    if hasattr(reader, "label_key"):  # timm's, of Hugging Face data sets
+        return list(reader.dataset[reader.label_key])
+    raise NotImplementedError(
+        "subset: this data set does not tell its labels without its images; give a file with names"
+    )
+
+
+def _named(images: Any, path: Path) -> list[int]:
+    reader: Any = getattr(images, "reader", None)
+    if not hasattr(reader, "samples"):
+        raise NotImplementedError("subset: only the images of a folder have names; give a share, such as 0.1")
+    names = list(read_lines(path))
+    plain = not any("/" in name for name in names)
+    found = {reader.filename(i, basename=plain): i for i in range(len(reader.samples))}
+    missing = next((name for name in names if name not in found), None)
+    if missing is not None or not names:
+        raise ValueError(
+            f"subset: {path} lists {missing!r}, which is not in the data set" if names else f"subset: {path} is empty"
+        )
+    return sorted({found[name] for name in names})
 
 
 def _num_classes(images: Any) -> int | None:

@@ -67,9 +67,16 @@ def test_train_stop_continue_evaluate_export_load(method, teachers, tmp_path, ca
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "again")]
     assert weights[0] == weights[1]
 
+    options = ["--workers", "0", "--device", "cpu"]
+    if method == "head_kd":
+        tuning = ["eval", "finetune", str(tmp_path / "run"), "--subset", "0.5", "--epochs", "2", *options]
+        tuning += ["--recipe", "batch_size=50", "warmup_epochs=1", "auto_augment=None"]
+        assert cli.main(tuning) == 0
+        tuned = json.loads((tmp_path / "run" / "eval_finetune_0.5.json").read_text())
+        assert tuned["train_images"] == 100 and f"top-1 {tuned['top1']:.2f} %" in capsys.readouterr().out
+        assert load_saved(tmp_path / "run" / "finetune_0.5" / "model.safetensors").num_classes == 10
     if method in ("attn_distill", "ssta"):
         capsys.readouterr()
-        options = ["--workers", "0", "--device", "cpu"]
         assert cli.main(["eval", "knn", str(tmp_path / "run"), "--k", "5", "20", *options]) == 0
         assert cli.main(["eval", "linear", str(tmp_path / "run"), "--epochs", "5", *options]) == 0
         said = capsys.readouterr().out
@@ -80,6 +87,14 @@ def test_train_stop_continue_evaluate_export_load(method, teachers, tmp_path, ca
             and f"{scores['20']['top1']:.2f}" in said
             and f"top-1 {linear['top1']:.2f} %" in said
         )
+        assert cli.main(["eval", "compare", str(tmp_path / "run"), str(tmp_path / "again")]) == 0
+        said = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert ["linear", f"{linear['top1']:.2f}", "-"] in said and [
+            "k-NN",
+            "5",
+            f"{scores['5']['top1']:.2f}",
+            "-",
+        ] in said
 
     assert cli.main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "given")]) == 0
     student = timm.create_model(f"local-dir:{tmp_path / 'given'}", pretrained=True)
@@ -93,6 +108,9 @@ def test_train_stop_continue_evaluate_export_load(method, teachers, tmp_path, ca
     card = (tmp_path / "given" / "README.md").read_text()
     assert f"{method}_digits" in card and teachers["teacher"] in card
     assert ("k-NN on" in card) == ("Linear probe on" in card) == (method in ("attn_distill", "ssta"))
+    assert ("Fine-tuned, on 200 images of digits, learnt from 100" in card) == (method == "head_kd")
+    exported = torch.export.export(student, (images,)).module()
+    torch.testing.assert_close(exported(images), saved(images))
 
 
 def test_help_and_mistakes(capsys, teachers, tmp_path):
@@ -118,6 +136,8 @@ def test_help_and_mistakes(capsys, teachers, tmp_path):
             "attnkd train: --teacher: 'no_model' is neither",
         ),
         (["eval", "knn", str(tmp_path)], "attnkd eval: --data: expected a data set"),
+        (["eval", "knn", "a", "b"], "attnkd eval: --model: knn takes one, got 2"),
+        (["eval", "compare", str(tmp_path)], "attnkd eval: --model: no results in"),
         (["eval", "knn", "no_model", "--data", "digits"], "attnkd eval: --model: 'no_model' is neither"),
         (
             ["export", str(tmp_path), "--output", str(tmp_path / "y")],

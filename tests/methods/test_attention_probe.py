@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from attnkd.capture.blocks import default_blocks
 from attnkd.capture.outputs import BlockOutputs
-from attnkd.methods.attention_probe import AttentionProbe, kd_loss
+from attnkd.methods.attention_probe import AttentionProbe
+from attnkd.methods.logits import kd_loss
 from attnkd.methods.noise_adaptation import NoiseAdaptation, noisy_cross_entropy
 from attnkd.methods.schedule import Schedule
 from attnkd.relation.api import relation_row_loss
