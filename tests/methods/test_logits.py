@@ -52,6 +52,9 @@ def test_logit_distillation_is_added_to_the_loss(method):
     (attn,) = (value for name, value in result.items() if name.endswith("attn_loss"))
     wanted = 0.25 * task_loss + 0.75 * attn if method == "head_kd" else task_loss + 0.5 * attn
     torch.testing.assert_close(result["loss"], wanted + 0.6 * kd)
+    task = build(attention=True, one_pass=True)
+    torch.testing.assert_close(task(images, targets)["loss"], result["loss"])
+    task.untap()
 
     task = build(attention=True, criterion=None)
     result = task(images)  # without labels the head learns from the teacher alone
