@@ -17,7 +17,7 @@ from attnkd_kernels.attention.tiles import pick_tile
 from attnkd_kernels.launch import cdiv, operand, run
 from attnkd_kernels.map import launch as map_launch
 from attnkd_kernels.map.launch import Maps, Model
-from attnkd_kernels.map.tile import MapHead, Rows
+from attnkd_kernels.map.tile import Rows
 from attnkd_kernels.map.tiles import Tile
 
 MAX_WIDTH = 64
@@ -140,5 +140,5 @@ def _specs(maps: Maps, value: Tensor, tile: Tile, queries_left: bool) -> tuple[t
     """Both sides, and the compile-time part of a launch."""
     student, teacher, heads, masks = map_launch._sides(maps, tile)
     width = value.shape[3]
-    V = map_launch._constant(MapHead, width, width, tile.columns(width), "none", 1, 1)
+    V = map_launch.map_head(width, width, tile)
     return (student, teacher), {**heads, "V": V, **map_launch._sweeps(maps, tile, queries_left, masks)}

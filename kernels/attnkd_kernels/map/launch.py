@@ -289,5 +289,12 @@ def _side(model: Model, merge: str | None, temperature: float, tile: Tile, mean:
     masked = Operand(query, 0, 0, 0, 0) if mask is None else mask_operand(mask)
     width = H * D if merge == "logsum" else D
     side = Side(operand(query), operand(key), masked, scale * LOG2E / temperature, repeat * LOG2E / temperature)
+    return side, map_head(D, width, tile, kind, heads, mean)
+
+
+def map_head(
+    dim: int, width: int, tile: Tile, mask: str = NO_MASK.value, mask_heads: int = 1, mean: int = 1
+) -> MapHead:
+    """The compile-time part of a (wide) head."""
     columns, rest = tile.columns(width), tile.rest(width)
-    return side, _constant(MapHead, D, width, columns, rest, width <= columns + rest, kind, heads, mean)
+    return _constant(MapHead, dim, width, columns, rest, width <= columns + rest, mask, mask_heads, mean)
