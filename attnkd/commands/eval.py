@@ -1,4 +1,4 @@
-"""`attnkd eval`: k-NN, linear probe and fine-tuning of a model, and the results of several runs side by side."""
+"""`attnkd eval`: k-NN, linear probe and fine-tuning of a model; two models, or the results of several runs, side by side."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import nn
 from attnkd import files
 from attnkd.capture.loading import image_config, image_transform, load_model, load_saved
 from attnkd.commands.options import choose_device
+from attnkd.evaluation.agreement import alignment, look, overlap
 from attnkd.evaluation.features import Features, batches, extract
 from attnkd.evaluation.finetune import LAYER_DECAY, RECIPE, finetune
 from attnkd.evaluation.knn import KS, TEMPERATURE, knn
@@ -34,14 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Evaluates a model on a labelled data set. knn: the weighted k-NN classifier of DINO, on cosines of class tokens. "
         "linear: a linear classifier on them, trained by SGD; its learning rate is chosen on held-out training images. "
         "finetune: all weights are trained with a new classifier, as DeiT is, with layer-wise learning rates; the same command "
-        "continues it. compare: a table of what the others left in the folders of several runs."
+        "continues it. agree: how often two models predict the same, and the CKA of their blocks' features. compare: a table of what "
+        "knn, linear and finetune left in the folders of several runs."
     )
     option = parser.add_argument
-    option("how", choices=("knn", "linear", "finetune", "compare"), help="how to evaluate")
+    option("how", choices=("knn", "linear", "finetune", "agree", "compare"), help="how to evaluate")
     option(
         "model",
         nargs="+",
-        help="folder of a run of attnkd train, a model.safetensors with its .json, or a timm model name; compare: several folders",
+        help="folder of a run of attnkd train, a model.safetensors with its .json, or a timm model name; agree: two of them; compare: several folders",
     )
     option("--data", metavar="SPEC", help="data set, as for attnkd train (default: the run's)")
     option("--data-root", metavar="DIR", help="where torch/ and hfds/ data sets are kept (default: the run's)")
@@ -95,7 +97,9 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status. What is wrong is raised, see :func:`attnkd.commands.cli.main`."""
     if args.how == "compare":
         return _compare(args)
-    asked = _asked(args)
+    if args.how == "agree":
+        return _agree(args)
+    asked = _asked(args, args.model)
     device = choose_device(args.device)
     outputs = [
         path for path in (asked.folder and asked.folder / f"eval_{args.how}{asked.suffix}.json", args.json) if path
@@ -142,16 +146,47 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
-def _asked(args: argparse.Namespace) -> Asked:
-    if len(args.model) > 1:
-        raise ValueError(f"model: {args.how} takes one, got {len(args.model)}")
-    (name,) = args.model
+def _agree(args: argparse.Namespace) -> int:
+    if len(args.model) != 2:
+        raise ValueError(f"model: agree takes two, got {len(args.model)}")
+    if args.json is not None:
+        files.check_writable("json", args.json)
+    device = choose_device(args.device)
+    data, seen = _asked(args, args.model[:1]).data, []
+    for name in args.model:
+        model = _load(args, _asked(args, [name], data["data"]))
+        config = image_config(model, img_size=args.img_size, mean=args.mean, std=args.std)
+        val = _source(args, data, data["val_split"] or "validation", config)
+        images = batches(val.images, image_transform(config), args.batch_size, args.workers)
+        seen.append(look(model, _with_progress(images, "val"), device, PRECISIONS[args.precision]))
+    found: dict[str, Any] = {"evaluation": "agree", "models": args.model, **data, "val_images": len(seen[0].labels)}
+    print(f"{' and '.join(args.model)} on {found['val_images']} images of {data['data']}")
+    if all(one.classes is not None for one in seen):
+        found["overlap"] = overlap(*seen)._asdict()
+        print(
+            "".join(f"{name.replace('_', ' ')} {share:.2f} %   " for name, share in found["overlap"].items()).rstrip()
+        )
+    table = alignment(*seen)
+    found["cka"] = table.tolist()
+    print("CKA of the first model's blocks (rows) with the second's")
+    for index, row in enumerate(found["cka"]):
+        print(f"{index:>4}" + "".join(f"{value:>6.2f}" for value in row))
+    if args.json is not None:
+        files.write_json(args.json, found)
+    return 0
+
+
+def _asked(args: argparse.Namespace, models: list[str], default: str | None = None) -> Asked:
+    if len(models) > 1:
+        raise ValueError(f"model: {args.how} takes one, got {len(models)}")
+    (name,) = models
     folder = Path(name) if (Path(name) / CONFIG).is_file() else None
     earlier = {} if folder is None else _settings(folder)
     data = {
         option: getattr(args, option) or earlier.get(option)
         for option in ("data", "data_root", "train_split", "val_split")
     }
+    data["data"] = default or data["data"]
     if data["data"] is None:
         raise ValueError("data: expected a data set, got none (only a run's folder has one)")
     parts = [] if data["data"] == earlier.get("data") else [data["data"]]
@@ -182,15 +217,17 @@ def _load(args: argparse.Namespace, asked: Asked) -> nn.Module:
 
 def _sources(args: argparse.Namespace, asked: Asked, config: dict[str, Any]) -> tuple[Source, Source]:
     """Labelled images to learn from, and those to score."""
-    data, mode = asked.data, "L" if config["input_size"][0] == 1 else "RGB"
-    found = []
-    for split in (data["train_split"] or "train", data["val_split"] or "validation"):
-        source = open_source(data["data"], split, root=data["data_root"], download=args.download, mode=mode)
-        if not source.labelled:
-            raise ValueError(f"data: {data['data']} has no labels to evaluate with")
-        found.append(source)
-    train, val = found
+    train = _source(args, asked.data, asked.data["train_split"] or "train", config)
+    val = _source(args, asked.data, asked.data["val_split"] or "validation", config)
     return (train if args.subset is None else subset(train, args.subset, args.seed)), val
+
+
+def _source(args: argparse.Namespace, data: dict[str, Any], split: str, config: dict[str, Any]) -> Source:
+    mode = "L" if config["input_size"][0] == 1 else "RGB"
+    source = open_source(data["data"], split, root=data["data_root"], download=args.download, mode=mode)
+    if not source.labelled:
+        raise ValueError(f"data: {data['data']} has no labels to evaluate with")
+    return source
 
 
 def _frozen(
