@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from attnkd.attention.checks import integer
+from attnkd.capture.adapters import find_adapter
 
 Blocks = int | str | Sequence[int] | Sequence[str]
 
@@ -34,7 +35,7 @@ def block_paths(model: nn.Module, blocks: Blocks, name: str = "blocks") -> list[
 
 def default_blocks(model: nn.Module, count: int) -> list[int]:
     """Indices at 1/3, 2/3 (and 3/3) of a model's depth, the first ``count`` of them: 3, 7 and 11 of 12."""
-    depth = len(_block_stack(model, "blocks")[1])
+    depth = len(block_stack(model, "blocks"))
     return sorted({-(-k * depth // 3) - 1 for k in range(1, count + 1)})  # −(−a // b) is ⌈a / b⌉
 
 
@@ -65,7 +66,7 @@ def pair_blocks(
     elif any(isinstance(block, str) for block in wanted):
         raise ValueError(f"{theirs}: needed when blocks are module paths, got None")
     else:
-        depth, teacher_depth = len(_block_stack(student, "blocks")[1]), len(_block_stack(teacher, theirs)[1])
+        depth, teacher_depth = len(block_stack(student, "blocks")), len(block_stack(teacher, theirs))
         teacher_wanted = [-(-(index + 1) * teacher_depth // depth) - 1 for index in _indices(depth, wanted, "blocks")]
     if len(teacher_wanted) != len(wanted):
         raise ValueError(f"{theirs}: expected {len(wanted)}, one for each of blocks, got {len(teacher_wanted)}")
@@ -87,10 +88,14 @@ def block_path(path: str) -> str | None:
     return None
 
 
-def block_owner(path: str) -> str:
-    """The path of the model whose list 'blocks' a module path lies in, or '' for the whole model."""
-    block = block_path(path)
-    return "" if block is None else block.rpartition("blocks")[0].rstrip(".")
+def block_owner(model: nn.Module, path: str) -> str:
+    """The path of the smallest part of ``model`` that some adapter speaks for and that has ``path`` in it; '' if none does."""
+    parts = path.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        prefix = ".".join(parts[:end])
+        if find_adapter(model.get_submodule(prefix)) is not None:
+            return prefix
+    return ""
 
 
 def plain_class(module: object) -> type:
@@ -113,11 +118,11 @@ def _paths(
                 raise ValueError(f"{name}: {type(model).__name__} has no module at path {path!r}")
         paths = [str(path) for path in listed]
     else:
-        prefix, stack = _block_stack(model, name)
+        stack = block_stack(model, name)
         paths = []
         for index in sorted(_indices(len(stack), listed, name)):
-            paths.append(find(f"{prefix}.{index}", stack[index]))
-            _check_shared(name, paths[-1], model.get_submodule(paths[-1]), stack)
+            paths.append(find(stack[index], model.get_submodule(stack[index])))
+            _check_shared(name, paths[-1], model, stack)
     _check_once(paths, blocks, name)
     for path in paths:
         check(path, model.get_submodule(path))
@@ -129,9 +134,14 @@ def _check_once(paths: list[str], blocks: Blocks, name: str) -> None:
         raise ValueError(f"{name}: expected every block once, got {blocks!r}")
 
 
-def _check_shared(name: str, path: str, module: nn.Module, stack: nn.ModuleList | nn.Sequential) -> None:
+def _check_shared(name: str, path: str, model: nn.Module, stack: list[str]) -> None:
     """One module in several blocks runs several times in a forward: which of its runs is meant?"""
-    owners = [index for index, block in enumerate(stack) if any(part is module for part in block.modules())]
+    module = model.get_submodule(path)
+    owners = [
+        index
+        for index, block in enumerate(stack)
+        if any(part is module for part in model.get_submodule(block).modules())
+    ]
     if len(owners) > 1:
         raise ValueError(
             f"{name}: {path} is weight-shared: blocks {', '.join(map(str, owners))} use one module, whose runs in a forward "
@@ -141,7 +151,7 @@ def _check_shared(name: str, path: str, module: nn.Module, stack: nn.ModuleList 
 
 def _listed(model: nn.Module, blocks: Blocks, name: str) -> list:
     if isinstance(blocks, str) and blocks == "all":
-        return list(range(len(_block_stack(model, name)[1])))
+        return list(range(len(block_stack(model, name))))
     given: Sequence = blocks if isinstance(blocks, Sequence) and not isinstance(blocks, str) else [blocks]
     if not len(given):
         raise ValueError(f"{name}: expected at least one, got none")
@@ -158,27 +168,46 @@ def _indices(depth: int, listed: list, name: str) -> list[int]:
     return [index % depth for index in listed]
 
 
-def _block_stack(model: nn.Module, name: str) -> tuple[str, nn.ModuleList | nn.Sequential]:
-    stacks = [
-        (path, module)
+def block_stack(model: nn.Module, name: str = "blocks") -> list[str]:
+    """The paths of a model's blocks in running order: what its adapter says, else the one list named 'blocks', else the one
+    list of modules that have one attention each.
+
+    Raises:
+        ValueError: none, or several; names the attentions there are.
+    """
+    adapter = find_adapter(model)
+    known = None if adapter is None else adapter.blocks(model)
+    if known is not None:
+        return known
+    lists = {
+        path: module
         for path, module in model.named_modules()
-        if path.split(".")[-1] == "blocks" and isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module)
-    ]
-    stacks = [stack for stack in stacks if stack[0] == "blocks"] or stacks
-    if len(stacks) != 1:
-        found = ", ".join(path for path, _ in stacks) or "none"
-        raise ValueError(
-            f"{name}: indices need a model with one list named 'blocks', {type(model).__name__} has {found}; "
-            "give module paths such as 'layers.11.attention'"
-        )
-    return stacks[0]
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module)
+    }
+    stacks = [path for path in lists if path == "blocks"]
+    stacks = stacks or [path for path in lists if path.split(".")[-1] == "blocks"]
+    stacks = stacks or [path for path, module in lists.items() if all(_attentions(block) for block in module)]
+    if len(stacks) == 1:
+        return [f"{stacks[0]}.{child}" for child in lists[stacks[0]]._modules]  # a shared block too
+    found = f"its lists of blocks are {', '.join(stacks)}" if stacks else "it has none"
+    candidates = _attentions(model)
+    raise ValueError(
+        f"{name}: indices need a model with one list of blocks, {type(model).__name__}: {found}; give module paths. Its "
+        f"attentions are {_shortened(candidates) if candidates else NO_ATTENTION}"
+    )
+
+
+NO_ATTENTION = "none that calls scaled_dot_product_attention (Hugging Face models need attn_implementation='sdpa')"
+
+
+def _shortened(paths: list[str]) -> str:
+    return ", ".join(paths if len(paths) <= 8 else [*paths[:4], "…", *paths[-3:]])
 
 
 def _attention_in(path: str, block: nn.Module) -> str:
     """The path of a block's one attention: a submodule, or the block itself (timm's ParallelScalingBlock)."""
     named = [(f"{path}.{name}" if name else path, module) for name, module in block.named_modules()]
-    found = [name for name, module in named if hasattr(module, "fused_attn")]
-    found = found or [name for name, module in named if _names_sdpa(module)]
+    found = [f"{path}.{name}" if name else path for name in _attentions(block)]
     if len(found) == 1:
         return found[0]
     if found:
@@ -192,11 +221,29 @@ def _attention_in(path: str, block: nn.Module) -> str:
     )
 
 
+def _attentions(module: nn.Module) -> list[str]:
+    """Paths of the attentions inside a module that can be tapped: those with timm's flag, else those whose code says so."""
+    named = list(module.named_modules())
+    flagged = [name for name, part in named if hasattr(part, "fused_attn")]
+    return flagged or [name for name, part in named if _names_sdpa(part)]
+
+
+_SDPA_NAMES = {
+    "scaled_dot_product_attention",
+    "ALL_ATTENTION_FUNCTIONS",  # Hugging Face transformers
+    "multi_head_attention_forward",  # torch.nn.MultiheadAttention
+}
+
+
+_MACHINERY = ("builtins", "torch.nn.modules.module", "transformers.modeling_utils")
+"""Where the bases of all modules are, which name attentions that they do not compute."""
+
+
 def _names_sdpa(module: nn.Module) -> bool:
     """Whether a method of the module's class calls ``scaled_dot_product_attention`` by name: models without timm's flag."""
-    bases = [base for base in plain_class(module).__mro__ if base not in (nn.Module, object)]
+    bases = [base for base in plain_class(module).__mro__ if base.__module__ not in _MACHINERY]
     functions = [value for base in bases for value in vars(base).values() if inspect.isfunction(value)]
-    return any("scaled_dot_product_attention" in function.__code__.co_names for function in functions)
+    return any(not _SDPA_NAMES.isdisjoint(inspect.unwrap(function).__code__.co_names) for function in functions)
 
 
 _REFUSED = {
@@ -204,8 +251,6 @@ _REFUSED = {
     "TalkingHeadAttn": "it mixes heads before and after the softmax (talking heads); q and k do not determine its map",
     "DiffAttention": "its attention is a difference of two softmaxes (differential attention)",
     "DiffParallelScalingBlock": "its attention is a difference of two softmaxes (differential attention)",
-    "MultiheadAttention": "torch.nn.MultiheadAttention computes attention where it cannot be seen. Use an attention that calls "
-    "F.scaled_dot_product_attention itself, such as timm.layers.Attention with the same weights",
 }
 
 

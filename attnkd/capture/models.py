@@ -1,19 +1,20 @@
-"""What a timm Vision Transformer is: how it is built, what it takes, what its features are.
+"""What the training tasks ask of a model: what it takes, what its features are. The answers come from its adapter.
 
-The one module of the package that imports timm.
+The one module of the package that imports timm: its training task, and models by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import timm
 import torch
 from timm.task import TrainingTask
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
+
+from attnkd.capture.adapters import adapter_for
 
 __all__ = [
     "TrainingTask",
@@ -26,6 +27,7 @@ __all__ = [
     "input_channels",
     "input_stats",
     "modes",
+    "num_classes",
     "parameter_dtype",
     "resolve_model",
     "restore_modes",
@@ -39,45 +41,38 @@ def cls_features(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def final_tokens(model: nn.Module, tokens: Tensor, patches: bool) -> Tensor:
-    """The normalised class token [B, 1, D] of ``model.forward_features(images)`` [B, N, D], or it and the patches.
+    """The normalised class token [B, 1, D] of a model's final tokens [B, N, D], or it and the patches.
 
-    timm normalises all tokens (``norm``) or, in models that pool patches, the pooled feature (``fc_norm``); whichever
-    of the two the model has is applied once, token by token.
+    Of a model without class token it is the mean of the normalised patches.
 
     Args:
-        model: a timm Vision Transformer whose token 0 is a class token.
         tokens: [B, P + patches, D], P prefix tokens.
         patches: return [B, 1 + patches, D] without registers and distillation token.
 
     Raises:
-        ValueError: not [B, N, D] tokens, or the model has neither norm.
+        ValueError: not [B, N, D] tokens, or the model has no norm for them.
     """
-    if not isinstance(tokens, Tensor) or tokens.ndim != 3:
-        got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise ValueError(f"{type(model).__name__}.forward_features: expected [B, N, D] tokens, got {got}")
-    prefix: Any = getattr(model, "num_prefix_tokens", 1)
+    if tokens.ndim != 3:
+        raise ValueError(f"{type(model).__name__}: expected [B, N, D] tokens, got {tuple(tokens.shape)}")
+    adapter = adapter_for(model)
+    layout = adapter.layout(model)
+    prefix = layout.num_prefix_tokens
+    if not layout.has_cls:
+        found = adapter.normalised(model, tokens[:, prefix:])
+        return torch.cat([found.mean(1, keepdim=True), found], 1) if patches else found.mean(1, keepdim=True)
     kept = tokens[:, :1]
     if patches:
         kept = tokens if prefix == 1 else torch.cat([kept, tokens[:, prefix:]], 1)
-    if not isinstance(getattr(model, "norm", nn.Identity()), nn.Identity):
-        return kept
-    check_final_norm("model", model)
-    fc_norm: Any = model.fc_norm
-    return fc_norm(kept)
+    return adapter.normalised(model, kept)
 
 
 def check_final_norm(label: str, model: nn.Module) -> None:
     """Refuse a model whose final tokens are not normalised, such as RADIO or InternViT.
 
     Raises:
-        ValueError: it has neither ``norm`` nor ``fc_norm``; names ``label``.
+        ValueError: it has no norm for them; names ``label``.
     """
-    norms = (getattr(model, name, nn.Identity()) for name in ("norm", "fc_norm"))
-    if all(isinstance(norm, nn.Identity) for norm in norms):
-        raise ValueError(
-            f"{label}: the features of {type(model).__name__} are not normalised (it has neither norm nor fc_norm), so its "
-            "class token and patch tokens cannot be compared; pa_weight=0 and patch_weight=0 compare attention alone"
-        )
+    adapter_for(model, label).check_features(label, model)
 
 
 def resolve_model(model: str | nn.Module, pretrained: bool, num_classes: int | None = 0) -> nn.Module:
@@ -92,31 +87,22 @@ def resolve_model(model: str | nn.Module, pretrained: bool, num_classes: int | N
 
 def image_size(model: nn.Module) -> tuple[int, int] | None:
     """The one image size (height, width) a model accepts, or None when it accepts several."""
-    embed = getattr(model, "patch_embed", None)
-    size = getattr(embed, "img_size", None)
-    if size is None or not getattr(embed, "strict_img_size", False) or getattr(model, "dynamic_img_size", False):
-        return None
-    return tuple(size)
+    return adapter_for(model).image_size(model)
 
 
 def input_stats(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and standard deviation with which a timm model's images were normalised in pretraining, if it says.
-
-    Those of colour images say nothing about a model that was built for others.
-    """
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    mean, std = cfg.get("mean"), cfg.get("std")
-    if mean is not None and len(mean) != (input_channels(model) or len(mean)):
-        return None
-    return (tuple(mean), tuple(std)) if mean is not None and std is not None else None
+    """Mean and standard deviation with which a model's images were normalised in pretraining, if it says."""
+    return adapter_for(model).input_stats(model)
 
 
 def input_channels(model: nn.Module) -> int | None:
     """The number of image channels a model takes, if it says."""
-    channels = getattr(model, "in_chans", None)
-    if channels is None:
-        channels = getattr(getattr(getattr(model, "patch_embed", None), "proj", None), "in_channels", None)
-    return channels if isinstance(channels, int) else None
+    return adapter_for(model).input_channels(model)
+
+
+def num_classes(model: nn.Module) -> int | None:
+    """The number of classes that a model's output scores; 0 without a classifier, None where unknown."""
+    return adapter_for(model).num_classes(model)
 
 
 def check_images(label: str, model: nn.Module, images: Tensor) -> None:
@@ -141,8 +127,7 @@ def check_images(label: str, model: nn.Module, images: Tensor) -> None:
 
 def parameter_dtype(model: nn.Module) -> torch.dtype:
     """The dtype in which a model wants its images: that of its patch embedding, else of its first parameter."""
-    embed = getattr(model, "patch_embed", None) or getattr(model, "embeds", None)
-    for module in (embed, model):
+    for module in (adapter_for(model).embedding(model), model):
         for parameter in module.parameters() if isinstance(module, nn.Module) else ():
             if parameter.is_floating_point():
                 return parameter.dtype

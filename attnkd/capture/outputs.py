@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from attnkd.capture.adapters import adapter_for
 from attnkd.capture.checkpointing import saved_tensors_are_hooked
 from attnkd.capture.tokens import Grid, block_layout, input_images, padding
 
@@ -76,7 +77,7 @@ class BlockOutputs(nn.Module):
         for index, keeper in enumerate(self.keepers):
             keeper.kept.runs, keeper.kept.then = [], functools.partial(compare_now, index)
         try:
-            output = self.model(images)
+            output = adapter_for(self.model).forward(self.model, images)
             kept = [keeper.kept.runs for keeper in self.keepers]
         finally:
             for keeper in self.keepers:
@@ -105,6 +106,10 @@ class BlockOutputs(nn.Module):
                 f"{who}: ran {len(kept)} times in one forward; outputs of blocks that share their weights cannot be told apart"
             )
         tokens, mask, grad = kept[0]
+        if (
+            isinstance(tokens, (tuple, list)) and tokens
+        ):  # Hugging Face: (tokens, attentions); DINOv3: a list of batches
+            tokens = tokens[0]
         if not isinstance(tokens, Tensor) or tokens.ndim != 3:
             raise TypeError(f"{who}: expected a block that returns [B, N, D], got {_shape(tokens)}")
         if grad != torch.is_grad_enabled():

@@ -26,6 +26,7 @@ from attnkd.attention.one_pass import distilled, packed
 from attnkd.capture.blocks import Blocks, attention_paths, block_owner, plain_class
 from attnkd.capture.checkpointing import saved_tensors_are_hooked
 from attnkd.capture.hand_out import hand_out
+from attnkd.capture.multihead import multi_head_attention
 from attnkd.capture.outputs import NO_DATA_PARALLEL
 from attnkd.capture.sdpa import attention_and_lse
 from attnkd.capture.tokens import BlockLayout, block_layout, input_images
@@ -65,6 +66,7 @@ class AttentionTap(nn.Module):
         _check_model(model)
         self.model = model
         self.paths = attention_paths(model, blocks)
+        self.owners = {path: block_owner(model, path) for path in self.paths}
         self.stop = stop
         self._switched_on: list[str] = []
         self._tap()
@@ -183,7 +185,8 @@ class AttentionTap(nn.Module):
     def _with_layout(self, path: str, call: AttentionCall, images: Tensor | None) -> AttentionCall:
         """The call, with what its tokens are. A single row over all tokens is the class token's in class attention, else unknown."""
         attention = self.model.get_submodule(path)
-        layout = block_layout(self.model.get_submodule(block_owner(path)), images, call.key.shape[0], call.key.shape[2])
+        owner = self.model.get_submodule(self.owners[path])
+        layout = block_layout(owner, images, call.key.shape[0], call.key.shape[2])
         own_rows = call.query.shape[2] == call.key.shape[2]
         if not own_rows and plain_class(attention).__name__ != "ClassAttn":
             layout = BlockLayout()
@@ -242,6 +245,9 @@ class _CatchSDPA(TorchFunctionMode):
     ) -> Any:
         if func is F.scaled_dot_product_attention:
             return self.attention._on_sdpa(self.slot, self.num_tokens, *args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward:  # its own SDPA call is out of this mode's sight
+            attend = functools.partial(self.attention._on_sdpa, self.slot, None)
+            return multi_head_attention(attend, self.slot.path, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -253,12 +259,15 @@ class _Tapped:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Not forward: accelerate and others put a forward of their own on the instance, which hides that of a class.
+        return self._caught(super().__call__, *args, **kwargs)  # type: ignore[misc]
+
+    def _caught(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         slot = self._armed.slot
         if slot is None:  # evaluation, EMA, the second run of a checkpointed block, another thread: not ours
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            return call(*args, **kwargs)
         tokens = args[0] if args else None
         with _CatchSDPA(self, slot, tokens.shape[1] if isinstance(tokens, Tensor) and tokens.ndim == 3 else None):
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+            return call(*args, **kwargs)
 
     def _on_sdpa(
         self,
@@ -334,7 +343,12 @@ class _Tapped:
 
 @functools.cache
 def _tapped_class(plain: Any) -> type[nn.Module]:
-    return type(f"Tapped{plain.__name__}", (_Tapped, plain), {"_plain_class": plain, "__module__": plain.__module__})
+    names: dict[str, Any] = {"_plain_class": plain, "__module__": plain.__module__}
+    if hasattr(plain, "forward_list"):  # DINOv3's blocks do not call their attention but this
+        names["forward_list"] = lambda self, *args, **kwargs: self._caught(
+            functools.partial(plain.forward_list, self), *args, **kwargs
+        )
+    return type(f"Tapped{plain.__name__}", (_Tapped, plain), names)
 
 
 def _beside(call: AttentionCall, teacher: Any, options: Mapping[str, Any]) -> Any:

@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from attnkd.attention.problem import HIDDEN_BELOW
-
-Grid = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class TokenLayout:
-    """The tokens that a model puts out: [class token?, other prefix tokens, patches in row-major order].
-
-    num_prefix_tokens: class token, distillation token and registers together.
-    has_cls: whether token 0 is a class token. Prefix tokens alone do not imply one: several models have only registers.
-    feature_dim: width of the tokens.
-    """
-
-    num_prefix_tokens: int
-    has_cls: bool
-    feature_dim: int
+from attnkd.capture.adapters import Grid, TokenLayout, adapter_for, find_adapter
 
 
 class BlockLayout(NamedTuple):
@@ -40,18 +24,12 @@ class BlockLayout(NamedTuple):
 
 
 def token_layout(model: nn.Module) -> TokenLayout:
-    """Read a timm model's token layout off its attributes.
+    """What the tokens are that a model puts out.
 
     Raises:
-        TypeError: the model does not say how many prefix tokens it has or how wide they are.
+        TypeError: no adapter speaks for the model, or it does not say how many prefix tokens it has or how wide they are.
     """
-    prefix, width = getattr(model, "num_prefix_tokens", None), getattr(model, "num_features", None)
-    if not isinstance(prefix, int) or not isinstance(width, int):
-        raise TypeError(
-            "model: expected a timm Vision Transformer with num_prefix_tokens and num_features, "
-            f"got {type(model).__name__}"
-        )
-    return TokenLayout(prefix, _has_cls(model), width)
+    return adapter_for(model).layout(model)
 
 
 def block_layout(model: nn.Module, images: Tensor | None, batch: int, count: int) -> BlockLayout:
@@ -65,34 +43,23 @@ def block_layout(model: nn.Module, images: Tensor | None, batch: int, count: int
         images: [B, C, H, W] it was called with; None when it was called with something else.
         batch, count: of the block's tokens [batch, count, D]; windows lie in the batch.
     """
-    prefix = getattr(model, "num_prefix_tokens", None)
-    if images is None or not isinstance(prefix, int) or batch != images.shape[0]:
+    adapter = find_adapter(model)
+    if adapter is None or images is None or batch != images.shape[0]:
         return BlockLayout()
-    if drops_patches(model):  # the patches that are left are no grid, whatever their number
-        return BlockLayout(prefix, _has_cls(model))
-    grid = expected_grid(model, images.shape[-2:])
+    try:
+        layout = adapter.layout(model)
+    except TypeError:
+        return BlockLayout()
+    prefix, has_cls = layout.num_prefix_tokens, layout.has_cls
+    if adapter.drops_patches(model):  # the patches that are left are no grid, whatever their number
+        return BlockLayout(prefix, has_cls)
+    grid = adapter.grid(model, images.shape[-2:])
     if grid is None:
         return BlockLayout()
     patches = grid[0] * grid[1]
     if count == patches:
         return BlockLayout(0, False, grid)
-    return BlockLayout(prefix, _has_cls(model), grid if count == prefix + patches else None)
-
-
-def expected_grid(model: nn.Module, size: Sequence[int]) -> Grid | None:
-    """(height, width) in patches into which a model cuts images of ``size`` (height, width in pixels); None if it cannot say.
-
-    Worked out from the input, because ``patch_embed.grid_size`` stays at its first value under ``dynamic_img_size``.
-    """
-    embed: Any = getattr(model, "patch_embed", None) or getattr(model, "embeds", None)
-    feat_size = getattr(embed, "dynamic_feat_size", None)
-    if feat_size is not None:
-        height, width = feat_size(size)
-        return height, width
-    patch = getattr(embed, "patch_size", None)  # XCiT's stem of convolutions
-    if not isinstance(patch, int):
-        return None
-    return size[0] // patch, size[1] // patch
+    return BlockLayout(prefix, has_cls, grid if count == prefix + patches else None)
 
 
 def patch_grid(model: nn.Module, size: Sequence[int], num_patches: int | None = None) -> Grid:
@@ -102,12 +69,13 @@ def patch_grid(model: nn.Module, size: Sequence[int], num_patches: int | None = 
         ValueError: the tokens do not form this grid (patch dropout, token pruning, a model that adds tokens).
         TypeError: the model cannot tell its grid.
     """
-    grid = expected_grid(model, size)
+    adapter = adapter_for(model)
+    grid = adapter.grid(model, size)
     if grid is None:
         raise TypeError(f"model: {type(model).__name__} has no patch_embed that tells its grid (dynamic_feat_size)")
     height, width = grid
     num_patches = height * width if num_patches is None else num_patches
-    if height * width != num_patches or drops_patches(model):
+    if height * width != num_patches or adapter.drops_patches(model):
         raise ValueError(
             f"{type(model).__name__}: expected {height}·{width} = {height * width} patch tokens for images of "
             f"{size[0]}x{size[1]}, its attention has {num_patches}; {NO_GRID}"
@@ -173,18 +141,7 @@ def check_same_grid(student: Any, teacher: Any) -> None:
 NO_GRID = "patch dropout (patch_drop_rate) and token pruning are not supported: set patch_drop_rate=0"
 
 
-def drops_patches(model: nn.Module) -> bool:
-    """Whether patch dropout is on now: in training, with a rate above 0."""
-    dropout: Any = getattr(model, "patch_drop", None)
-    return bool(getattr(dropout, "prob", 0.0)) and dropout.training
-
-
 def input_images(args: Iterable[Any], kwargs: dict[str, Any]) -> Tensor | None:
     """The images [B, C, H, W] among the arguments of a model's forward, or None."""
     found = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim == 4]
     return found[0] if found else None
-
-
-def _has_cls(model: nn.Module) -> bool:
-    owner = model if hasattr(model, "cls_token") else getattr(model, "embeds", None)  # NaFlexVit keeps it in embeds
-    return getattr(model, "num_prefix_tokens", 0) > 0 and getattr(owner, "cls_token", None) is not None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from attnkd.capture.adapters import adapter_for
 from attnkd.capture.models import cls_features, evaluating, parameter_dtype
 from attnkd.capture.tokens import token_layout
 
@@ -85,7 +86,7 @@ def extract(
 def _class_tokens(model: Any, images: Tensor, last_blocks: int) -> Tensor:
     """[b, last_blocks · D]; the last block's come last."""
     if last_blocks == 1:
-        return cls_features(model, model.forward_features(images))
+        return cls_features(model, adapter_for(model).tokens(model, images))
     if last_blocks < 1 or last_blocks > len(model.blocks):
         raise ValueError(f"last_blocks: expected 1 to {len(model.blocks)}, got {last_blocks}")
     found = model.forward_intermediates(

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnkd.attention.checks import integer
+from attnkd.attention.checks import check_choice
+from attnkd.capture.adapters import adapter_for
 from attnkd.capture.blocks import Blocks, block_paths, default_blocks, pair_blocks
 from attnkd.capture.models import resolve_model, unwrap_model
 from attnkd.capture.outputs import BlockOutputs, BlockTokens
@@ -53,6 +54,8 @@ class AttentionProbe(DistillTask):
         relation_weight: weight of R, the paper's α.
         kd_weight, noisy_weight: weights of KD and NCE; 1, as in the published code.
         temperature: T of KD.
+        rows: whose similarity to the patches is compared: 'cls', the class token's (the paper), or 'mean', the mean patch's, for
+            models without one.
         normalize_dim: of the features in R: -1 per token, -2 per channel as the published code does.
         input_norm: ((mean, ...), (std, ...)) the images arrive normalised with; the teacher then gets them in the
             normalisation of its ``pretrained_cfg``. None: the teacher gets them as they are.
@@ -91,6 +94,7 @@ class AttentionProbe(DistillTask):
         noisy_weight: float | Schedule = 1.0,
         temperature: float | Schedule = 4.0,
         normalize_dim: int = -1,
+        rows: str = "cls",
         input_norm: tuple[Sequence[float], Sequence[float]] | None = None,
         one_pass: bool = False,
         impl: str = "auto",
@@ -99,9 +103,11 @@ class AttentionProbe(DistillTask):
         verbose: bool = True,
     ) -> None:
         teacher = resolve_model(teacher, pretrained=True, num_classes=None)
-        student = resolve_model(student, pretrained=False, num_classes=getattr(teacher, "num_classes", None))
-        check_pair(student, "teacher", teacher, class_token=True)
-        classes, theirs = (integer(getattr(model, "num_classes", None)) for model in (student, teacher))
+        theirs = adapter_for(teacher, "teacher").num_classes(teacher)
+        student = resolve_model(student, pretrained=False, num_classes=theirs)
+        check_choice("rows", rows, ("cls", "mean"))
+        check_pair(student, "teacher", teacher, class_token=rows == "cls")
+        classes = adapter_for(student).num_classes(student)
         if theirs is None or theirs < 2 or classes != theirs:
             raise ValueError(
                 f"student: expected a classifier of the teacher's classes, got num_classes {classes} and {theirs}"
@@ -125,7 +131,7 @@ class AttentionProbe(DistillTask):
             dtype=dtype,
             verbose=verbose,
         )
-        self.pairs, self.normalize_dim, self.one_pass = pairs, normalize_dim, one_pass
+        self.pairs, self.normalize_dim, self.rows, self.one_pass = pairs, normalize_dim, rows, one_pass
         self.layouts = token_layout(student), token_layout(teacher)
         if verbose:
             wanted = [teacher_paths[t] for _, t in pairs]
@@ -183,14 +189,15 @@ class AttentionProbe(DistillTask):
             ValueError: a block in which there is no class token yet, or other patches.
         """
         for name, block in (("student", student), ("teacher", teacher)):
-            if block.has_cls is False:
+            if self.rows == "cls" and block.has_cls is False:
                 raise ValueError(
                     f"{name}: a compared block has no class token yet, the model adds it after that block; choose later blocks"
                 )
         check_same_grid(student, teacher)
-        prefixes = [
-            filled_in(b, layout).num_prefix_tokens for b, layout in zip((student, teacher), self.layouts, strict=True)
-        ]
+        student, teacher = (filled_in(b, layout) for b, layout in zip((student, teacher), self.layouts, strict=True))
+        if self.rows == "mean":
+            student, teacher = _with_mean(student), _with_mean(teacher)
+        prefixes = [cast(int, block.num_prefix_tokens) for block in (student, teacher)]
         options: dict[str, Any] = {
             "student_prefix_tokens": prefixes[0],
             "teacher_prefix_tokens": prefixes[1],
@@ -240,6 +247,19 @@ class ProbeStudent(TrainedStudent):
     def no_weight_decay(self) -> set[str]:
         """The student's own list, and Q."""
         return super().no_weight_decay() | {"noise.weight"}
+
+
+def _with_mean(block: BlockTokens) -> BlockTokens:
+    """The mean patch in place of all tokens before the patches. Patches of padding have no part in it."""
+    prefix = cast(int, block.num_prefix_tokens)
+    patches, padded = block.tokens[:, prefix:], None if block.padded is None else block.padded[:, prefix:]
+    if padded is None:
+        mean = patches.mean(1, keepdim=True)
+    else:
+        counts = (~padded).expand(patches.shape[:2]).unsqueeze(-1)
+        mean = torch.where(counts, patches, 0.0).sum(1, keepdim=True) / counts.sum(1, keepdim=True)
+        padded = F.pad(padded, (1, 0))
+    return block._replace(tokens=torch.cat([mean, patches], 1), num_prefix_tokens=1, has_cls=True, padded=padded)
 
 
 def _zeroed(tokens: Tensor, padded: Tensor) -> Tensor:

@@ -20,11 +20,13 @@ from attnkd.attention.checks import check_choice
 from attnkd.attention.merging import merge_attention
 from attnkd.attention.problem import MERGES
 from attnkd.attention.resample import MODES, resample_attention
-from attnkd.capture.blocks import Blocks, pair_blocks
+from attnkd.capture.adapters import adapter_for
+from attnkd.capture.blocks import Blocks, attention_paths, pair_blocks
 from attnkd.capture.models import check_final_norm, resolve_model
 from attnkd.capture.tap import AttentionTap
 from attnkd.capture.tokens import Grid, filled_in, padding, patch_grid, token_layout
 from attnkd.methods.alignment import make_projector, resize_tokens
+from attnkd.methods.guided_rows import guided_divergence
 from attnkd.methods.schedule import Schedule
 from attnkd.methods.student_teacher import FeatureTeacher, TappedStudent
 from attnkd.methods.task import DistillTask, check_numbers, check_pair, check_student
@@ -32,6 +34,7 @@ from attnkd.methods.whole_map import num_heads
 
 _logger = logging.getLogger(__name__)
 
+ROWS = ("cls", "pool", "mean", "all")
 WEIGHTS = {
     "pa_loss": "pa_weight",
     "patch_loss": "patch_weight",
@@ -60,6 +63,9 @@ class AttnDistill(DistillTask):
             guides the last block. With several, AG is their mean.
         teacher_blocks: the teacher block for each student block, in the same order. None: student block i of Ls learns
             from teacher block ⌈(i + 1)·Lt/Ls⌉ − 1, the last from the last.
+        rows: whose attention guides: 'cls', the class token's (the paper). For models without one: 'pool', the row of the attention
+            pooling, or of the class token where that pools; 'mean', the mean of the patches' rows; 'all', every row. See
+            :mod:`attnkd.methods.guided_rows`. In place of a class token, PA compares the mean patch token.
         pa_weight: weight of PA.
         patch_weight: weight of PT. With both at 0 for good neither model runs past its last tapped attention.
         attn_weight: weight of AG, the paper's λ.
@@ -103,6 +109,7 @@ class AttnDistill(DistillTask):
         *,
         blocks: Blocks = -1,
         teacher_blocks: Blocks | None = None,
+        rows: str = "cls",
         pa_weight: float | Schedule = 1.0,
         patch_weight: float | Schedule = 0.0,
         attn_weight: float | Schedule = 0.1,
@@ -122,7 +129,10 @@ class AttnDistill(DistillTask):
         student, teacher = resolve_model(student, pretrained=False), resolve_model(teacher, pretrained=True)
         check_choice("merge", merge, ("auto", *MERGES))
         check_choice("resample_mode", resample_mode, MODES)
-        check_pair(student, "teacher", teacher, class_token=True)
+        check_choice("rows", rows, ROWS)
+        if one_pass and rows != "cls":
+            raise ValueError(f"one_pass: compares the class token's row only, got rows={rows!r}")
+        check_pair(student, "teacher", teacher, class_token=rows == "cls")
         check_student(student, criterion, impl, device, dtype)
         weights = {
             "pa_weight": pa_weight,
@@ -132,7 +142,10 @@ class AttnDistill(DistillTask):
         }
         schedules = check_numbers(weights, temperature=temperature, one_of=list(weights)[:3])
         student_layout, teacher_layout = token_layout(student), token_layout(teacher)
-        student_paths, teacher_paths, pairs = pair_blocks(student, teacher, blocks, teacher_blocks)
+        if rows == "pool":
+            student_paths, teacher_paths, pairs = _pooling_pair(student, teacher, blocks, teacher_blocks)
+        else:
+            student_paths, teacher_paths, pairs = pair_blocks(student, teacher, blocks, teacher_blocks)
         align = not (schedules.numbers["pa_weight"].off and schedules.numbers["patch_weight"].off)
         if align:
             check_final_norm("student", student)
@@ -142,7 +155,7 @@ class AttnDistill(DistillTask):
         projector = make_projector(student_layout.feature_dim, teacher_layout.feature_dim) if align else None
         super().__init__(
             TappedStudent(student_tap, projector, train_head=criterion is not None),
-            {"teacher": FeatureTeacher(teacher_tap, input_norm)},
+            {"teacher": FeatureTeacher(teacher_tap, input_norm, head=rows == "pool")},
             criterion=criterion,
             schedules=schedules,
             impl=impl,
@@ -152,6 +165,7 @@ class AttnDistill(DistillTask):
         )
         self.student_layout, self.teacher_layout, self.pairs = student_layout, teacher_layout, pairs
         self.merge, self.resample_mode, self.check_finite, self.one_pass = merge, resample_mode, check_finite, one_pass
+        self.rows = rows
         if verbose:
             _logger.info(
                 f"AttnDistill: student {student_paths} <- teacher {teacher_paths} (pairs {pairs}), {schedules}, merge={merge}"
@@ -247,7 +261,7 @@ class AttnDistill(DistillTask):
         return torch.where(counts, patches, 0.0).sum() / counts.sum()
 
     def attention_loss(self, student: AttentionCall, teacher: AttentionCall, size: Sequence[int]) -> Tensor:
-        """AG of one pair of attentions: Σ_heads KL(teacher ‖ student) of the class-token row ÷ B.
+        """AG of one pair of attentions: Σ_heads KL(teacher ‖ student) of the guiding rows ÷ B.
 
         Same patch grid: both rows straight from queries and keys. Another grid: the teacher's rows are resized to the
         student's grid head by head, and merged after that.
@@ -256,6 +270,8 @@ class AttnDistill(DistillTask):
             student, teacher: as an :class:`attnkd.AttentionTap` returns them, tokens on dimension 2.
             size: (height, width) of the images in pixels.
         """
+        if self.rows != "cls":
+            return self._guided(student, teacher, size)
         grid = patch_grid(self.student, size, student.key.shape[2] - self.student_layout.num_prefix_tokens)
         if student.has_cls is False:
             raise ValueError(f"student: {_NO_CLASS_TOKEN}")
@@ -264,6 +280,30 @@ class AttnDistill(DistillTask):
         if isinstance(target, AttentionCall):
             return attention_divergence(student, target, **options)
         return attention_divergence(student, teacher_probs=target, **options)
+
+    def _guided(self, student: AttentionCall, teacher: AttentionCall, size: Sequence[int]) -> Tensor:
+        """The same of other rows than the class token's, see :mod:`attnkd.methods.guided_rows`."""
+        calls = []
+        for model, call, layout in (
+            (self.student, student, self.student_layout),
+            (self.teacher.tap.model, teacher, self.teacher_layout),
+        ):
+            call = filled_in(call, layout)
+            calls.append(call._replace(grid=patch_grid(model, size, call.key.shape[2] - call.num_prefix_tokens)))
+        merge, temperature = self._merging(student.query.shape[1], teacher.query.shape[1])
+        return guided_divergence(
+            *calls, self.rows, merge=merge, temperature=temperature, mode=self.resample_mode, impl=self.impl
+        )
+
+    def _merging(self, heads: int, teacher_heads: int) -> tuple[str | None, float]:
+        """How heads are merged, and the temperature."""
+        merge = self.merge
+        if merge == "auto":
+            merge = None if heads == teacher_heads else "logsum"
+        temperature = 10.0 if merge == "logsum" else 1.0
+        if "temperature" in self.schedules.numbers:
+            temperature = self.schedules["temperature"]
+        return merge, temperature
 
     def target(
         self, teacher: AttentionCall, size: Sequence[int], grid: Grid, heads: int
@@ -282,12 +322,7 @@ class AttnDistill(DistillTask):
         if teacher.has_cls is False:
             raise ValueError(f"teacher: {_NO_CLASS_TOKEN}")
         teacher = filled_in(teacher, layout)
-        merge = self.merge
-        if merge == "auto":
-            merge = None if heads == teacher.query.shape[1] else "logsum"
-        temperature = 10.0 if merge == "logsum" else 1.0
-        if "temperature" in self.schedules.numbers:
-            temperature = self.schedules["temperature"]
+        merge, temperature = self._merging(heads, teacher.query.shape[1])
         options: dict[str, Any] = {
             "rows": "cls",
             "merge": merge,
@@ -311,6 +346,25 @@ class AttnDistill(DistillTask):
 
 
 _NO_CLASS_TOKEN = "this attention runs before the model adds its class token; choose a later block"
+
+
+def _pooling_pair(
+    student: nn.Module, teacher: nn.Module, blocks: Blocks, teacher_blocks: Blocks | None
+) -> tuple[list[str], list[str], list[tuple[int, int]]]:
+    """The attention that pools in each model: its attention pooling, or the last block's where the class token pools."""
+    if blocks != -1 or teacher_blocks is not None:
+        raise ValueError("blocks, teacher_blocks: rows='pool' compares the attentions that pool; leave them out")
+    paths = []
+    for name, model in (("student", student), ("teacher", teacher)):
+        adapter = adapter_for(model, name)
+        path = adapter.pooling(model)
+        if path is None and not adapter.layout(model).has_cls:
+            raise ValueError(
+                f"{name}: rows='pool', but {type(model).__name__} has neither attention pooling nor a class token; "
+                "rows='mean' or rows='all' compares its patches' rows"
+            )
+        paths.append([path] if path is not None else attention_paths(model, -1))
+    return paths[0], paths[1], [(0, 0)]
 
 
 def _blame_teacher(teacher: nn.Module, features: Tensor | None, calls: list[AttentionCall]) -> None:

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnkd.attention.api import attention_divergence
 from attnkd.attention.call import AttentionCall, take_heads
 from attnkd.attention.checks import check_choice
 from attnkd.attention.problem import DIVERGENCES
+from attnkd.attention.resample import MODES as RESAMPLE_MODES
+from attnkd.capture.adapters import adapter_for
 from attnkd.capture.blocks import Blocks, pair_blocks
-from attnkd.capture.models import resolve_model
+from attnkd.capture.models import num_classes, resolve_model
 from attnkd.capture.tap import AttentionTap, Wanted
 from attnkd.capture.tokens import filled_in, token_layout
 from attnkd.methods.logits import KD_TEMPERATURE, check_classes, kd_loss
@@ -45,7 +46,7 @@ class HeadKD(DistillTask):
 
     Args:
         student: a timm Vision Transformer, or its name (built from scratch with ``num_classes`` classes).
-        teacher: a timm Vision Transformer with the same patch grid, or its name (built with pretrained weights, without
+        teacher: a timm Vision Transformer, or its name (built with pretrained weights, without
             classifier). Its parameters are frozen in place.
         mode: 'head_to_head': one student head of a block learns from one teacher head. 'block_to_block': all m heads of
             a student block learn from m of the teacher block's n heads. 'encoder_to_encoder': that in every student
@@ -71,6 +72,8 @@ class HeadKD(DistillTask):
         kd_temperature: its T.
         criterion: class loss of (student output, targets); None trains on the attention loss alone.
         num_classes: of a student given by name.
+        resample_mode: 'bicubic', 'bilinear' or 'area': how the map of a teacher with another patch grid is resized to the student's
+            (see :mod:`attnkd.attention.resampled_maps`); None refuses such a teacher.
         input_norm: ((mean, ...), (std, ...)) the images arrive normalised with; the teacher then gets them in the
             normalisation of its ``pretrained_cfg``. None: it gets them as they are.
         one_pass: the student's attentions compute the divergences on the way (:meth:`attnkd.AttentionTap.distil`), with the same
@@ -108,6 +111,7 @@ class HeadKD(DistillTask):
         kd_temperature: float | Schedule = KD_TEMPERATURE,
         criterion: nn.Module | None = CROSS_ENTROPY,
         num_classes: int | None = None,
+        resample_mode: str | None = "bicubic",
         input_norm: tuple[Sequence[float], Sequence[float]] | None = None,
         one_pass: bool = False,
         impl: str = "auto",
@@ -117,6 +121,7 @@ class HeadKD(DistillTask):
     ) -> None:
         check_choice("mode", mode, MODES)
         check_choice("divergence", divergence, DIVERGENCES)
+        check_choice("resample_mode", resample_mode, (None, *RESAMPLE_MODES))
         if mode == "encoder_to_encoder" and blocks not in (None, "all"):
             raise ValueError(
                 f"blocks: 'encoder_to_encoder' takes every block, got {blocks!r}; use mode='block_to_block'"
@@ -163,7 +168,7 @@ class HeadKD(DistillTask):
             verbose=verbose,
         )
         self.divergence, self.pairs, self.heads, self.one_pass = divergence, pairs, chosen, one_pass
-        self.mode = mode
+        self.mode, self.resample_mode = mode, resample_mode
         self.layouts = token_layout(student), token_layout(teacher)
         if verbose:
             for (s, t), (ours, theirs) in zip(pairs, self.heads, strict=True):
@@ -202,8 +207,7 @@ class HeadKD(DistillTask):
             target_output, teacher_calls = self.teachers["teacher"](images)
             if alpha < 1:
                 wanted = [
-                    self._wanted(pair, teacher_calls, options | {"reduction": "none"})
-                    for pair in range(len(self.pairs))
+                    self._wanted(pair, teacher_calls, images.shape[-2:], options) for pair in range(len(self.pairs))
                 ]
         output, _, student_calls, rows = self.run_student(images, teacher=wanted)
         if taught and not self.one_pass:
@@ -217,9 +221,10 @@ class HeadKD(DistillTask):
             weight = self.sample_weight(output, target_output, targets)
             losses = [
                 whole_map_divergence(
-                    *compared_maps(student_calls[s], teacher_calls[t], self.layouts, *heads),
+                    *compared_maps(student_calls[s], teacher_calls[t], self.layouts, *heads, self.resample_mode),
                     sample_weight=weight,
                     rows=rows[s] if wanted else None,
+                    resample_mode=self.resample_mode,
                     **options,
                 )
                 for (s, t), heads in zip(self.pairs, self.heads, strict=True)
@@ -234,17 +239,21 @@ class HeadKD(DistillTask):
             result["output"] = output
         return {"loss": self.total(parts), **result}
 
-    def _wanted(self, pair: int, teacher_calls: list[AttentionCall], options: dict[str, Any]) -> Wanted:
+    def _wanted(
+        self, pair: int, teacher_calls: list[AttentionCall], size: Sequence[int], options: dict[str, Any]
+    ) -> Wanted:
         """What the student's attention of a pair compares its rows with, see :meth:`attnkd.AttentionTap.distil`."""
         (_, t), (ours, theirs) = self.pairs[pair], self.heads[pair]
-        if self.mode != "head_to_head":  # all of the student's heads
-            return take_heads(filled_in(teacher_calls[t], self.layouts[1]), theirs), options
+        teacher = teacher_calls[t]
+        grid = adapter_for(self.student).grid(self.student, size)
+        if self.mode != "head_to_head" and teacher.grid in (grid, None):  # all of the student's heads, and no resizing
+            return take_heads(filled_in(teacher, self.layouts[1]), theirs), options | {"reduction": "none"}
 
-        def one_head(student: AttentionCall) -> Tensor:
-            maps = compared_maps(student, teacher_calls[t], self.layouts, ours, theirs)
-            return attention_divergence(*maps, **options)
+        def beside(student: AttentionCall) -> Tensor:
+            maps = compared_maps(student, teacher, self.layouts, ours, theirs, self.resample_mode)
+            return map_rows(*maps, None, self.resample_mode, **options)
 
-        return one_head
+        return beside
 
     def sample_weight(
         self, output: Tensor | None, target_output: Tensor | None, targets: Tensor | None
@@ -322,7 +331,7 @@ def _check_wrong_weights(
     for name, factor in (("wrong_teacher_weight", wrong_teacher), ("wrong_student_weight", wrong_student)):
         if factor != 1 and criterion is None:
             raise ValueError(f"{name}: needs targets and the student's output, but criterion is None")
-    classes, theirs = (getattr(model, "num_classes", None) for model in (student, teacher))
+    classes, theirs = num_classes(student), num_classes(teacher)
     if wrong_teacher != 1 and (not theirs or theirs != classes):
         raise ValueError(
             f"wrong_teacher_weight: expected a teacher that classifies the student's {classes} classes, its num_classes "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from attnkd.attention.call import AttentionCall
 from attnkd.attention.checks import check_choice
 from attnkd.attention.problem import DIVERGENCES
+from attnkd.attention.resample import MODES as RESAMPLE_MODES
 from attnkd.capture.blocks import Blocks, pair_blocks
 from attnkd.capture.models import resolve_model
 from attnkd.capture.tap import AttentionTap
@@ -44,7 +45,7 @@ class SSTA(DistillTask):
 
     Args:
         student: a timm Vision Transformer, or its name (built from scratch with ``num_classes`` classes).
-        teacher: supervised timm Vision Transformer with the same patch grid, or its name (with pretrained weights), or None.
+        teacher: supervised timm Vision Transformer, or its name (with pretrained weights), or None.
         assistant: self-supervised one, likewise. One of the two may be None.
         blocks: L, blocks of the student: index, sequence of indices, 'all', or module paths.
         teacher_blocks, assistant_blocks: the block for each of ``blocks``. None: student block i of Ls learns from teacher
@@ -65,6 +66,8 @@ class SSTA(DistillTask):
         divergence: of the maps, see :func:`attnkd.attention_divergence`; the paper's is KL(teacher ‖ student).
         criterion: class loss of (student output, targets); None trains on the maps alone, and then not past ``stop_epoch``.
         num_classes: of a student given by name.
+        resample_mode: 'bicubic', 'bilinear' or 'area': how the map of a teacher with another patch grid is resized to the student's
+            (see :mod:`attnkd.attention.resampled_maps`); None refuses such a teacher.
         input_norm: ((mean, ...), (std, ...)) the images arrive normalised with; each teacher then gets them in the
             normalisation of its ``pretrained_cfg``. None: they get them as they are.
         one_pass: the student's attentions compare their heads while they run (:meth:`attnkd.AttentionTap.distil`), with the same results.
@@ -109,6 +112,7 @@ class SSTA(DistillTask):
         divergence: str = "forward_kl",
         criterion: nn.Module | None = CROSS_ENTROPY,
         num_classes: int | None = None,
+        resample_mode: str | None = "bicubic",
         input_norm: tuple[Sequence[float], Sequence[float]] | None = None,
         one_pass: bool = False,
         impl: str = "auto",
@@ -117,6 +121,7 @@ class SSTA(DistillTask):
         verbose: bool = True,
     ) -> None:
         check_choice("divergence", divergence, DIVERGENCES)
+        check_choice("resample_mode", resample_mode, (None, *RESAMPLE_MODES))
         student = build_student(student, criterion, num_classes)
         given = {
             "teacher": (teacher, teacher_blocks, teacher_heads),
@@ -185,6 +190,7 @@ class SSTA(DistillTask):
             verbose=verbose,
         )
         self.layouts, self.links, self.divergence, self.one_pass = layouts, links, divergence, one_pass
+        self.resample_mode = resample_mode
         self.averaged = {name: heads == "average" for name, (_, _, heads) in given.items()}
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> dict[str, Tensor]:
@@ -240,7 +246,10 @@ class SSTA(DistillTask):
         for name, calls in observed.items():
             ours, t, theirs = self.links[name][block]
             found[name] = whole_map_divergence(
-                *compared_maps(student, calls[t], (self.layouts["student"], self.layouts[name]), ours, theirs),
+                *compared_maps(
+                    student, calls[t], (self.layouts["student"], self.layouts[name]), ours, theirs, self.resample_mode
+                ),
+                resample_mode=self.resample_mode,
                 merge="mean" if self.averaged[name] else None,
                 divergence=self.divergence,
                 temperature=self.schedules["temperature"],

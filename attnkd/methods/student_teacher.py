@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attnkd.attention.call import AttentionCall
+from attnkd.capture.adapters import adapter_for
 from attnkd.capture.models import final_tokens, input_stats, modes, parameter_dtype, restore_modes
 from attnkd.capture.tap import AttentionTap, Wanted
 
@@ -62,16 +63,15 @@ class TappedStudent(TrainedStudent):
         The projected tokens are the class token [B, 1, Dt], or with ``patches`` class token and patches [B, 1 + N, Dt].
         With ``teacher`` (and ``options``) the attentions compute their divergences, see :meth:`attnkd.AttentionTap.distil`.
         """
-        model: Any = self.tap.model
-        losses: list[Any] = []
+        model, losses = self.tap.model, []
+        run, arguments = adapter_for(model).run, (model, images, self.train_head)
         if teacher is None:
-            tokens, calls = self.tap.capture(model.forward_features, images)
+            ran, calls = self.tap.capture(run, *arguments)
         else:
-            tokens, calls, losses = self.tap.distil(teacher, images, function=model.forward_features, **(options or {}))
-        if tokens is None:
+            ran, calls, losses = self.tap.distil(teacher, *arguments, function=run, **(options or {}))
+        if ran is None:
             return None, None, calls, losses
-        with torch.set_grad_enabled(self.train_head and torch.is_grad_enabled()):
-            output = model.forward_head(tokens)
+        tokens, output = ran
         features = None if self.projector is None else self.projector(final_tokens(model, tokens, patches))
         return output, features, calls, losses
 
@@ -105,7 +105,10 @@ class FrozenTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor | None, list[Any]]:
         """images [B, C, H, W] → the teacher's output (None if it stops before), and what its wrapper observed."""
-        return self.tap(self.normalise(images))
+        images, model = self.normalise(images), self.tap.model
+        if isinstance(self.tap, AttentionTap):
+            return self.tap.capture(adapter_for(model).forward, model, images)
+        return self.tap(images)
 
     def normalise(self, images: Tensor) -> Tensor:
         """The images in the teacher's own normalisation and dtype."""
@@ -128,14 +131,27 @@ class FrozenTeacher(nn.Module):
 
 
 class FeatureTeacher(FrozenTeacher):
-    """A frozen, tapped teacher that gives its normalised tokens."""
+    """A frozen, tapped teacher that gives its normalised tokens.
+
+    Args:
+        head: run the head too, because what is tapped is in it.
+    """
+
+    def __init__(self, tap: Any, input_norm: Any = None, head: bool = False) -> None:
+        super().__init__(tap, input_norm)
+        self.head = head
 
     @torch.no_grad()
     def forward(self, images: Tensor, patches: bool = False) -> tuple[Tensor | None, list[Any]]:
         """images [B, C, H, W] → class token [B, 1, Dt], or with ``patches`` class token and patches [B, 1 + N, Dt]
         (None if it stops before), and attention calls."""
         model = self.tap.model
-        tokens, calls = self.tap.capture(model.forward_features, self.normalise(images))
+        images, adapter = self.normalise(images), adapter_for(model)
+        if self.head:
+            ran, calls = self.tap.capture(adapter.run, model, images, False)
+            tokens = None if ran is None else ran[0]
+        else:
+            tokens, calls = self.tap.capture(adapter.tokens, model, images)
         return (None if tokens is None else final_tokens(model, tokens, patches)), calls
 
 

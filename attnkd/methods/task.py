@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from attnkd.attention.checks import check_choice, check_device
 from attnkd.attention.dispatch import IMPLS
+from attnkd.capture.adapters import adapter_for
 from attnkd.capture.models import (
     TrainingTask,
     check_images,
     image_size,
     input_channels,
     input_stats,
+    num_classes,
     parameter_dtype,
     resolve_model,
     unwrap_model,
@@ -75,7 +77,7 @@ class DistillTask(TrainingTask):
         for name, teacher in teachers.items():
             teacher.to(self.device)
             stats, theirs = input_stats(student), input_stats(teacher.tap.model)
-            if teacher.input_norm is None and theirs is not None and stats != theirs:
+            if teacher.input_norm is None and None not in (stats, theirs) and stats != theirs:
                 _logger.warning(
                     f"image mean and std differ between student {stats} and {name} {theirs}: images must come normalised "
                     f"for the {name}, or say with input_norm how they come"
@@ -297,7 +299,7 @@ def check_student(
             f"student: no parameter of {type(student).__name__} requires grad, so nothing would train; unfreeze it with "
             "student.requires_grad_()"
         )
-    if criterion is not None and getattr(student, "num_classes", None) == 0:
+    if criterion is not None and num_classes(student) == 0:
         raise ValueError(
             f"student: {type(student).__name__} has no classifier (num_classes = 0), but criterion compares its output with "
             "targets; build it with num_classes, or give criterion=None"
@@ -312,19 +314,16 @@ def check_pair(student: nn.Module, name: str, teacher: nn.Module, class_token: b
         class_token: both must have one.
 
     Raises:
-        TypeError: not a timm model.
+        TypeError: a model that no adapter speaks for.
         ValueError: no class token, shared parameters, or fixed image sizes that differ.
     """
     for label, model in (("student", student), (name, teacher)):
-        if not isinstance(model, nn.Module) or not hasattr(model, "forward_features"):
-            raise TypeError(
-                f"{label}: expected a timm model or its name, got {type(model).__name__}; models of other libraries can be "
-                "compared in a loop of your own with AttentionTap and attention_divergence"
-            )
+        adapter_for(model, label)
         if class_token and not token_layout(model).has_cls:
             raise ValueError(
                 f"{label}: class tokens are compared, but {type(model).__name__} has none "
-                f"(num_prefix_tokens = {token_layout(model).num_prefix_tokens}, cls_token is None)"
+                f"(num_prefix_tokens = {token_layout(model).num_prefix_tokens}, cls_token is None); rows='mean' compares "
+                "without one (AttnDistill also 'pool' and 'all')"
             )
     if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
         raise ValueError(f"{name}: shares parameters with student; freezing the teacher would freeze the student")

@@ -566,7 +566,7 @@ class TestRefused:
             AttnDistill(registers, teacher())
         with pytest.raises(ValueError, match=r"teacher: class tokens .*has none"):
             AttnDistill(student(), registers)
-        with pytest.raises(TypeError, match="student: expected a timm model or its name, got Linear"):
+        with pytest.raises(TypeError, match="student: expected a Vision Transformer .* or a timm name, got Linear"):
             AttnDistill(nn.Linear(2, 2), teacher())
 
     def test_one_model_in_both_roles(self) -> None:

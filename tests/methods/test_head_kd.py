@@ -286,7 +286,9 @@ def test_more_refusals():
     with pytest.raises(ValueError, match="wrong_teacher_weight: expected a teacher that classifies the student's 10"):
         HeadKD(vit(2), vit(2, classes=7), wrong_teacher_weight=0.5, verbose=False)
     with pytest.raises(ValueError, match="the student's grid is 4x4 .* the teacher's 8x8; whole maps"):
-        HeadKD(vit(2), vit(2, patch_size=2), verbose=False)(images, targets)
+        HeadKD(vit(2), vit(2, patch_size=2), resample_mode=None, verbose=False)(images, targets)
+    with pytest.raises(ValueError, match="divergence: 'logit_mse' compares scores"):
+        HeadKD(vit(2), vit(2, patch_size=2), divergence="logit_mse", verbose=False)(images, targets)
     with pytest.raises(ValueError, match=r"student takes \(16, 16\) and teacher \(32, 32\) pixels only"):
         HeadKD(vit(2), vit(2, img_size=32), verbose=False)
     with pytest.raises(ValueError, match="targets: needed by criterion"):

@@ -189,7 +189,8 @@ def test_refusals_about_the_teachers():
         SSTA(vit(2), verbose=False)
     with pytest.raises(ValueError, match="student_heads: expected a head of its own for each teacher"):
         SSTA(vit(2), vit(2), vit(2), teacher_heads="average", assistant_heads="average", student_heads=(1, 1))
-    task = SSTA(vit(2), vit(2, patch_size=2), teacher_heads="average", stop_epoch=None, verbose=False)
+    other: dict = {"teacher_heads": "average", "stop_epoch": None, "verbose": False}
+    task = SSTA(vit(2), vit(2, patch_size=2), resample_mode=None, **other)
     with pytest.raises(ValueError, match="the student's grid is 4x4 .* the teacher's 8x8; whole maps"):
         task(*batch())
 

@@ -128,13 +128,28 @@ def test_one_model_as_teacher_and_assistant_comes_back_as_it_was():
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_equal_numbers_of_patches_are_not_the_same_patches(name):
+    options = {} if name == "AttentionProbe" else {"resample_mode": None}
     with pytest.raises(ValueError, match=r"the student's grid is 4x4 \(height x width\), the teacher's 8x2"):
-        TASKS[name](vit(), vit(1, patch_size=(4, 16)))(X, Y)
+        TASKS[name](vit(), vit(1, patch_size=(4, 16)), **options)(X, Y)
     dropped = TASKS[name](vit(patch_drop_rate=0.75).train(), vit(1, patch_size=16))
     with pytest.raises(ValueError, match="student: its patches do not form the grid .*patch_drop_rate=0"):
         dropped(X, Y)
     with pytest.raises(ValueError, match="the student's grid is 4x4"):
-        dropped.eval()(X, Y)
+        TASKS[name](dropped.untap()[0].eval(), vit(1, patch_size=16), **options)(X, Y)
+
+
+@pytest.mark.parametrize("name", ["HeadKD", "SSTA"])
+def test_a_map_over_another_grid_is_resized(name):
+    """4x4 patches of the student; the teacher's 8x2 and 2x2."""
+    for patch in ((4, 16), 16):
+        task = TASKS[name](vit(), vit(1, patch_size=patch))
+        loss = task(X, Y)
+        loss["loss"].backward()
+        assert loss["loss"].isfinite() and task.student.blocks[-1].attn.qkv.weight.grad.any()
+        halves = [
+            TASKS[name](vit(), vit(1, patch_size=patch), impl=impl)(X, Y)["loss"] for impl in ("reference", "chunked")
+        ]
+        torch.testing.assert_close(halves[0], halves[1])
 
 
 def test_attn_distill_refuses_patch_dropout_whatever_number_is_left():
@@ -172,7 +187,9 @@ def test_a_message_names_the_model_it_belongs_to(name):
         task(X[:, :1], Y)
     with pytest.raises(ValueError, match=r"images: teacher \(VisionTransformer\) takes 32x32 pixels, got 48x32"):
         task(torch.randn(2, 3, 48, 32), Y)
-    with pytest.raises(TypeError, match="teacher: expected a timm model .* AttentionTap and attention_divergence"):
+    with pytest.raises(
+        TypeError, match="teacher: expected a Vision Transformer .* AttentionTap and attention_divergence"
+    ):
         TASKS[name](vit(), nn.Linear(2, 2))
 
 

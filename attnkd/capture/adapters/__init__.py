@@ -1,0 +1,59 @@
+"""What a model is, for every family of models that can be distilled: one :class:`Adapter` a family.
+
+Everything else in the package asks :func:`adapter_for` and knows no library by its attributes.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from attnkd.capture.adapters.base import Adapter, Grid, TokenLayout
+from attnkd.capture.adapters.dino_hub import DinoHub
+from attnkd.capture.adapters.hugging_face import HuggingFace
+from attnkd.capture.adapters.open_clip import OpenClip
+from attnkd.capture.adapters.timm_models import Timm
+from attnkd.capture.adapters.torchvision_models import Torchvision
+
+__all__ = ["Adapter", "Grid", "TokenLayout", "adapter_for", "find_adapter", "register_adapter"]
+
+_ADAPTERS: list[Adapter] = [HuggingFace(), Torchvision(), OpenClip(), DinoHub(), Timm()]
+
+
+def register_adapter(adapter: Adapter) -> None:
+    """Let an adapter of your own speak for its models, before those of the package.
+
+    Raises:
+        TypeError: not an :class:`Adapter`.
+    """
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"adapter: expected an attnkd.capture.adapters.Adapter, got {type(adapter).__name__}")
+    _ADAPTERS.insert(0, adapter)
+
+
+def find_adapter(model: nn.Module) -> Adapter | None:
+    """The adapter that speaks for a model; None where no family is known."""
+    for adapter in _ADAPTERS:
+        if adapter.takes(model):
+            return adapter
+    return None
+
+
+def adapter_for(model: nn.Module, label: str = "model") -> Adapter:
+    """The adapter that speaks for a model.
+
+    Args:
+        label: the argument that messages begin with.
+
+    Raises:
+        TypeError: no family is known.
+    """
+    adapter = find_adapter(model) if isinstance(model, nn.Module) else None
+    if adapter is None:
+        families = ", ".join(one.family for one in _ADAPTERS)
+        raise TypeError(
+            f"{label}: expected a Vision Transformer of a known family ({families}) or a timm name, got "
+            f"{type(model).__name__}. Another model needs an adapter of some twenty lines "
+            "(attnkd.capture.adapters.register_adapter, docs/models.md), or compare it in a loop of your own with "
+            "AttentionTap and attention_divergence"
+        )
+    return adapter
