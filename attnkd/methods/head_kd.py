@@ -25,7 +25,7 @@ from attnkd.methods.logits import KD_TEMPERATURE, check_classes, kd_loss
 from attnkd.methods.schedule import Schedule
 from attnkd.methods.student_teacher import FrozenTeacher, TappedStudent
 from attnkd.methods.task import DistillTask, build_student, check_numbers, check_pair, check_student
-from attnkd.methods.whole_map import Heads, check_heads, compared_maps, num_heads, whole_map_divergence
+from attnkd.methods.whole_map import Heads, check_heads, compared_maps, map_rows, num_heads, whole_map_divergence
 
 _logger = logging.getLogger(__name__)
 
