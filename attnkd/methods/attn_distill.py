@@ -292,7 +292,7 @@ class AttnDistill(DistillTask):
             calls.append(call._replace(grid=patch_grid(model, size, call.key.shape[2] - call.num_prefix_tokens)))
         merge, temperature = self._merging(student.query.shape[1], teacher.query.shape[1])
         return guided_divergence(
-            *calls, self.rows, merge=merge, temperature=temperature, mode=self.resample_mode, impl=self.impl
+            calls[0], calls[1], self.rows, merge=merge, temperature=temperature, mode=self.resample_mode, impl=self.impl
         )
 
     def _merging(self, heads: int, teacher_heads: int) -> tuple[str | None, float]:

@@ -63,7 +63,8 @@ class TappedStudent(TrainedStudent):
         The projected tokens are the class token [B, 1, Dt], or with ``patches`` class token and patches [B, 1 + N, Dt].
         With ``teacher`` (and ``options``) the attentions compute their divergences, see :meth:`attnkd.AttentionTap.distil`.
         """
-        model, losses = self.tap.model, []
+        model = self.tap.model
+        losses: list[Any] = []
         run, arguments = adapter_for(model).run, (model, images, self.train_head)
         if teacher is None:
             ran, calls = self.tap.capture(run, *arguments)

@@ -322,7 +322,7 @@ def test_numbers_of_numpy_are_numbers():
     torch.save(kd.schedules.state_dict(), file)
     file.seek(0)
     assert torch.load(file, weights_only=True)["epoch"] == 1
-    assert SSTA(vit(), vit(1), blocks=one, teacher_heads=[one], alpha=half, verbose=False).links["teacher"][0][3] == (
+    assert SSTA(vit(), vit(1), blocks=one, teacher_heads=[one], alpha=half, verbose=False).links["teacher"][0][2] == (
         1,
     )
     assert AttentionProbe(vit(), vit(1), half, blocks=one, verbose=False)(X)["loss"].isfinite()
