@@ -47,6 +47,7 @@ TASKS = {
     "HeadKD, one head": lambda **o: HeadKD(
         vit(), teacher(), mode="head_to_head", blocks="all", heads=[1, 0], teacher_heads=[3, 1], **o
     ),
+    "HeadKD, another grid": lambda **o: HeadKD(vit(dynamic_img_size=True), teacher(patch_size=2), **o),
     "SSTA": lambda **o: SSTA(vit(), teacher(), teacher(2), temperature=1.5, lam=0.5, **HEADS, **o),
     "SSTA, average": lambda **o: SSTA(
         vit(), assistant=teacher(2), assistant_heads="average", blocks="all", stop_epoch=None, **o
@@ -54,7 +55,7 @@ TASKS = {
     "AttentionProbe": lambda **o: AttentionProbe(vit(), teacher(), 0.9, **o),
 }  # fmt: skip
 COMPARING = (
-    (tap, "distilled"), (head_kd, "attention_divergence"), (ssta, "whole_map_divergence"), (attention_probe, "relation_row_loss"),
+    (tap, "distilled"), (head_kd, "map_rows"), (ssta, "whole_map_divergence"), (attention_probe, "relation_row_loss"),
 )  # fmt: skip
 FOUR = ("AttnDistill", "HeadKD", "SSTA", "AttentionProbe")
 
