@@ -307,9 +307,10 @@ class _Tapped:
             )
         device = query.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)  # SDPA casts below Python: what enters is what it casts to
-            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-            if attn_mask is not None and attn_mask.is_floating_point():
+            # SDPA casts below Python: what enters is what it casts to. It leaves float64 as it is.
+            dtype = torch.get_autocast_dtype(device)
+            query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
+            if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float64):
                 attn_mask = attn_mask.to(dtype)
         softmax_scale = query.shape[-1] ** -0.5 if scale is None else scale
         teacher, options = (None, {}) if slot.compared is None else slot.compared
