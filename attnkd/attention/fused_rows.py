@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from attnkd.attention.owned import alone, distinct, owners
 from attnkd.attention.problem import Problem, Side
 from attnkd.attention.reductions import of_rows, total
 from attnkd.operators import first_order_only, keep, kept, register
-from attnkd_kernels.row.backward import row_kl_bwd
+from attnkd_kernels.row.backward import row_kl_add, row_kl_bwd
 from attnkd_kernels.row.kl import MAX_WIDTH, ONE_SWEEP, fits_whole, row_kl_fwd
 from attnkd_kernels.row.logits import row_logits_bwd, row_logits_fwd
 from attnkd_kernels.row.merge import MAX_KEYS, row_merge
@@ -73,6 +75,12 @@ _row_kl_bwd = register(
     row_kl_bwd,
     _row_kl_bwd_fake,
 )
+_row_kl_add = register(
+    "row_kl_add(Tensor(a!) dq, Tensor(b!) dk, Tensor grad, Tensor coef, Tensor unit_dq, Tensor query, float scale, "
+    "float temperature, bool wide) -> ()",
+    row_kl_add,
+    lambda *args: None,
+)
 _row_logits_fwd = register(
     "row_logits_fwd(Tensor query, Tensor key, Tensor? mask, float scale, float temperature, bool wide) -> Tensor",
     row_logits_fwd,
@@ -120,6 +128,47 @@ class RowKLFunction(torch.autograd.Function):
             dmask.to(ctx.mask_dtype) if need_dmask else None,
             *[None] * 11,
         )
+
+
+class BesideFunction(torch.autograd.Function):
+    """A query, keys, and the divergence [B, Ho, 1] of the first row; query and keys go into an attention, whose gradients come back here
+    and get the divergence's added, in place where they are nobody else's."""
+
+    @staticmethod
+    def forward(ctx, query, key, compared, ms, qt, kt, mt, probs, scale_s, scale_t, temperature, wide, divergence):
+        """compared: those of the keys that are compared, [B, H, N', D]: all, or token 0 and the last N' − 1."""
+        ctx.set_materialize_grads(False)
+        loss, coef, unit_dq = _row_kl_fwd(
+            query[:, :, :1], compared, ms, qt, kt, mt, probs, scale_s, scale_t, temperature, wide, divergence, True
+        )
+        left_out = key.shape[2] - compared.shape[2]
+        if left_out:
+            nothing = coef.new_zeros((*coef.shape[:3], left_out))
+            coef = torch.cat([coef[..., :1], nothing, coef[..., 1:]], -1)
+        keep(ctx, coef, unit_dq, query, key)
+        ctx.options = (scale_s, temperature, wide)
+        return query.view_as(query), key.view_as(key), loss
+
+    @staticmethod
+    def backward(ctx, dq, dk, grad):
+        if grad is None:
+            return dq, dk, *[None] * 11
+        ours = not (dq is None or dk is None or torch.is_grad_enabled())
+        ours = ours and owners(dq) == alone() and owners(dk) == alone() and distinct(dq) and distinct(dk)
+        if not ours:
+            return _beside_gradients(ctx, dq, dk, grad)
+        coef, unit_dq, query, _ = kept(ctx)
+        _row_kl_add(dq[:, :, :1], dk, grad, coef, unit_dq, query[:, :, :1], *ctx.options)
+        return dq, dk, *[None] * 11
+
+
+@first_order_only
+def _beside_gradients(ctx, dq, dk, grad):
+    """The same in new tensors."""
+    coef, unit_dq, query, key = kept(ctx)
+    row, keys, _ = _row_kl_bwd(grad, coef, unit_dq, query[:, :, :1], key, *ctx.options, True, True, False)
+    dq = F.pad(row, (0, 0, 0, query.shape[2] - 1)) if dq is None else torch.cat([dq[:, :, :1] + row, dq[:, :, 1:]], 2)
+    return dq, keys if dk is None else dk + keys, *[None] * 11
 
 
 class RowLogitsFunction(torch.autograd.Function):
@@ -197,6 +246,28 @@ def per_row(problem: Problem, factor: float | None = None) -> Tensor:
     logits_t = None if teacher.query is None else row_logits(teacher, wide, problem.temperature)
     merge = None if wide else problem.merge
     return RowMergeFunction.apply(logits_s, logits_t, teacher.probs, merge, problem.divergence, need_grad, factor)
+
+
+def beside(query: Tensor, key: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(query, key, divergence [B, Ho, 1] of the first row) where the row's gradients can be added to those of the attention that is
+    computed of query and key; None where they cannot, or nothing would be gained.
+
+    Args:
+        query: [B, H, M, D], whose first row is the problem's.
+        key: [B, H, N, D], of which the problem's are token 0 and the last; see :func:`attnkd.attention.call.class_row`.
+    """
+    student, teacher = problem.student, problem.teacher
+    masked = student.mask is not None and student.mask.requires_grad
+    trained = torch.is_grad_enabled() and query.requires_grad and key.requires_grad and not masked
+    if not trained or torch.compiler.is_compiling() or not _one_sweep(problem):
+        return None
+    alone()  # now, not in the middle of a backward
+    wide = problem.merge == "logsum"
+    assert student.key is not None
+    return BesideFunction.apply(
+        query, key, student.key.detach(), _merged_mask(student, wide), teacher.query, teacher.key, _merged_mask(teacher, wide),
+        teacher.probs, student.scale, teacher.scale, problem.temperature, wide, problem.divergence,
+    )  # fmt: skip
 
 
 def row_logits(side: Side, wide: bool, temperature: float) -> Tensor:

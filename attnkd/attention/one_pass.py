@@ -30,7 +30,7 @@ from attnkd.attention.reductions import check_reduction, check_weight, reduced
 
 if dispatch.TRITON_INSTALLED:
     # Not where it is used: torch.compile must find this module imported.
-    from attnkd.attention import fused_attention
+    from attnkd.attention import fused_attention, fused_rows
 
 
 @overload
@@ -157,8 +157,12 @@ def distilled(
     reduction: str = "mean",
     dropout_p: float = 0.0,
     impl: str = "auto",
+    pack: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`attention_with_divergence` of a student's call and its ``inputs``: [query, key, value], or [qkv], packed."""
+    """:func:`attention_with_divergence` of a student's call and its ``inputs``: [query, key, value], or [qkv], packed.
+
+    ``pack``: the gradient may go to the tensor that the inputs are slices of (:func:`packed`), and past the slices.
+    """
     if not isinstance(teacher, (AttentionCall, Tensor)):
         raise TypeError(
             "teacher: expected an AttentionCall (loose tensors: AttentionCall(query, key, mask, scale)) or probabilities "
@@ -167,11 +171,18 @@ def distilled(
     probs = None if isinstance(teacher, AttentionCall) else teacher
     problem = problem_of_calls(student, teacher if probs is None else None, rows, probs, merge, divergence, temperature)
     implementation = choose(impl, problem)
+    weight = check_weight(row_weight, problem)
+    check_reduction(problem, reduction)
     if implementation == "triton" and why_beside(problem, student, inputs, dropout_p) is None:
-        weight = check_weight(row_weight, problem)
-        check_reduction(problem, reduction)
-        output, losses = fused_attention.attend(inputs, problem)
+        qkv = packed(*inputs) if pack else None
+        output, losses = fused_attention.attend(inputs if qkv is None else [qkv], problem)
         return output, reduced(losses, problem, weight, reduction)
+    if implementation == "triton" and rows == "cls":
+        found = fused_rows.beside(student.query, student.key, problem)
+        if found is not None:
+            query, key, losses = found
+            call = student._replace(query=query, key=key)
+            return _output(call, _value(inputs), dropout_p, implementation), reduced(losses, problem, weight, reduction)
     loss = divergence_of(problem, implementation, row_weight, reduction)
     return _output(student, _value(inputs), dropout_p, implementation), loss
 

@@ -7,12 +7,12 @@ times (to the attention, to the captured call, and as the first row alone), and 
 
 from __future__ import annotations
 
-import functools
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from attnkd.attention.owned import alone, distinct, owners
 
 
 def hand_out(query: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -21,7 +21,7 @@ def hand_out(query: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     if not (torch.is_grad_enabled() and query.requires_grad and query.shape[2] > 1):
         return query, query, None
     if not torch.compiler.is_compiling():
-        _alone()  # now, not in the middle of a backward
+        alone()  # now, not in the middle of a backward
     return _HandOut.apply(query)
 
 
@@ -38,7 +38,7 @@ class _HandOut(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, attention: Tensor | None, captured: Tensor | None, row: Tensor | None) -> Tensor | None:
         plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling())  # else autograd or a compiler looks on
-        ours = plain and attention is not None and _owners(attention) == _alone() and _distinct(attention)
+        ours = plain and attention is not None and owners(attention) == alone() and distinct(attention)
         grad = captured if attention is None else attention
         if captured is not None and attention is not None:
             grad, ours = attention + captured, plain
@@ -50,41 +50,3 @@ class _HandOut(torch.autograd.Function):
             grad[:, :, :1] += row
             return grad
         return torch.cat([grad[:, :, :1] + row, grad[:, :, 1:]], 2)
-
-
-def _owners(tensor: Tensor) -> tuple[int, ...]:
-    """How many references there are: from Python, to the tensor, to its memory."""
-    storage = tensor.untyped_storage()
-    held: Any = tensor  # what counts its owners has no annotation
-    return sys.getrefcount(tensor), held._use_count(), torch._C._storage_Use_Count(storage._cdata)
-
-
-def _distinct(tensor: Tensor) -> bool:
-    """No two elements share memory by a stride of 0. (type: a subclass may hold its data elsewhere.)"""
-    return type(tensor) is Tensor and all(tensor.stride())
-
-
-@functools.cache
-def _alone() -> tuple[int, ...]:
-    """What :func:`_owners` says of a gradient that nobody but the backward it was sent to holds: seen on one that is known to be so.
-
-    Where this PyTorch cannot tell, no gradient is taken for unshared.
-    """
-    seen: list[tuple[int, ...]] = []
-
-    class Look(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.view_as(x)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> Tensor:
-            (grad,) = grads
-            del grads
-            seen.append(_owners(grad))
-            return grad
-
-    if hasattr(torch._C, "_storage_Use_Count") and hasattr(Tensor, "_use_count"):
-        x = torch.zeros(2, requires_grad=True)
-        torch.autograd.grad((Look.apply(x) * 2.0).sum(), x)  # the product's backward makes a new tensor and hands it on
-    return seen[0] if seen else ()

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from attnkd.attention.api import attention_divergence
 from attnkd.attention.call import AttentionCall
-from attnkd.attention.one_pass import distilled, packed
+from attnkd.attention.one_pass import distilled
 from attnkd.capture.blocks import Blocks, attention_paths, block_owner, plain_class
 from attnkd.capture.checkpointing import saved_tensors_are_hooked
 from attnkd.capture.hand_out import hand_out
@@ -330,9 +330,9 @@ class _Tapped:
             if callable(teacher) and not hooked:
                 slot.losses[slot.position] = teacher(call)
             return output
-        qkv = packed(query, key, value)
-        inputs = [query, key, value] if qkv is None else [qkv]
-        output, slot.losses[slot.position] = distilled(call, inputs, teacher, dropout_p=dropout_p, **options)
+        output, slot.losses[slot.position] = distilled(
+            call, [query, key, value], teacher, dropout_p=dropout_p, pack=True, **options
+        )
         return output
 
     def __reduce_ex__(self, protocol: Any) -> tuple:

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from attnkd import AttentionCall, attention_divergence, attention_with_divergence
+from attnkd.attention import fused_rows
 from attnkd.attention.problem import DIVERGENCES
 from attnkd.testing.one_pass import assert_one_pass
 
@@ -158,3 +159,44 @@ def test_messages_name_the_argument(device):
     for arguments, options, error, message in wrong:
         with pytest.raises(error, match=message):
             attention_with_divergence(*arguments, **options)
+
+
+@pytest.mark.parametrize("alone", [None, "output", "divergence"])
+def test_a_class_rows_gradient_is_added_into_the_attentions(device, alone, monkeypatch):
+    """One launch in place where the attention's gradients are nobody else's, new tensors elsewhere; both to the reference's numbers."""
+    given = call(device)
+    tokens = {"num_prefix_tokens": 2, "has_cls": True, "grid": (4, 4)}
+    plain = AttentionCall(given["teacher_query"], given["teacher_key"], None, 0.2, 1, True)
+    registers = AttentionCall(given["teacher_query"], given["teacher_key"], None, 0.2, **tokens)
+    keys = torch.arange(18, device=device) < 15
+    probs = torch.rand(2, 1, 1, 18, device=device)
+    new_tensors = fused_rows._beside_gradients
+    for target, options in (
+        (plain, {}),
+        (registers, {"merge": "logsum", "temperature": 10.0, "reduction": "batchmean"}),
+        (probs, {"merge": "logsum", "row_weight": torch.rand(2, 1, 1, device=device)}),
+        (plain, {"divergence": "js", "mask": keys}),
+        (plain, {"shared": True}),
+    ):
+        shared, mask = options.pop("shared", False), options.pop("mask", None)
+        calls = []
+        monkeypatch.setattr(fused_rows, "_beside_gradients", lambda *a, to=calls: to.append(a) or new_tensors(*a))
+        grads = []
+        for impl in ("triton", "reference"):
+            leaves = [given[n].clone().requires_grad_() for n in ("student_query", "student_key", "value")]
+            query, key, value = (leaf * 1.0 for leaf in leaves)
+            prefix = tokens if target is registers else {"num_prefix_tokens": 1, "has_cls": True}
+            student = AttentionCall(query, key, mask, 0.3, **prefix)
+            output, loss = attention_with_divergence(
+                student, value=value, teacher=target, rows="cls", impl=impl, **options
+            )
+            kept = [output.sin().sum() if alone != "divergence" else 0, 3 * loss if alone != "output" else 0]
+            held = []
+            if shared:  # somebody keeps the gradients that the attention sends: they must not change afterwards
+                output.grad_fn.register_hook(
+                    lambda inputs, _, held=held: held.extend(x for x in inputs if x is not None)
+                )
+            found = torch.autograd.grad(sum(kept), leaves, allow_unused=True)
+            grads.append([torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True)])
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+        assert bool(calls) == (alone == "divergence" or (shared and alone is None)), options

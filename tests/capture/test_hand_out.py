@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from attnkd.capture import hand_out as module
+from attnkd.attention.owned import alone
 from attnkd.capture.hand_out import hand_out
 
 LOSSES = {
@@ -100,4 +100,4 @@ def test_nothing_is_handed_out_without_a_gradient():
 
 
 def test_this_pytorch_can_tell_who_holds_a_gradient():
-    assert len(module._alone()) == 3
+    assert len(alone()) == 3

@@ -4,6 +4,7 @@
 
 c are the coefficients ∂loss/∂z that the forward left (kl.py; or a gradient of logits, with g = 1: logits.py), g the upstream
 gradient of each row. dk is a rank-M outer product, so all it takes are rows: one launch writes dk once and reads 1/D of its size.
+With ADD it adds to the gradients that are there: the attention's own, of which dk is then read and written once.
 
 Any strides; fp16, bf16, fp32 outputs from fp32 coefficients.
 """
@@ -26,7 +27,6 @@ WARPS = 4
 def _row_kl_bwd_kernel(
     COEF,  # [B, Ho, M, N]
     UNIT_DQ,  # [B, H, M, D]
-    DQ,  # [B, H, M, D], contiguous; None where not needed
     DMASK,  # [B, Ho, M, N]; None where not needed
     dk_mul,  # scale/T
     mask_mul,  # 1/T
@@ -35,9 +35,11 @@ def _row_kl_bwd_kernel(
     HO,
     G,  # Operand [B, Ho, M, 1]: upstream gradient
     Q,  # Operand [B, H, M, D]
+    DQ,  # Operand [B, H, M, D]; None where not needed
     DK,  # Operand [B, H, N, D]; None where not needed
     SPEC: tl.constexpr,  # HeadSpec of the student
     BN: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     group = tl.program_id(0).to(tl.int64)  # b·Ho + h
     block = tl.program_id(1)
@@ -57,17 +59,21 @@ def _row_kl_bwd_kernel(
             dk += gc[:, None] * q[None, :]
         if DQ is not None:
             if block == 0:
-                element = query_elements(group, m, M, SPEC)
-                unit_dq = tl.load(UNIT_DQ + element, mask=dim_exists(SPEC), other=0.0)
-                tl.store(DQ + element, (unit_dq * g).to(DQ.dtype.element_ty), mask=dim_exists(SPEC))
+                exists = dim_exists(SPEC)
+                dq = tl.load(UNIT_DQ + query_elements(group, m, M, SPEC), mask=exists, other=0.0) * g
+                to = at_head(DQ, b, h).pointer + m * DQ.row + head_dims(DQ, SPEC)
+                if ADD:
+                    dq += tl.load(to, mask=exists, other=0.0).to(tl.float32)
+                tl.store(to, dq.to(DQ.pointer.dtype.element_ty), mask=exists)
     if DK is not None:
         out = at_head(DK, b, h)
         pointers = out.pointer + n.to(tl.int64)[:, None] * out.row + head_dims(out, SPEC)[None, :]
-        dk = dk.to(out.pointer.dtype.element_ty)
-        if SPEC.WIDTH == SPEC.PADDED:
-            tl.store(pointers, dk, mask=(n < N)[:, None])
-        else:
-            tl.store(pointers, dk, mask=(n < N)[:, None] & dim_exists(SPEC)[None, :])
+        exists = (n < N)[:, None]
+        if SPEC.WIDTH != SPEC.PADDED:
+            exists = exists & dim_exists(SPEC)[None, :]
+        if ADD:
+            dk += tl.load(pointers, mask=exists, other=0.0).to(tl.float32)
+        tl.store(pointers, dk.to(out.pointer.dtype.element_ty), mask=exists)
 
 
 def row_kl_bwd(
@@ -89,20 +95,56 @@ def row_kl_bwd(
     """
     B, H, M, D = student_query.shape
     N = student_key.shape[2]
-    HO = 1 if wide else H
-    SPEC = launch.head_spec(H if wide else 1, D, language.NO_MASK.value)
     empty = grad.new_empty(0)
     dq = torch.empty((B, H, M, D), dtype=student_query.dtype, device=grad.device) if need_dq else empty
     dk = torch.empty_like(student_key) if need_dk else empty
     dmask = torch.empty_like(coef) if need_dmask else empty
     if B * M == 0:
         return dq, dk.zero_(), dmask
-    BN = max(TILE // SPEC.PADDED.value, 1) if need_dk else 256
-    launch.run(
-        _row_kl_bwd_kernel, (B * HO, launch.cdiv(N, BN)),
-        coef, unit_dq, dq if need_dq else None, dmask if need_dmask else None,
-        student_scale / temperature, 1.0 / temperature, N, M, HO,
-        launch.operand(grad.unsqueeze(-1)), launch.operand(student_query), launch.operand(dk) if need_dk else None,
-        SPEC=SPEC, BN=BN, num_warps=WARPS,
-    )  # fmt: skip
+    given = grad, coef, unit_dq, student_query, student_scale, temperature, wide
+    _backward(*given, dq if need_dq else None, dk if need_dk else None, dmask if need_dmask else None, N, add=False)
     return dq, dk, dmask
+
+
+def row_kl_add(
+    dq: Tensor,
+    dk: Tensor,
+    grad: Tensor,
+    coef: Tensor,
+    unit_dq: Tensor,
+    student_query: Tensor,
+    student_scale: float,
+    temperature: float,
+    wide: bool,
+) -> None:
+    """Adds the gradients of ``row_kl_bwd`` to ``dq`` [B, H, M, D] and ``dk`` [B, H, N, D], in place, any strides."""
+    if dq.numel():
+        _backward(
+            grad, coef, unit_dq, student_query, student_scale, temperature, wide, dq, dk, None, dk.shape[2], add=True
+        )
+
+
+def _backward(
+    grad: Tensor,
+    coef: Tensor,
+    unit_dq: Tensor,
+    query: Tensor,
+    scale: float,
+    temperature: float,
+    wide: bool,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dmask: Tensor | None,
+    num_keys: int,
+    add: bool,
+) -> None:
+    B, H, M, D = query.shape
+    HO = 1 if wide else H
+    SPEC = launch.head_spec(H if wide else 1, D, language.NO_MASK.value)
+    BN = max(TILE // SPEC.PADDED.value, 1) if dk is not None else 256
+    launch.run(
+        _row_kl_bwd_kernel, (B * HO, launch.cdiv(num_keys, BN)),
+        coef, unit_dq, dmask, scale / temperature, 1.0 / temperature, num_keys, M, HO,
+        launch.operand(grad.unsqueeze(-1)), launch.operand(query), *(None if x is None else launch.operand(x) for x in (dq, dk)),
+        SPEC=SPEC, BN=BN, ADD=add, num_warps=WARPS,
+    )  # fmt: skip
