@@ -3,8 +3,6 @@
 In the interpreter a tile is 64 queries × 32 keys (16 where keys may be hidden): the shapes here cross every boundary in few steps.
 """
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -115,7 +113,7 @@ def test_each_result_alone_and_a_divergence_of_weight_0(device):
         output, rows = fused_attention.attend(leaves, problem)
         with_zero = torch.autograd.grad([output, rows], leaves, [grad, torch.zeros_like(rows)], retain_graph=True)
         without = torch.autograd.grad(output, leaves, grad)
-        alone, _ = fused_attention.attend(leaves, replace(problem, divergence="none"))
+        alone, _ = fused_attention.attend(leaves, problem._replace(divergence="none"))
         plain = torch.autograd.grad(alone, leaves, grad)
         if divergence == "forward_kl":  # mse takes its normalisers from another sweep
             assert all(torch.equal(a, b) for a, b in zip([alone, *plain], [output, *with_zero], strict=True))
