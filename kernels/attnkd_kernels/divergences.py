@@ -52,7 +52,7 @@ def row_divergence(s, t, DIVERGENCE: tl.constexpr):
         loss = (-tl.sum(e_t * (s - m_s), 0) / l_t + tl.log2(l_s)) * LN2
         coef = p_s - p_t
     elif DIVERGENCE == "reverse_kl":
-        impossible = hidden(t) & shown(s) & (e_s > 0)
+        impossible = hidden(t) & shown(s) & (e_s >= TINY)
         log_ratio = tl.where(hidden(t), 0.0, -delta - tl.log2(l_s) + tl.log2(l_t))
         loss = tl.sum(p_s * log_ratio, 0) * LN2
         coef = p_s * (log_ratio * LN2 - loss)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from attnkd_kernels.language import LN2, log2_of_normal, shown
+from attnkd_kernels.language import LN2, TINY, log2_of_normal, shown
 from attnkd_kernels.map.tile import fold
 
 
@@ -135,7 +135,7 @@ def finish(sums, counted, MASKED: tl.constexpr, SWEEP: tl.constexpr):
         value = LN2 * (value / total + share * logs)
         centre = value + share - 1.0
         if MASKED:
-            value = tl.where(clash > 0.0, float("inf"), value)
+            value = tl.where(clash >= TINY, float("inf"), value)
     return value, centre, weight
 
 

@@ -164,6 +164,7 @@ _BOTH: dict[tuple[str, str], Pair] = {  # such masks on both sides; what is not 
     ("dq", "sm90"): (Tile(64, 32, 32, 8, 2), Tile(64, 32, 32, 8, 2, whole=64)),
     ("dk", "sm90"): (Tile(64, 32, 32, 8, 2), Tile(64, 32, 32, 8, 1, whole=32, chunk=32, out_columns=64, maxnreg=255)),
     ("value", "sm100"): (Tile(64, 32, 32, 4, 2, maxnreg=255), Tile(64, 32, 32, 8, 2, whole=32, chunk=32, out_columns=64)),
+    ("unit", "sm100"): (Tile(64, 32, 32, 8, 2), Tile(64, 32, 32, 8, 2, whole=32, chunk=32, out_columns=64)),
     ("dq", "sm100"): (Tile(64, 32, 32, 4, 2, maxnreg=255), Tile(64, 32, 32, 8, 2, whole=32, chunk=32, out_columns=64)),
 }  # fmt: skip
 _MEAN: dict[tuple[str, str], Tile] = {  # one map of every head is alive beside the merged ones; wide heads are streamed
