@@ -28,12 +28,11 @@ import triton.language as tl
 
 from attnkd_kernels.language import HIDDEN, LN2, TINY, Stats, hidden, row_is_dead, shown
 
-IMPOSSIBLE = tl.constexpr(1e12)  # a loss beyond this has a key that one side hides and the other weighs: it is +inf
-
 
 @triton.jit
-def row_divergence(s, t, DIVERGENCE: tl.constexpr):
-    """The loss of one whole row in nats (scalar) and ∂loss/∂z_s [BN] (z_s in nats), from logits s, t [BN] in units of log 2."""
+def row_divergence(s, t, HIDES: tl.constexpr, DIVERGENCE: tl.constexpr):
+    """The loss of one whole row in nats (scalar) and ∂loss/∂z_s [BN] (z_s in nats), from logits s, t [BN] in units of log 2.
+    HIDES: whether the student may hide keys that the teacher sees."""
     m_s = tl.max(s, 0)
     m_t = tl.max(t, 0)
     e_s = tl.exp2(s - m_s)
@@ -74,9 +73,17 @@ def row_divergence(s, t, DIVERGENCE: tl.constexpr):
         gap = tl.where(both, (s - t) * LN2, 0.0)
         loss = tl.sum(gap * gap, 0) / count
         coef = 2.0 * gap / count
+    if HIDES and (DIVERGENCE == "forward_kl" or DIVERGENCE == "cross_entropy"):
+        loss = tl.where(tl.max(lost(s, e_t), 0) >= TINY, loss + float("inf"), loss)  # NaN stays
     dead = row_is_dead(m_s, l_s, m_t, l_t)
-    loss = tl.where(loss > IMPOSSIBLE, float("inf"), loss)
     return tl.where(dead, 0.0, loss), tl.where(dead, 0.0, coef)
+
+
+@triton.jit
+def lost(s, e_t):
+    """The teacher's weight on keys that the student hides. Where it is that of a number the loss is +inf; a loss that is only
+    large does not tell, since HIDDEN times a small weight is of any size."""
+    return tl.where(hidden(s), e_t, 0.0)
 
 
 @triton.jit
@@ -125,4 +132,4 @@ def online_loss(stats, DIVERGENCE: tl.constexpr):
     loss = stats.cross / stats.sum_t + tl.log2(stats.sum_s)
     if DIVERGENCE == "forward_kl":
         loss -= tl.log2(stats.sum_t)
-    return tl.where(loss > IMPOSSIBLE, float("inf"), loss * LN2)
+    return loss * LN2

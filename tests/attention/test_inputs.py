@@ -141,6 +141,25 @@ def test_a_hidden_key_is_never_seen(device, M, merge):
             assert not rows.masked_select(~visible).any()
 
 
+@pytest.mark.parametrize(("M", "D"), [(1, 1), (1, 600), (17, 1)])  # a row whole, in pieces, and whole maps
+def test_a_weight_on_a_hidden_key_is_infinite_however_small(device, M, D):
+    """Up to float32's smallest number: e^−60 times a stand-in for −∞ would be a number that looks like a loss."""
+    keys = 130
+    query, key = torch.zeros(1, 1, M, D, device=device), torch.zeros(1, 1, keys, D, device=device)
+    query[..., 0], mask = 1.0, torch.ones(keys, dtype=torch.bool, device=device)
+    mask[129] = False
+    teacher = key.clone()
+    for gap, infinite in ((45.0, True), (60.0, True), (84.0, True), (95.0, False)):
+        teacher[0, 0, 0, 0] = gap
+        for divergence in ("forward_kl", "cross_entropy"):
+            rows = losses(
+                {"student_query": query, "student_key": key, "teacher_query": query, "teacher_key": teacher},
+                student_mask=mask, student_scale=1.0, teacher_scale=1.0, divergence=divergence, reduction="none",
+            )  # fmt: skip
+            expected = math.inf if infinite else math.log(129)
+            torch.testing.assert_close(rows, torch.full_like(rows, expected))
+
+
 @pytest.mark.parametrize("merge", MERGES)
 def test_the_keys_that_a_row_of_nan_does_not_see_have_probability_0(device, merge):
     """One head hides a key, the other is NaN: after logsum and min nothing sees it, after mean and max the other one does."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from attnkd_kernels import launch
 from attnkd_kernels.divergences import row_divergence
-from attnkd_kernels.language import at_head, dim_exists, load_keys, load_query, query_elements, row_logits
+from attnkd_kernels.language import NO_MASK, at_head, dim_exists, load_keys, load_query, query_elements, row_logits
 from attnkd_kernels.row.kl_split import row_kl_split
 
 ONE_SWEEP = ("forward_kl", "cross_entropy")
@@ -68,7 +68,7 @@ def _row_kl_fwd_kernel(
         q_s = load_query(query_s, b, h, m, student.factor, S)
         t = row_logits(mask_t, teacher.bias, q_t, k_t, m, n, N, T)
         s = row_logits(mask_s, student.bias, q_s, k_s, m, n, N, S)
-        loss, c = row_divergence(s, t, DIVERGENCE)
+        loss, c = row_divergence(s, t, S.MASK != NO_MASK, DIVERGENCE)
         tl.store(LOSS + row, loss)
         if COEF is not None:
             tl.store(COEF + row * N + n, c, mask=n < N)

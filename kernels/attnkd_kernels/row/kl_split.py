@@ -23,9 +23,11 @@ import triton.language as tl
 from torch import Tensor
 
 from attnkd_kernels import launch
-from attnkd_kernels.divergences import more_keys, no_keys, online_loss, relative_to
+from attnkd_kernels.divergences import lost, more_keys, no_keys, online_loss, relative_to
 from attnkd_kernels.language import (
     HIDDEN,
+    NO_MASK,
+    TINY,
     HeadSpec,
     Side,
     Stats,
@@ -47,7 +49,7 @@ JOIN_BLOCK = 1024  # keys of a program of the second launch
 def _row_kl_split_kernel(
     LOGITS_S,  # [B, Ho, M, N], log 2 units; this and LOGITS_T, ACC are None without a gradient
     LOGITS_T,  # [B, Ho, M, N]
-    STATS,  # [B, Ho, M, S, 5]: the Stats of a range
+    STATS,  # [B, Ho, M, S, 6]: the Stats of a range, and the teacher's weight on keys that the student's mask hides
     ACC,  # [B, Ho, M, S, 2, W]: Δ, A_t of a range
     N,
     M,
@@ -75,6 +77,7 @@ def _row_kl_split_kernel(
     stats = no_keys(BN)
     delta = tl.zeros([BN, S.PADDED], tl.float32)
     acc_t = tl.zeros([BN, S.PADDED], tl.float32)
+    clash = tl.zeros([BN], tl.float32)
     first = split * tiles_per_split * BN
     last = tl.minimum(first + tiles_per_split * BN, N)
     for start in tl.range(first, last, BN, num_stages=STAGES):
@@ -87,16 +90,20 @@ def _row_kl_split_kernel(
             tl.store(LOGITS_S + row * N + n, s, mask=n < N)
             tl.store(LOGITS_T + row * N + n, t, mask=n < N)
         stats, a_s, a_t, e_s, e_t = more_keys(stats, s, t, DIVERGENCE)
+        if S.MASK != NO_MASK:
+            clash = clash * a_t + lost(s, e_t)
         if ACC is not None:
             delta = delta * a_s[:, None] + acc_t * (a_s - a_t)[:, None] + k_s * (e_s - e_t)[:, None]
             acc_t = acc_t * a_t[:, None] + k_s * e_t[:, None]
     whole = relative_to(stats, tl.max(stats.top_s, 0), tl.max(stats.top_t, 0), DIVERGENCE)
-    at = STATS + (row * splits + split) * 5
+    at = STATS + (row * splits + split) * 6
     tl.store(at, whole.top_s)
     tl.store(at + 1, tl.sum(whole.sum_s, 0))
     tl.store(at + 2, whole.top_t)
     tl.store(at + 3, tl.sum(whole.sum_t, 0))
     tl.store(at + 4, tl.sum(whole.cross, 0))
+    if S.MASK != NO_MASK:
+        tl.store(at + 5, tl.sum(clash * tl.exp2(stats.top_t - whole.top_t), 0))
     if ACC is not None:
         a_s = tl.exp2(stats.top_s - whole.top_s)
         a_t = tl.exp2(stats.top_t - whole.top_t)
@@ -108,7 +115,7 @@ def _row_kl_split_kernel(
 
 @triton.jit
 def _row_kl_join_kernel(
-    STATS,  # [B, Ho, M, S, 5]
+    STATS,  # [B, Ho, M, S, 6]
     ACC,  # [B, Ho, M, S, 2, W]
     LOGITS_T,  # [B, Ho, M, N]
     COEF,  # [B, Ho, M, N]: the student's logits in, coefficients out; None without a gradient
@@ -128,12 +135,18 @@ def _row_kl_join_kernel(
     stats = _stats_of_ranges(STATS, row, splits, SPLITS)
     top_s = tl.max(stats.top_s, 0)
     top_t = tl.max(stats.top_t, 0)
+    if S.MASK != NO_MASK:
+        i = tl.arange(0, SPLITS)
+        clash = tl.load(STATS + (row * splits + i) * 6 + 5, mask=i < splits, other=0.0)
+        clash = tl.max(clash * tl.exp2(stats.top_t - top_t), 0)
     stats = relative_to(stats, top_s, top_t, DIVERGENCE)
     l_s = tl.sum(stats.sum_s, 0)
     l_t = tl.sum(stats.sum_t, 0)
     dead = row_is_dead(top_s, l_s, top_t, l_t)
     if block == 0:
         loss = online_loss(Stats(top_s, l_s, top_t, l_t, tl.sum(stats.cross, 0)), DIVERGENCE)
+        if S.MASK != NO_MASK:
+            loss = tl.where(clash >= TINY, loss + float("inf"), loss)  # NaN stays
         tl.store(LOSS + row, tl.where(dead, 0.0, loss))
     if COEF is not None:
         n = block * BN + tl.arange(0, BN)
@@ -147,8 +160,8 @@ def _row_kl_join_kernel(
             acc_t = tl.zeros([S.PADDED], tl.float32)
             for i in range(splits):
                 at = row * splits + i
-                a_s = tl.exp2(tl.load(STATS + at * 5) - top_s)
-                a_t = tl.exp2(tl.load(STATS + at * 5 + 2) - top_t)
+                a_s = tl.exp2(tl.load(STATS + at * 6) - top_s)
+                a_t = tl.exp2(tl.load(STATS + at * 6 + 2) - top_t)
                 acc = ACC + at * 2 * S.WIDTH + tl.arange(0, S.PADDED)
                 part = tl.load(acc + S.WIDTH, mask=exists, other=0.0)
                 delta += a_s * tl.load(acc, mask=exists, other=0.0) + (a_s - a_t) * part
@@ -161,7 +174,7 @@ def _row_kl_join_kernel(
 def _stats_of_ranges(STATS, row, splits, SPLITS: tl.constexpr):
     """The Stats [SPLITS] of a row's ranges; beyond them, those of no key."""
     i = tl.arange(0, SPLITS)
-    at = STATS + (row * splits + i) * 5
+    at = STATS + (row * splits + i) * 6
     exists = i < splits
     return Stats(
         tl.load(at, mask=exists, other=HIDDEN),
@@ -200,7 +213,7 @@ def row_kl_split(
     tile, warps = (TILE, WARPS) if widest <= 512 else (WIDE_TILE, WIDE_WARPS)
     BN = tile // widest
     splits, tiles = launch.split(launch.cdiv(num_keys, BN), rows, launch.num_processors(loss.device))
-    stats = loss.new_empty((rows, splits, 5))
+    stats = loss.new_empty((rows, splits, 6))
     logits_t = None if coef is None else torch.empty_like(coef)
     acc = None if coef is None else loss.new_empty((rows, splits, 2, S.WIDTH.value))
     launch.run(

@@ -54,7 +54,7 @@ def _row_merge_kernel(
         a_t = log2_of_probs(p.to(tl.float32))
     else:
         a_t = _merged(TEACHER.pointer, group * HEADS_T * M + m, M, n, N, HEADS_T, MERGE)
-    loss, u = row_divergence(a_s, a_t, DIVERGENCE)
+    loss, u = row_divergence(a_s, a_t, True, DIVERGENCE)
     tl.store(LOSS + row, loss)
     if U is not None:
         if HEADS_S == 1:
