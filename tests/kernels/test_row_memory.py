@@ -46,7 +46,7 @@ def test_forward_reads_each_key_once_and_backward_none(merge, H, N, D, launches)
         dq, dk = torch.autograd.grad(loss.sum(), list(leaves.values()))
     assert backward.loaded("student_key") == backward.loaded("teacher_key") == 0
     assert backward.stored("DK.pointer") == size(dk) == backward.stored("DK.pointer").once
-    assert backward.stored("DQ") == size(dq)
+    assert backward.stored("DQ.pointer") == size(dq)
     assert len(backward.launches) == 1
     # Everything else is rows: 1/D of a K each. Coefficients (fp32) are read once per tile of keys.
     rows = loss.numel() * N * 4
