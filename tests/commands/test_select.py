@@ -61,7 +61,7 @@ def test_a_saved_model_is_a_teacher(folder, capsys):
         (["--std", "0"], 2, "--std: expected finite numbers above 0"),
         (["--img-size", "30"], 2, "--img-size: this model takes 32x32 pixels only, got 30"),
         (["--interpolation", "foo"], 2, "--interpolation: expected one of nearest"),
-        (["--device", "abacus"], 2, "--device: expected a device PyTorch can use here, got 'abacus'"),
+        (["--device", "abacus"], 2, "--device: expected a device PyTorch can use here, 'cpu'"),
         (["--out", "wild"], 2, "--out: cannot write wild (Is a directory)"),
         (["--out", "t.pth/list.txt"], 2, "--out: cannot make the folder t.pth"),
         (["--out", "list.csv"], 2, "--out, --scores: list and table are the same file"),

@@ -202,8 +202,8 @@ def _flatten(optimizer: dict) -> dict[str, torch.Tensor]:
         (["--epochs", "0"], "--epochs: expected an integer >= 1, got 0"),
         (["--attn-weight", "0"], "--attn-weight: expected a finite number > 0, got 0.0"),
         (["--temperature", "nan"], "--temperature: expected a finite number > 0, got nan"),
-        (["--device", "meta"], "--device: expected a device PyTorch can use here, got 'meta'"),
-        (["--device", "abacus"], "--device: expected a device PyTorch can use here, got 'abacus'"),
+        (["--device", "meta"], "--device: expected a device PyTorch can use here, 'cpu'"),
+        (["--device", "abacus"], "--device: expected a device PyTorch can use here, 'cpu'"),
     ],
 )
 def test_refuses_wrong_options(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
