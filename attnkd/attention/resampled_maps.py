@@ -34,6 +34,7 @@ def resampled_map_divergence(
     temperature: float = 1.0,
     impl: str = "auto",
     divergence: str = "forward_kl",
+    padded: Tensor | None = None,
 ) -> Tensor:
     """The divergence of every query row of the student from the teacher's map, resized to the student's grid.
 
@@ -42,6 +43,7 @@ def resampled_map_divergence(
         mode: how rows are resized over the keys: 'bicubic', 'bilinear' or 'area'.
         merge, temperature, impl, divergence: see :func:`attnkd.attention_divergence`; not 'logit_mse', because only
             probabilities can be resized.
+        padded: [B or 1, N] boolean, tokens of padding in the student. Resizing gives every token something; these get 0.
 
     Returns:
         [B, H, N], or [B, 1, N] with a merge, N tokens of the student; float32 (float64 for float64 inputs).
@@ -57,6 +59,8 @@ def resampled_map_divergence(
     options: dict[str, Any] = {"merge": merge, "temperature": temperature, "divergence": divergence, "impl": impl}
     losses = []
     for rows, target in _targets(student, teacher, mode, merge, temperature, impl):
+        if padded is not None:
+            target = target.masked_fill(padded[:, None, None], 0.0)
         mask = student.mask
         if mask is not None and mask.ndim >= 2 and mask.shape[-2] != 1:
             mask = mask[..., rows, :]

@@ -15,6 +15,7 @@ from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 from attnkd.capture.adapters import adapter_for
+from attnkd.capture.tokens import mean_token
 
 __all__ = [
     "TrainingTask",
@@ -40,7 +41,7 @@ def cls_features(model: nn.Module, tokens: Tensor) -> Tensor:
     return final_tokens(model, tokens, patches=False)[:, 0]
 
 
-def final_tokens(model: nn.Module, tokens: Tensor, patches: bool) -> Tensor:
+def final_tokens(model: nn.Module, tokens: Tensor, patches: bool, padded: Tensor | None = None) -> Tensor:
     """The normalised class token [B, 1, D] of a model's final tokens [B, N, D], or it and the patches.
 
     Of a model without class token it is the mean of the normalised patches.
@@ -48,18 +49,24 @@ def final_tokens(model: nn.Module, tokens: Tensor, patches: bool) -> Tensor:
     Args:
         tokens: [B, P + patches, D], P prefix tokens.
         patches: return [B, 1 + patches, D] without registers and distillation token.
+        padded: [B or 1, patches] boolean, patches of padding, which have no part in a mean.
 
     Raises:
-        ValueError: not [B, N, D] tokens, or the model has no norm for them.
+        ValueError: not [B, N, D] tokens, none of them a patch, or the model has no norm for them.
     """
     if tokens.ndim != 3:
         raise ValueError(f"{type(model).__name__}: expected [B, N, D] tokens, got {tuple(tokens.shape)}")
     adapter = adapter_for(model)
     layout = adapter.layout(model)
     prefix = layout.num_prefix_tokens
+    if tokens.shape[1] <= prefix:
+        raise ValueError(
+            f"{type(model).__name__}: expected patches after {prefix} prefix tokens, its final tokens are {tokens.shape[1]}"
+        )
     if not layout.has_cls:
         found = adapter.normalised(model, tokens[:, prefix:])
-        return torch.cat([found.mean(1, keepdim=True), found], 1) if patches else found.mean(1, keepdim=True)
+        mean = mean_token(found, padded)
+        return torch.cat([mean, found], 1) if patches else mean
     kept = tokens[:, :1]
     if patches:
         kept = tokens if prefix == 1 else torch.cat([kept, tokens[:, prefix:]], 1)

@@ -54,6 +54,7 @@ def multi_head_attention(
         NotImplementedError: an option whose map is not a softmax over the tokens.
     """
     refused = {
+        "need_weights=True with dropout": need_weights and training and dropout_p > 0,
         "add_bias_kv": bias_k is not None or bias_v is not None,
         "add_zero_attn": add_zero_attn,
         "kdim or vdim": use_separate_proj_weight,

@@ -155,7 +155,8 @@ class AttentionTap(nn.Module):
                 raise RuntimeError(
                     f"{path} ({plain_class(self.model.get_submodule(path)).__name__}): made no call of "
                     "F.scaled_dot_product_attention, so there are no queries and keys to take. Hugging Face models need "
-                    "attn_implementation='sdpa'; a block that layer drop skipped cannot be tapped"
+                    "attn_implementation='sdpa'; torch.nn.TransformerEncoderLayer calls none in evaluation without gradients, unless "
+                    "torch.backends.mha.set_fastpath_enabled(False); a block that layer drop skipped cannot be tapped"
                 )
             captured.append(call)
         if wanted is None:
@@ -185,6 +186,11 @@ class AttentionTap(nn.Module):
     def _with_layout(self, path: str, call: AttentionCall, images: Tensor | None) -> AttentionCall:
         """The call, with what its tokens are. A single row over all tokens is the class token's in class attention, else unknown."""
         attention = self.model.get_submodule(path)
+        if images is not None and call.query.shape[0] < images.shape[0]:
+            raise NotImplementedError(
+                f"{path} ({plain_class(attention).__name__}): ran on {call.query.shape[0]} of {images.shape[0]} images, and which "
+                "is unknown. Stochastic depth of this kind cannot be tapped: build the model with drop_path_rate=0"
+            )
         owner = self.model.get_submodule(self.owners[path])
         layout = block_layout(owner, images, call.key.shape[0], call.key.shape[2])
         own_rows = call.query.shape[2] == call.key.shape[2]

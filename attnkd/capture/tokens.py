@@ -105,6 +105,25 @@ def padding(mask: Tensor | None, count: int) -> Tensor | None:
     return hidden.flatten(1, 2).all(1)
 
 
+def padded_patches(call: Any, layout: TokenLayout) -> Tensor | None:
+    """[B or 1, patches] boolean: patches of padding, which the mask of an attention hides from every token; None without any.
+
+    Args:
+        call: an AttentionCall.
+    """
+    rows = filled_in(call, layout)
+    padded = padding(rows.mask, rows.key.shape[2])
+    return None if padded is None else padded[:, rows.num_prefix_tokens :]
+
+
+def mean_token(tokens: Tensor, padded: Tensor | None) -> Tensor:
+    """[B, 1, D]: the mean of patches [B, N, D], without those of padding [B or 1, N]."""
+    if padded is None:
+        return tokens.mean(1, keepdim=True)
+    counts = (~padded).expand(tokens.shape[:2]).unsqueeze(-1)
+    return torch.where(counts, tokens, 0.0).sum(1, keepdim=True) / counts.sum(1, keepdim=True)
+
+
 def filled_in(tokens: Any, layout: TokenLayout) -> Any:
     """Captured tokens whose model could not say what they are, with the layout of the tokens that it puts out.
 

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--epochs", type=int, metavar="N", help="epochs of each student (default: 30, with --all 60 on half the images)"
     )
     option("--teacher-epochs", type=int, metavar="N", help="epochs of the teachers (default: 20, with --all 40)")
-    option("--seeds", type=int, metavar="N", help="students in each arm, seeds 1 to N (default: 5)")
+    option("--seeds", type=int, metavar="N", help="students in each arm, seeds 1 to N (default: 3, with --all 5)")
     option("--attn-weight", type=float, metavar="W", help="weight of AG: the loss is PA + W·AG (default: 0.1)")
     option("--temperature", type=float, metavar="T", help="temperature of the merged attention (default: 4)")
     option(

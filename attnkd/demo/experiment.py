@@ -35,7 +35,7 @@ class Config:
 
     epochs: int = 30
     teacher_epochs: int = 20
-    seeds: int = 5
+    seeds: int = 3
     attn_weight: float = 0.1
     temperature: float = 4.0
     resample_mode: str = "area"

@@ -20,7 +20,7 @@ from attnkd.capture.adapters import adapter_for
 from attnkd.capture.blocks import Blocks, block_paths, default_blocks, pair_blocks
 from attnkd.capture.models import resolve_model, unwrap_model
 from attnkd.capture.outputs import BlockOutputs, BlockTokens
-from attnkd.capture.tokens import check_same_grid, filled_in, token_layout
+from attnkd.capture.tokens import check_same_grid, filled_in, mean_token, token_layout
 from attnkd.methods.logits import kd_loss
 from attnkd.methods.noise_adaptation import NoiseAdaptation, noisy_cross_entropy
 from attnkd.methods.schedule import Schedule
@@ -253,12 +253,8 @@ def _with_mean(block: BlockTokens) -> BlockTokens:
     """The mean patch in place of all tokens before the patches. Patches of padding have no part in it."""
     prefix = cast(int, block.num_prefix_tokens)
     patches, padded = block.tokens[:, prefix:], None if block.padded is None else block.padded[:, prefix:]
-    if padded is None:
-        mean = patches.mean(1, keepdim=True)
-    else:
-        counts = (~padded).expand(patches.shape[:2]).unsqueeze(-1)
-        mean = torch.where(counts, patches, 0.0).sum(1, keepdim=True) / counts.sum(1, keepdim=True)
-        padded = F.pad(padded, (1, 0))
+    mean = mean_token(patches, padded)
+    padded = None if padded is None else F.pad(padded, (1, 0))
     return block._replace(tokens=torch.cat([mean, patches], 1), num_prefix_tokens=1, has_cls=True, padded=padded)
 
 

@@ -24,7 +24,7 @@ from attnkd.capture.adapters import adapter_for
 from attnkd.capture.blocks import Blocks, attention_paths, pair_blocks
 from attnkd.capture.models import check_final_norm, resolve_model
 from attnkd.capture.tap import AttentionTap
-from attnkd.capture.tokens import Grid, filled_in, padding, patch_grid, token_layout
+from attnkd.capture.tokens import Grid, filled_in, padded_patches, patch_grid, token_layout
 from attnkd.methods.alignment import make_projector, resize_tokens
 from attnkd.methods.guided_rows import guided_divergence
 from attnkd.methods.schedule import Schedule
@@ -216,7 +216,7 @@ class AttnDistill(DistillTask):
         if weights["pa_loss"]:
             result["pa_loss"] = F.mse_loss(features[:, 0].float(), target_features[:, 0].float())
         if patches:
-            padded = self.padded_patches(student_calls[0])
+            padded = padded_patches(student_calls[0], self.student_layout)
             result["patch_loss"] = self.patch_loss(features[:, 1:], target_features[:, 1:], size, padded)
         if weights["attn_loss"]:
             if wanted is None:
@@ -233,12 +233,6 @@ class AttnDistill(DistillTask):
         if features is not None:
             result["features"] = features[:, 0]
         return {"loss": loss, **result}
-
-    def padded_patches(self, call: AttentionCall) -> Tensor | None:
-        """[B or 1, Ns] boolean: patches of padding, which the mask of a student's attention hides from every token."""
-        rows = filled_in(call, self.student_layout)
-        padded = padding(rows.mask, rows.key.shape[2])
-        return None if padded is None else padded[:, rows.num_prefix_tokens :]
 
     def patch_loss(self, features: Tensor, target: Tensor, size: Sequence[int], padded: Tensor | None = None) -> Tensor:
         """PT: the mean squared error of patch tokens, over images, patches and features; in float32.
@@ -279,6 +273,9 @@ class AttnDistill(DistillTask):
         student = filled_in(student, self.student_layout)
         if isinstance(target, AttentionCall):
             return attention_divergence(student, target, **options)
+        padded = padded_patches(student, self.student_layout)
+        if padded is not None:  # the resized row has something everywhere, also where the student has padding
+            target = target.masked_fill(F.pad(padded, (1, 0))[:, None, None], 0.0)
         return attention_divergence(student, teacher_probs=target, **options)
 
     def _guided(self, student: AttentionCall, teacher: AttentionCall, size: Sequence[int]) -> Tensor:
@@ -288,8 +285,10 @@ class AttnDistill(DistillTask):
             (self.student, student, self.student_layout),
             (self.teacher.tap.model, teacher, self.teacher_layout),
         ):
-            call = filled_in(call, layout)
-            calls.append(call._replace(grid=patch_grid(model, size, call.key.shape[2] - call.num_prefix_tokens)))
+            call, expected = filled_in(call, layout), patch_grid(model, size)
+            if call.key.shape[2] != expected[0] * expected[1]:  # an attention pooling may leave the prefix tokens out
+                expected = patch_grid(model, size, call.key.shape[2] - call.num_prefix_tokens)
+            calls.append(call._replace(grid=expected))
         merge, temperature = self._merging(student.query.shape[1], teacher.query.shape[1])
         return guided_divergence(
             calls[0], calls[1], self.rows, merge=merge, temperature=temperature, mode=self.resample_mode, impl=self.impl
@@ -358,10 +357,10 @@ def _pooling_pair(
     for name, model in (("student", student), ("teacher", teacher)):
         adapter = adapter_for(model, name)
         path = adapter.pooling(model)
-        if path is None and not adapter.layout(model).has_cls:
+        if path is None and not adapter.class_token_pools(model):
             raise ValueError(
-                f"{name}: rows='pool', but {type(model).__name__} has neither attention pooling nor a class token; "
-                "rows='mean' or rows='all' compares its patches' rows"
+                f"{name}: rows='pool', but {type(model).__name__} has neither attention pooling nor a class token that "
+                "pools; rows='mean' or rows='all' compares its patches' rows"
             )
         paths.append([path] if path is not None else attention_paths(model, -1))
     return paths[0], paths[1], [(0, 0)]

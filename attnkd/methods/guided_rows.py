@@ -10,6 +10,7 @@ AttnDistill guides with the class token's row (the paper). Other rows that sum t
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from torch.nn import functional as F
 
 from attnkd.attention.api import attention_divergence, attention_rows
 from attnkd.attention.call import AttentionCall, class_row, shared_tokens
-from attnkd.attention.merging import merge_attention
+from attnkd.attention.merging import merge_attention, merge_logits
 from attnkd.attention.resample import resample_attention
 from attnkd.attention.resampled_maps import resampled_map_divergence
+from attnkd.capture.tokens import padding
 
 
 def guided_divergence(
@@ -46,60 +48,91 @@ def guided_divergence(
     """
     same = student.grid == teacher.grid
     options: dict[str, Any] = {"merge": merge, "temperature": temperature, "impl": impl}
+    if rows == "mean":
+        return _of_means(student, teacher, merge, temperature, mode)
     if rows == "all":
         keep_cls = bool(student.has_cls and teacher.has_cls)
         s, t = shared_tokens(student, keep_cls), shared_tokens(teacher, keep_cls)
+        padded = padding(s.mask, s.key.shape[2])
         losses = (
             attention_divergence(s, t, reduction="none", **options)
             if same
-            else resampled_map_divergence(s, t, mode=mode, **options)
+            else resampled_map_divergence(s, t, mode=mode, padded=padded, **options)
         )
-        return losses.sum() / (losses.shape[0] * losses.shape[2])
-    if rows == "mean":
-        return _of_means(student, teacher, merge, temperature, mode, impl)
+        if padded is None:
+            return losses.sum() / (losses.shape[0] * losses.shape[2])
+        counts = (~padded)[:, None].expand(losses.shape)
+        return torch.where(counts, losses / counts.sum(2, keepdim=True), 0.0).sum() / len(losses)
     s, t = _pooling_row(student), _pooling_row(teacher)
     if same:
         return attention_divergence(s, t, reduction="batchmean", **options)
     with torch.no_grad():
         warm = temperature if merge is None else 1.0  # merging applies it to the finished rows
-        probs = attention_rows(t, temperature=warm, impl=impl)
-        probs = _finished(probs, teacher, student, merge, temperature, mode)
+        probs = _resized(attention_rows(t, temperature=warm, impl=impl), teacher, student, mode)
+        probs = probs if merge is None else merge_attention(probs, merge, temperature)
     return attention_divergence(s, teacher_probs=probs, reduction="batchmean", **options)
 
 
 def _of_means(
-    student: AttentionCall, teacher: AttentionCall, merge: str | None, temperature: float, mode: str, impl: str
+    student: AttentionCall, teacher: AttentionCall, merge: str | None, temperature: float, mode: str
 ) -> Tensor:
-    """KL of the mean patch rows [B, H, 1, N]."""
+    """KL of the mean patch rows [B, H, 1, N]. In logarithms: a probability that float32 cannot hold is not 0."""
     warm = temperature if merge is None else 1.0
-
-    def mean_row(call: AttentionCall) -> Tensor:
-        return attention_rows(shared_tokens(call, False), temperature=warm, impl=impl).mean(2, keepdim=True)
-
-    row = mean_row(student)
+    log_row = _log_mean_row(student, warm)
     with torch.no_grad():
-        target = _finished(mean_row(teacher), teacher, student, merge, temperature, mode)
+        log_target = _log_mean_row(teacher, warm)
+        if teacher.grid != student.grid:
+            log_target = _resized(log_target.exp(), teacher, student, mode).log()
     if merge is not None:
-        row = merge_attention(row, merge, temperature)
-    return F.kl_div(row.log(), target, reduction="sum") / len(row)
+        log_row, log_target = (merge_logits(x / temperature, merge).log_softmax(-1) for x in (log_row, log_target))
+    target = log_target.exp()
+    gap = torch.where(target > 0, log_target - log_row, 0.0)
+    return (target * gap).sum() / len(log_row)
 
 
-def _finished(
-    probs: Tensor, teacher: AttentionCall, student: AttentionCall, merge: str | None, temperature: float, mode: str
-) -> Tensor:
-    """The teacher's rows over its patches as rows over the student's, merged."""
+def _log_mean_row(call: AttentionCall, temperature: float) -> Tensor:
+    """log of the mean over patches of their rows, [B, H, 1, N]; patches of padding have no part in the mean. Makes the map."""
+    call = shared_tokens(call, False)
+    query, key = call.query, call.key
+    with torch.autocast(query.device.type, enabled=False):
+        exact = torch.promote_types(query.dtype, torch.float32)
+        logits = call.scale * query.to(exact) @ key.to(exact).mT
+        if call.mask is not None:
+            mask = call.mask
+            logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
+        padded = padding(call.mask, key.shape[2])
+        rows = torch.ones(1, key.shape[2], dtype=torch.bool, device=key.device) if padded is None else ~padded
+        log_p = torch.where(rows[:, None, :, None], logits / temperature, 0.0).log_softmax(-1)
+        log_p = log_p.masked_fill(~rows[:, None, :, None], -math.inf)
+        nowhere = log_p.isneginf().all(2, keepdim=True)  # no logarithm of 0, and none of its infinite gradient
+        mean = log_p.masked_fill(nowhere, 0.0).logsumexp(2, keepdim=True).masked_fill(nowhere, -math.inf)
+        return mean - rows.sum(1)[:, None, None, None].to(exact).log()
+
+
+def _resized(probs: Tensor, teacher: AttentionCall, student: AttentionCall, mode: str) -> Tensor:
+    """The teacher's rows over its patches as rows over the student's; its patches of padding get nothing."""
     assert teacher.grid is not None and student.grid is not None
-    if teacher.grid != student.grid:  # resizing wants a class token's entry in front
-        probs = resample_attention(F.pad(probs, (1, 0)), teacher.grid, student.grid, mode)[..., 1:]
-    return probs if merge is None else merge_attention(probs, merge, temperature)
+    # Resizing wants a class token's entry in front.
+    probs = resample_attention(F.pad(probs, (1, 0)), teacher.grid, student.grid, mode)[..., 1:]
+    padded = padding(student.mask, student.key.shape[2])
+    if padded is None:
+        return probs
+    probs = probs.masked_fill(padded[:, None, None, -probs.shape[-1] :], 0.0)
+    return probs / probs.sum(-1, keepdim=True)
 
 
 def _pooling_row(call: AttentionCall) -> AttentionCall:
-    """The row [B, H, 1, D] that pools, over the patches alone."""
+    """The row [B, H, 1, D] that pools, over the patches alone.
+
+    Raises:
+        ValueError: several queries pool.
+    """
     assert call.grid is not None
     patches = call.grid[0] * call.grid[1]
-    if call.query.shape[2] != 1:  # the block's own attention: its class token pools
+    if call.query.shape[2] == call.key.shape[2]:  # the block's own attention: its class token pools
         call = class_row(call)
+    elif call.query.shape[2] != 1:
+        raise ValueError(f"rows: 'pool' needs a pooling of one query, this attention pools with {call.query.shape[2]}")
     first = call.key.shape[2] - patches
     mask = call.mask
     if mask is not None and mask.ndim and mask.shape[-1] != 1:

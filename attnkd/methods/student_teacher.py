@@ -12,6 +12,7 @@ from attnkd.attention.call import AttentionCall
 from attnkd.capture.adapters import adapter_for
 from attnkd.capture.models import final_tokens, input_stats, modes, parameter_dtype, restore_modes
 from attnkd.capture.tap import AttentionTap, Wanted
+from attnkd.capture.tokens import padded_patches, token_layout
 
 
 class TrainedStudent(nn.Module):
@@ -73,7 +74,7 @@ class TappedStudent(TrainedStudent):
         if ran is None:
             return None, None, calls, losses
         tokens, output = ran
-        features = None if self.projector is None else self.projector(final_tokens(model, tokens, patches))
+        features = None if self.projector is None else self.projector(_features(model, tokens, patches, calls))
         return output, features, calls, losses
 
 
@@ -153,7 +154,13 @@ class FeatureTeacher(FrozenTeacher):
             tokens = None if ran is None else ran[0]
         else:
             tokens, calls = self.tap.capture(adapter.tokens, model, images)
-        return (None if tokens is None else final_tokens(model, tokens, patches)), calls
+        return (None if tokens is None else _features(model, tokens, patches, calls)), calls
+
+
+def _features(model: nn.Module, tokens: Tensor, patches: bool, calls: Sequence[AttentionCall]) -> Tensor:
+    """The model's normalised tokens; patches that its attention takes for padding are in no mean."""
+    padded = padded_patches(calls[0], token_layout(model)) if calls else None
+    return final_tokens(model, tokens, patches, padded)
 
 
 def _renormalise(

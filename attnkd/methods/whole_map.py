@@ -136,5 +136,8 @@ def map_rows(
         options: divergence, temperature, impl; see :func:`attnkd.attention_divergence`.
     """
     if on_two_grids(student, teacher):
-        return resampled_map_divergence(student, teacher, mode=str(resample_mode), merge=merge, **options)
+        padded = padding(student.mask, student.key.shape[2])
+        return resampled_map_divergence(
+            student, teacher, mode=str(resample_mode), merge=merge, padded=padded, **options
+        )
     return attention_divergence(student, teacher, merge=merge, reduction="none", **options)

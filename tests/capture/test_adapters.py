@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from attnkd.attention.call import AttentionCall
 from attnkd.capture import adapters
 from attnkd.capture.adapters import Adapter, TokenLayout, adapter_for, register_adapter
 from attnkd.capture.tap import AttentionTap
+from attnkd.capture.tokens import mean_token
 from attnkd.methods.attention_probe import AttentionProbe
 from attnkd.methods.attn_distill import AttnDistill
 from attnkd.methods.head_kd import HeadKD
@@ -57,10 +59,12 @@ def stirred(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def hugging_face(name: str, attention: str = "sdpa") -> nn.Module:
+def hugging_face(name: str, attention: str = "sdpa", **more: Any) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     cls, configuration, changes, _, classifier = HUGGING_FACE[name]
-    config = getattr(transformers, configuration)(**TINY, **changes, **({"num_labels": 5} if classifier else {}))
+    config = getattr(transformers, configuration)(
+        **TINY, **changes, **more, **({"num_labels": 5} if classifier else {})
+    )
     torch.manual_seed(0)
     return stirred(getattr(transformers, cls)._from_config(config, attn_implementation=attention))
 
@@ -246,6 +250,7 @@ def test_multihead_attention_is_restated(masks: tuple[str, ...], grad: bool) -> 
     ("options", "call", "named"),
     [
         ({}, {"need_weights": False, "is_causal": True, "attn_mask": torch.zeros(6, 6)}, "is_causal"),
+        ({"dropout": 0.5}, {"need_weights": True}, "need_weights=True with dropout"),
         ({"add_bias_kv": True}, {"need_weights": False}, "add_bias_kv"),
         ({"add_zero_attn": True}, {"need_weights": False}, "add_zero_attn"),
     ],
@@ -307,6 +312,43 @@ def test_timm_models_without_class_token() -> None:
     step(AttentionProbe(timm_vit(), registers, 0.9, rows="mean", verbose=False))
     same = AttentionProbe(copy.deepcopy(registers).requires_grad_(), registers, 0.9, rows="mean", verbose=False)
     assert same(images())["relation_loss"] < 1e-10
+
+
+def test_what_pools_is_what_is_compared() -> None:
+    """rows='pool' takes the attention that pools. A class token that the head does not use does not."""
+    tiny = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 4, "patch_size": 8, "num_classes": 5}
+    both = stirred(timm.create_model("vit_tiny_patch16_224", **tiny, global_pool="map", class_token=True))
+    step(AttnDistill(timm_vit(0), both, rows="pool", verbose=False))
+    unused = stirred(timm.create_model("vit_tiny_patch16_224", **tiny, global_pool="avg", class_token=True))
+    models = [unused]
+    if importlib.util.find_spec("transformers"):
+        models.append(hugging_face("beit", use_mean_pooling=True))
+    if importlib.util.find_spec("open_clip"):
+        pooled = {"attentional_pool": True, "attn_pooler_heads": 4, "output_dim": 16}
+        models.append(
+            importlib.import_module("open_clip").transformer.VisionTransformer(32, 8, 32, 3, 4, 2.0, **pooled)
+        )
+    for model in models:
+        with pytest.raises(ValueError, match="teacher: rows='pool', but .* nor a class token that pools"):
+            AttnDistill(timm_vit(0), model, rows="pool", verbose=False)
+
+
+def test_padding_is_in_no_mean_token() -> None:
+    tokens, padded = torch.randn(2, 4, 32), torch.tensor([[False, False, False, True]])
+    other = torch.where(padded[..., None], 9.0, tokens)
+    assert torch.equal(mean_token(other, padded), mean_token(tokens, padded))
+    torch.testing.assert_close(mean_token(tokens, padded)[:, 0], tokens[:, :3].mean(1))
+
+
+def test_a_block_that_runs_on_some_of_the_images_is_refused() -> None:
+    class Some(HubBlock):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([super().forward(x[:1]), x[1:]])
+
+    model = hub("reg")
+    model.blocks[3] = Some(False)
+    with pytest.raises(NotImplementedError, match=r"blocks.3.attn .*: ran on 1 of 2 images.*drop_path_rate=0"):
+        AttentionTap(model, -1)(images())
 
 
 def test_the_same_weights_in_timm_and_hugging_face_have_no_divergence() -> None:
@@ -388,6 +430,12 @@ def test_an_adapter_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_shuffles_its_patches_is_unknown() -> None:
     """ViT-MAE's encoder drops and shuffles patches; YOLOS appends tokens. Nothing is guessed."""
     transformers = pytest.importorskip("transformers")
+    config = transformers.BeitConfig(**TINY, use_mean_pooling=True)
+    with pytest.raises(ValueError, match="teacher: the features of BeitModel are not normalised"):
+        AttnDistill(timm_vit(0), transformers.BeitModel(config, add_pooling_layer=False), verbose=False)
+    masked = transformers.ViTForMaskedImageModeling(transformers.ViTConfig(**TINY, intermediate_size=64))
+    with pytest.raises(TypeError, match="teacher: .*got ViTForMaskedImageModeling"):
+        HeadKD(timm_vit(), masked, verbose=False)
     mae = transformers.ViTMAEModel(transformers.ViTMAEConfig(**TINY, intermediate_size=64))
     _, (call,) = AttentionTap(mae, -1)(images())
     assert (call.num_prefix_tokens, call.has_cls, call.grid) == (None, None, None)

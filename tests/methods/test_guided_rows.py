@@ -78,3 +78,32 @@ def test_all_rows():
     torch.testing.assert_close(guided_divergence(student, teacher, "all", **OPTIONS), expected)
     other = guided_divergence(student, call(3, (2, 5), 0, False), "all", **OPTIONS)
     assert other.isfinite() and other > 0
+
+
+@pytest.mark.parametrize("teacher_grid", [(3, 4), (2, 5)])
+@pytest.mark.parametrize("rows", ["all", "mean"])
+def test_padding_has_no_part(rows, teacher_grid):
+    """What is in the student's padding changes nothing; the rest of the teacher's map counts over what is left."""
+    keep = torch.arange(13) < torch.tensor([[13], [9]])  # of class token and 12 patches
+    student = call(3, (3, 4), 1, True)._replace(mask=keep[:, None, None])
+    teacher = call(3, teacher_grid, 1, True)
+    teacher = teacher._replace(mask=keep[:, None, None]) if teacher_grid == (3, 4) else teacher
+    loss = guided_divergence(student, teacher, rows, **OPTIONS)
+    filled = [torch.where(keep[:, None, :, None], x, x + 5.0) for x in student[:2]]
+    other = guided_divergence(student._replace(query=filled[0], key=filled[1]), teacher, rows, **OPTIONS)
+    torch.testing.assert_close(other, loss)
+    assert loss.isfinite() and loss > 0
+
+
+def test_the_mean_row_of_peaked_maps_in_float32():
+    """Probabilities far below the smallest float32 are not 0."""
+    sides = [one._replace(scale=one.scale * 600) for one in (call(2, (3, 4), 0, False), call(2, (3, 4), 0, False))]
+    expected = guided_divergence(*sides, "mean", **OPTIONS)
+    single = [one._replace(query=one.query.float(), key=one.key.float()) for one in sides]
+    torch.testing.assert_close(guided_divergence(*single, "mean", **OPTIONS), expected.float(), rtol=1e-4, atol=0)
+    assert expected > 100
+
+
+def test_a_pooling_of_several_queries_is_refused():
+    with pytest.raises(ValueError, match="rows: 'pool' needs a pooling of one query, this attention pools with 3"):
+        guided_divergence(call(2, (3, 4), 1, True), call(2, (3, 4), 0, False, rows=3), "pool", **OPTIONS)

@@ -67,6 +67,10 @@ class Adapter:
         """The path of the attention that pools the final tokens with a query of its own; None where nothing does."""
         return None
 
+    def class_token_pools(self, model: nn.Module) -> bool:
+        """Whether the class token's final state is what the head, or a user of the features, takes."""
+        return self.layout(model).has_cls
+
     def tokens(self, model: nn.Module, images: Tensor) -> Tensor:
         """images [B, C, H, W] → the final tokens [B, P + N, D] in the order of :meth:`layout`, as the head takes them."""
         raise NotImplementedError

@@ -37,8 +37,10 @@ class HuggingFace(Adapter):
     family = f"Hugging Face transformers ({', '.join(_PREFIX)})"
 
     def takes(self, model: nn.Module) -> bool:
+        if not any(_is_known(base) for base in type(model).__mro__):
+            return False
         config: Any = getattr(_backbone(model), "config", None)
-        return _is_pretrained(model) and config.model_type in _PREFIX
+        return getattr(config, "model_type", None) in _PREFIX
 
     def layout(self, model: nn.Module) -> TokenLayout:
         config: Any = _backbone(model).config
@@ -55,6 +57,11 @@ class HuggingFace(Adapter):
         if not hasattr(getattr(backbone, "head", None), "probe"):
             return None
         return next(name for name, module in model.named_modules() if module is backbone.head.attention)  # type: ignore[union-attr]
+
+    def class_token_pools(self, model: nn.Module) -> bool:
+        mean = _backbone(model) is not model and model.config.model_type == "clip"  # type: ignore[union-attr]
+        mean = mean or getattr(_backbone(model).config, "use_mean_pooling", False)  # type: ignore[arg-type]
+        return super().class_token_pools(model) and not mean
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
         output = model(images, **_sized(model, images))
@@ -86,6 +93,15 @@ class HuggingFace(Adapter):
             handle.remove()
         return kept[0], output
 
+    def check_features(self, label: str, model: nn.Module) -> None:
+        """Refuse BEiT and Data2Vec that normalise the mean of the patches, without the pooler that has the norm."""
+        backbone = _backbone(model)
+        if isinstance(getattr(backbone, "layernorm", None), nn.Identity) and _late_norm(backbone) is None:
+            raise ValueError(
+                f"{label}: the features of {type(model).__name__} are not normalised (use_mean_pooling without its pooler), so "
+                "they cannot be compared; pa_weight=0 and patch_weight=0 compare attention alone"
+            )
+
     def num_classes(self, model: nn.Module) -> int | None:
         return model.config.num_labels if _backbone(model) is not model else 0  # type: ignore[union-attr, return-value]
 
@@ -106,6 +122,13 @@ def _is_pretrained(module: nn.Module) -> bool:
         base.__name__ == "PreTrainedModel" and base.__module__.startswith("transformers.")
         for base in type(module).__mro__
     )
+
+
+def _is_known(base: type) -> bool:
+    """A vision model or an image classifier: not a backbone for detection, a model that fills masks, or one with a projection."""
+    ours = base.__module__.startswith("transformers.models.")
+    model = base.__name__.endswith("Model") and not base.__name__.endswith("PreTrainedModel")
+    return ours and (model or "ForImageClassification" in base.__name__)
 
 
 def _backbone(model: nn.Module) -> nn.Module:

@@ -31,6 +31,9 @@ class OpenClip(Adapter):
         dropout: Any = model.patch_dropout
         return bool(getattr(dropout, "prob", 0.0)) and dropout.training
 
+    def class_token_pools(self, model: nn.Module) -> bool:
+        return model.attn_pool is None and model.pool_type == "tok"
+
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
         output = model(images)
         return output[0] if isinstance(output, tuple) else output  # with output_tokens

@@ -46,6 +46,9 @@ class Timm(Adapter):
     def pooling(self, model: nn.Module) -> str | None:
         return None if getattr(model, "attn_pool", None) is None else "attn_pool"
 
+    def class_token_pools(self, model: nn.Module) -> bool:
+        return super().class_token_pools(model) and getattr(model, "global_pool", "token") in ("", "token")
+
     def tokens(self, model: nn.Module, images: Tensor) -> Tensor:
         tokens = model.forward_features(images)  # type: ignore[operator]
         if not isinstance(tokens, Tensor) or tokens.ndim != 3:
