@@ -60,7 +60,7 @@ class HuggingFace(Adapter):
 
     def class_token_pools(self, model: nn.Module) -> bool:
         mean = _backbone(model) is not model and model.config.model_type == "clip"  # type: ignore[union-attr]
-        mean = mean or getattr(_backbone(model).config, "use_mean_pooling", False)  # type: ignore[arg-type]
+        mean = mean or getattr(_backbone(model).config, "use_mean_pooling", False)
         return super().class_token_pools(model) and not mean
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
