@@ -39,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("area", "bilinear", "bicubic"),
         help="how the teacher's attention is resized to the student's patches (default: area)",
     )
+    option(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="students trained at a time, each in a process of one thread; changes no result (default: one for each core, at "
+        "most 4; 1 on a GPU and with --quick)",
+    )
     option("--device", help="a PyTorch device (default: cuda if there is one, else cpu)")
     option(
         "--quick",

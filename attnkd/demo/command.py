@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import os
 import platform
 import sys
 import time
@@ -14,18 +16,18 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
-from torch import Tensor
 
 from attnkd import files
 from attnkd.commands.info import versions
 from attnkd.commands.options import choose_device
-from attnkd.demo import QUICK, comparison, comparison_report, figures, models, report, wild
+from attnkd.demo import QUICK, comparison, comparison_report, figures, report, wild
 from attnkd.demo.comparison import AllMethods, ComparisonConfig
 from attnkd.demo.experiment import ARMS, Config, Experiment
 from attnkd.demo.stages import Trained
 from attnkd.demo.training import Record
+from attnkd.demo.workers import one_thread, usual_jobs, workers
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,24 +38,28 @@ def run(args: argparse.Namespace) -> int:
     work: Any = compare if args.all else demonstrate
     config = kind(**{**(quick if args.quick else {}), **given})
     device = choose_device(args.device)
+    if args.jobs is not None and args.jobs < 1:
+        raise ValueError(f"jobs: expected an integer >= 1, got {args.jobs}")
+    jobs = args.jobs or (1 if args.quick else usual_jobs(device))
     directory = files.make_folder(
         "output_dir", args.output_dir or Path("runs") / f"demo{'-all' * args.all}{'-quick' * args.quick}"
     )
     # A pipe or a log file has no width of its own; 80 columns would fold the table.
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 150)
-    wall, cpu = time.perf_counter(), time.process_time()
-    console.print(f"attnkd demo on {device_name(device)}, results in {directory}", markup=False)
-    with files.locked(directory / "lock"):
-        stages, summary = work(config, directory, device, console)
+    wall, cpu = time.perf_counter(), cpu_time()
+    at_once = f", {jobs} students at a time" if jobs > 1 else ""
+    console.print(f"attnkd demo on {device_name(device)}{at_once}, results in {directory}", markup=False)
+    with files.locked(directory / "lock"), one_thread():
+        stages, summary = work(config, directory, device, jobs, console)
         seconds = {
             "wall": time.perf_counter() - wall,
-            "cpu": time.process_time() - cpu,
+            "cpu": cpu_time() - cpu,
             "training": training_time(stages),
         }
         summary |= {
             "config": asdict(config),
             "device": device_name(device),
-            "threads": torch.get_num_threads(),
+            "jobs": jobs,
             "seconds": seconds,
             "versions": versions(),
         }
@@ -65,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def demonstrate(
-    config: Config, directory: Path, device: torch.device, console: Console
+    config: Config, directory: Path, device: torch.device, jobs: int, console: Console
 ) -> tuple[list[Trained], dict[str, Any]]:
     """The demo: AttnDistill without and with attention guidance. Returns its stages and what goes into summary.json."""
     console.print(
@@ -74,13 +80,14 @@ def demonstrate(
         markup=False,
     )
     epochs = config.teacher_epochs + len(ARMS) * config.seeds * config.epochs
-    with Progress(console, epochs) as progress:
-        outcome = Experiment(config, directory, device, progress).run()
+    make = functools.partial(Experiment, config, directory, device)
+    with Progress(console, epochs) as progress, workers(make, jobs, progress) as run:
+        outcome = make(progress).run(run)
     summary = report.summarise(outcome)
     console.print(report.table(summary))
     for sentence in summary["verdict"]:
         console.print(sentence)
-    checkpoints = prove_checkpoints(outcome.stages(), outcome.digits.test_images, directory, console)
+    checkpoints = list_checkpoints(outcome.stages(), directory, console)
     wild.save_pictures(directory / "images", outcome.digits)
     figures.draw_curves(outcome, directory / "curves.png")
     figures.draw_attention(outcome, directory / "attention.png")
@@ -90,7 +97,7 @@ def demonstrate(
 
 
 def compare(
-    config: ComparisonConfig, directory: Path, device: torch.device, console: Console
+    config: ComparisonConfig, directory: Path, device: torch.device, jobs: int, console: Console
 ) -> tuple[list[Trained], dict[str, Any]]:
     """All four methods, each beside the same training without attention; returns as :func:`demonstrate`."""
     console.print(
@@ -98,14 +105,15 @@ def compare(
         f"{len(comparison.ARMS)} arms",
         markup=False,
     )
-    with Progress(console, comparison.count_epochs(config)) as progress:
-        methods = AllMethods(config, directory, device, progress)
-        outcome = methods.run()
+    make = functools.partial(AllMethods, config, directory, device)
+    with Progress(console, comparison.count_epochs(config)) as progress, workers(make, jobs, progress) as run:
+        methods = make(progress)
+        outcome = methods.run(run)
     summary = comparison_report.summarise(outcome)
     console.print(comparison_report.table(summary))
     for compared in summary["comparisons"]:
         console.print(compared["verdict"])
-    checkpoints = prove_checkpoints(outcome.stages(), methods.lab.digits.test_images, directory, console)
+    checkpoints = list_checkpoints(outcome.stages(), directory, console)
     wild.save_pictures(directory / "images", methods.lab.digits)
     figures.draw_comparison(summary, directory / "methods.png")
     files.write_text(directory / "methods.md", comparison_report.markdown(summary))
@@ -122,7 +130,7 @@ class Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), values)
         self.bars = Bars(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.whole = self.bars.add_task("all epochs", total=epochs, values="")
-        self.stage = self.bars.add_task("", total=1, values="", visible=False)
+        self.stages: dict[str, TaskID] = {}
 
     def __enter__(self) -> Progress:
         self.bars.start()
@@ -134,22 +142,21 @@ class Progress:
     def begin(self, name: str, epochs: int, done: int, note: str) -> None:
         if note:
             self.console.print(f"{name}: {note}", markup=False)
-        self.bars.reset(self.stage, description=name, total=epochs, completed=done, visible=True, values="")
+        self.stages[name] = self.bars.add_task(name, total=epochs, completed=done, values="")
         self.bars.advance(self.whole, done)
 
-    def epoch(self, record: Record) -> None:
-        values = (f"{name} {record[name]:.3g}" for name in ("loss", "top1", "knn", "kl") if name in record)
-        self.bars.update(self.stage, advance=1, values="  ".join(values))
+    def epoch(self, name: str, record: Record) -> None:
+        values = (f"{part} {record[part]:.3g}" for part in ("loss", "top1", "knn", "kl") if part in record)
+        self.bars.update(self.stages[name], advance=1, values="  ".join(values))
         self.bars.advance(self.whole)
 
     def end(self, name: str, scores: Mapping[str, float]) -> None:
+        self.bars.remove_task(self.stages.pop(name))
         self.console.print(f"{name}: {report.scores_in_words(scores)}", markup=False)
 
 
-def prove_checkpoints(stages: list[Trained], images: Tensor, directory: Path, console: Console) -> list[str]:
-    """Load every checkpoint with timm, compare its features with the trained model's, and list the files."""
-    for stage in stages:
-        models.check_reload(stage.model, stage.checkpoint, images)
+def list_checkpoints(stages: list[Trained], directory: Path, console: Console) -> list[str]:
+    """The stages' files; each was compared with the trained model when it was written."""
     console.print(f"\n{len(stages)} checkpoints loaded again by timm.create_model: features equal bit for bit")
     return [str(stage.checkpoint.relative_to(directory)) for stage in stages]
 
@@ -159,9 +166,14 @@ def training_time(stages: list[Trained]) -> float:
     return sum(record["seconds"] for stage in stages for record in stage.history)
 
 
+def cpu_time() -> float:
+    """Seconds of this process and of those that it has waited for."""
+    return sum(os.times()[:4])
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     if device.type == "cpu":
-        return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+        return f"cpu ({platform.machine()})"
     return str(device)

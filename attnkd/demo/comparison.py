@@ -7,11 +7,11 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.task import ClassificationTask
-from torch import Tensor, nn
+from torch import nn
 
 from attnkd.demo import models, wild
 from attnkd.demo.contrastive import SimCLR
@@ -20,6 +20,7 @@ from attnkd.demo.evaluate import features, linear_probe
 from attnkd.demo.experiment import Config, Experiment
 from attnkd.demo.stages import Listener, Trained
 from attnkd.demo.training import Recipe, Record
+from attnkd.demo.workers import Run
 from attnkd.methods.attention_probe import AttentionProbe
 from attnkd.methods.head_importance import HeadImportance, head_importance
 from attnkd.methods.head_kd import HeadKD
@@ -29,6 +30,7 @@ from attnkd.methods.ssta import SSTA
 CLASSIFIER = {**models.STUDENT, "num_classes": 10}
 ASSISTANT = {**models.COARSE_TEACHER, "num_classes": 0}
 
+TEACHERS = ("teacher", "coarse_teacher", "assistant")
 ARMS = {
     "pa": "class token (PA)",
     "pa_ag": "class token, its attention (PA + AG)",
@@ -120,6 +122,15 @@ def count_epochs(config: ComparisonConfig) -> int:
     return 3 * config.teacher_epochs + config.seeds * students
 
 
+class Teachers(NamedTuple):
+    """Who the students of all arms learn from, and the heads they learn from."""
+
+    fine: Trained
+    coarse: Trained
+    assistant: Trained
+    heads: dict[str, list]
+
+
 class AllMethods:
     """Trains teachers and all arms, and continues what ``directory`` already has of exactly this comparison."""
 
@@ -133,26 +144,32 @@ class AllMethods:
             )
         self.spare = tuple(part[: config.wild_digits] for part in spare)
 
-    def run(self) -> Outcome:
-        lab = self.lab
-        fine = lab.train_teacher("teacher", models.TEACHER)
-        self.coarse = lab.train_teacher("coarse-teacher", models.COARSE_TEACHER)
-        self.assistant = self.train_assistant()
-        self.heads = self.choose_heads()
-        target = lab.target(fine)
-        students: dict[str, list[Trained]] = {arm: [] for arm in ARMS}
+    def run(self, run: Run) -> Outcome:
+        """All stages; those that do not depend on each other at the same time."""
+        fine, coarse, assistant = run(AllMethods.train_teacher, [(name,) for name in TEACHERS])
+        teachers = Teachers(fine, coarse, assistant, self.choose_heads(coarse, assistant))
+        seeds = range(1, self.config.seeds + 1)
+        wild_images = run(AllMethods.choose_images, [(seed, coarse) for seed in seeds])
+        calls = [
+            (arm, seed, teachers, images.get(arm))
+            for seed, images in zip(seeds, wild_images, strict=True)
+            for arm in ARMS
+        ]
+        trained = run(AllMethods.train_student, calls)
+        students = {arm: trained[place :: len(ARMS)] for place, arm in enumerate(ARMS)}
         before = []
-        for seed in range(1, self.config.seeds + 1):
-            for arm in ("pa", "pa_ag"):
-                students[arm].append(lab.train_student(arm, seed, fine, target))
-            for arm in ("labels", "head_kd", "ssta"):
-                students[arm].append(self.train_on_labels(arm, seed))
-            for arm, images in self.wild_images(seed).items():
-                students[arm].append(self.train_in_the_wild(arm, seed, *images))
+        for seed, first in zip(seeds, students["pa"], strict=True):
             untrained = models.create(CLASSIFIER, seed).to(self.device)
-            before.append({"kl": students["pa"][-1].history[0]["kl"], **self.distances(untrained)})
-        teachers = {"teacher": fine, "coarse_teacher": self.coarse, "assistant": self.assistant}
-        return Outcome(self.config, teachers, self.heads, students, before)
+            before.append({"kl": first.history[0]["kl"], **self.distances(untrained, teachers)})
+        return Outcome(
+            self.config, dict(zip(TEACHERS, (fine, coarse, assistant), strict=True)), teachers.heads, students, before
+        )
+
+    def train_teacher(self, name: str) -> Trained:
+        if name == "assistant":
+            return self.train_assistant()
+        kind = models.TEACHER if name == "teacher" else models.COARSE_TEACHER
+        return self.lab.train_teacher(name.replace("_", "-"), kind)
 
     def train_assistant(self) -> Trained:
         """SSTA's self-supervised model; stronger augmentation than the others', which is all that it learns from."""
@@ -168,11 +185,19 @@ class AllMethods:
         # The task makes two views itself, so the loop must not augment.
         return lab.stage("assistant", SimCLR(model, augment), model, settings, self.config.teacher_epochs, augment=None)
 
-    def choose_heads(self) -> dict[str, list]:
+    def train_student(self, arm: str, seed: int, teachers: Teachers, names: list[str] | None) -> Trained:
+        """``names``: the images of an arm that chooses them."""
+        if arm in ("pa", "pa_ag"):
+            return self.lab.train_student(arm, seed, teachers.fine)
+        if names is None:
+            return self.train_on_labels(arm, seed, teachers)
+        return self.train_in_the_wild(arm, seed, teachers, names)
+
+    def choose_heads(self, coarse: Trained, assistant: Trained) -> dict[str, list]:
         """The teachers' most important heads on images that no model was trained on, for each of their blocks."""
         images, labels = self.spare
         batches = list(zip(images.split(100), labels.split(100), strict=True))
-        probe = linear_probe(features(self.assistant.model, self.lab.digits.train_images), self.lab.digits.train_labels)
+        probe = linear_probe(features(assistant.model, self.lab.digits.train_images), self.lab.digits.train_labels)
 
         def search(teacher: Trained, combinations: bool, **options: Any) -> HeadImportance:
             kind = "combinations" if combinations else "heads"
@@ -181,37 +206,36 @@ class AllMethods:
                 teacher.model, batches, "all", combinations=combinations, path=path, progress=False, **options
             )
 
-        alone = search(self.coarse, combinations=False).importance()
+        alone = search(coarse, combinations=False).importance()
         heads = models.describe(models.create(CLASSIFIER, 0))["heads"]
         return {
             "head_kd": [sorted(importance.topk(heads).indices.tolist()) for importance in alone],
-            "teacher": search(self.coarse, combinations=True).best(),
-            "assistant": search(
-                self.assistant, combinations=True, classifier=lambda output: probe(output.double())
-            ).best(),
+            "teacher": search(coarse, combinations=True).best(),
+            "assistant": search(assistant, combinations=True, classifier=lambda output: probe(output.double())).best(),
         }
 
-    def make_task(self, arm: str, student: nn.Module, **options: Any) -> Any:
-        """The training task of an arm; its teachers are the comparison's."""
+    def make_task(self, arm: str, student: nn.Module, teachers: Teachers, **options: Any) -> Any:
+        """The training task of an arm."""
+        coarse, heads = teachers.coarse, teachers.heads
         if arm == "labels":
             return ClassificationTask(student, device=self.device, verbose=False)
         if arm == "head_kd":
-            return HeadKD(student, self.coarse.model, teacher_heads=self.heads["head_kd"], verbose=False, **options)
+            return HeadKD(student, coarse.model, teacher_heads=heads["head_kd"], verbose=False, **options)
         if arm == "ssta":
             return SSTA(
                 student,
-                self.coarse.model,
-                self.assistant.model,
+                coarse.model,
+                teachers.assistant.model,
                 blocks="all",
-                teacher_heads=self.heads["teacher"],
-                assistant_heads=self.heads["assistant"],
+                teacher_heads=heads["teacher"],
+                assistant_heads=heads["assistant"],
                 verbose=False,
                 **options,
             )
-        accuracy = self.coarse.scores["top1"] / 100
-        return AttentionProbe(student, self.coarse.model, min(accuracy, 0.99), verbose=False, **options)
+        accuracy = coarse.scores["top1"] / 100
+        return AttentionProbe(student, coarse.model, min(accuracy, 0.99), verbose=False, **options)
 
-    def train_on_labels(self, arm: str, seed: int) -> Trained:
+    def train_on_labels(self, arm: str, seed: int, teachers: Teachers) -> Trained:
         student = models.create(CLASSIFIER, seed).to(self.device)
         labelled = self.config.labelled
         epochs = self.config.epochs_on(labelled)
@@ -219,10 +243,11 @@ class AllMethods:
         options: dict[str, Any] = {}
         if arm == "ssta":
             options = {"stop_epoch": epochs / 3}  # as the paper: 100 of 300
-            settings |= {"teachers": [self.coarse.sha256, self.assistant.sha256], "heads": self.heads, **options}
+            both = [teachers.coarse.sha256, teachers.assistant.sha256]
+            settings |= {"teachers": both, "heads": teachers.heads, **options}
         elif arm == "head_kd":
-            settings |= {"teachers": [self.coarse.sha256], "heads": self.heads["head_kd"]}
-        task = self.make_task(arm, student, **options)
+            settings |= {"teachers": [teachers.coarse.sha256], "heads": teachers.heads["head_kd"]}
+        task = self.make_task(arm, student, teachers, **options)
         digits = self.lab.digits
         return self.lab.stage(
             f"student-{arm}-seed{seed}",
@@ -231,19 +256,22 @@ class AllMethods:
             settings,
             epochs,
             data=(digits.train_images[:labelled], digits.train_labels[:labelled]),
-            score=self.scorer(student),
+            score=self.scorer(student, teachers),
         )
 
-    def wild_images(self, seed: int) -> dict[str, tuple[list[str], Tensor]]:
-        """For every arm the images of the seed's own wild folder that it learns from: names and pixels."""
+    def wild_folder(self, seed: int, coarse: Trained) -> Path:
+        return self.directory / f"wild-{coarse.sha256[:10]}-seed{seed}"
+
+    def choose_images(self, seed: int, coarse: Trained) -> dict[str, list[str]]:
+        """For every arm the names of the images of the seed's own wild folder that it learns from."""
         config, digits = self.config, self.lab.digits.to(torch.device("cpu"))
-        folder = self.directory / f"wild-{self.coarse.sha256[:10]}-seed{seed}"
+        folder = self.wild_folder(seed, coarse)
         wild.make_wild_folder(folder / "images", digits, self.spare[0].cpu(), config.wild_photos, seed)
         everything = sorted(str(path.relative_to(folder / "images")) for path in (folder / "images").rglob("*.png"))
 
         def chosen(**options: Any) -> list[str]:
             return select_images(
-                self.coarse.model,
+                coarse.model,
                 folder / "images",
                 folder / "selected.txt",
                 num_select=config.wild_digits,
@@ -253,25 +281,26 @@ class AllMethods:
                 progress=False,
             ).names()
 
-        names = {
+        return {
             "random": random.Random(seed).sample(everything, config.wild_digits),
             "output": chosen(restart=True, attn_weight=0.0),
             "probe": chosen(),
         }
-        return {arm: (listed, wild.load_images(folder / "images", listed, digits)) for arm, listed in names.items()}
 
-    def train_in_the_wild(self, arm: str, seed: int, names: Sequence[str], images: Tensor) -> Trained:
+    def train_in_the_wild(self, arm: str, seed: int, teachers: Teachers, names: Sequence[str]) -> Trained:
         student = models.create(CLASSIFIER, seed).to(self.device)
+        folder = self.wild_folder(seed, teachers.coarse) / "images"
+        images = wild.load_images(folder, names, self.lab.digits.to(torch.device("cpu")))
         options = {} if arm == "probe" else {"relation_weight": 0.0}
         settings = {
             "task": "AttentionProbe",
             **options,
             "images": hashlib.sha256("\n".join(names).encode()).hexdigest(),
-            "teachers": [self.coarse.sha256],
+            "teachers": [teachers.coarse.sha256],
             "model": CLASSIFIER,
             "seed": seed,
         }
-        task = self.make_task("probe", student, **options)
+        task = self.make_task("probe", student, teachers, **options)
         unlabelled = torch.zeros(len(names), dtype=torch.long, device=self.device)
         kept = {"digits_kept": float(sum(name.startswith("digits/") for name in names))}
         try:
@@ -282,28 +311,28 @@ class AllMethods:
                 settings,
                 self.config.epochs_on(len(names)),
                 data=(images.to(self.device), unlabelled),
-                score=lambda history: {**self.scorer(student)(history), **kept},
+                score=lambda history: {**self.scorer(student, teachers)(history), **kept},
             )
         finally:
             task.close()
 
-    def scorer(self, student: nn.Module) -> Callable[[list[Record]], dict[str, float]]:
+    def scorer(self, student: nn.Module, teachers: Teachers) -> Callable[[list[Record]], dict[str, float]]:
         return lambda history: {
             "top1": self.lab.top1(student),
             "knn": self.lab.knn(student),
-            **self.distances(student),
+            **self.distances(student, teachers),
         }
 
     @torch.no_grad()
-    def distances(self, student: nn.Module) -> dict[str, float]:
+    def distances(self, student: nn.Module, teachers: Teachers) -> dict[str, float]:
         """Every method's attention loss between a student and its teachers, on the test images."""
         copy = models.create(CLASSIFIER, seed=0).to(self.device)
         copy.load_state_dict(student.state_dict())
         images = self.lab.digits.test_images
         rulers = {
-            "head_kd": self.make_task("head_kd", copy, criterion=None),
-            "ssta": self.make_task("ssta", copy, criterion=None, stop_epoch=None),
-            "probe": self.make_task("probe", copy),
+            "head_kd": self.make_task("head_kd", copy, teachers, criterion=None),
+            "ssta": self.make_task("ssta", copy, teachers, criterion=None, stop_epoch=None),
+            "probe": self.make_task("probe", copy, teachers),
         }
         found = {}
         for name, task in rulers.items():

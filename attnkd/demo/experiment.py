@@ -18,6 +18,7 @@ from attnkd.demo.data import Digits, RandomAffine, load_digits
 from attnkd.demo.evaluate import attention_divergence_per_image, cls_attention, features, knn_top1, linear_probe_top1
 from attnkd.demo.stages import Listener, Stages, Trained
 from attnkd.demo.training import Recipe, Record
+from attnkd.demo.workers import Run
 from attnkd.methods.attn_distill import AttnDistill
 
 ARMS = {"pa": "PA only", "pa_ag": "PA + AG"}
@@ -70,7 +71,7 @@ class Outcome:
 
 
 class Experiment:
-    """Runs all stages one after the other and continues what ``directory`` already has of exactly this experiment."""
+    """Trains the stages and continues what ``directory`` already has of exactly this experiment."""
 
     def __init__(self, config: Config, directory: Path, device: torch.device, listener: Listener) -> None:
         self.config, self.device = config, device
@@ -85,16 +86,15 @@ class Experiment:
             "device": device.type,
             "versions": {"attnkd": __version__, **packages},
         }
-        self.stages = Stages(directory, circumstances, listener, self.digits.stats)
+        self.stages = Stages(directory, circumstances, listener, self.digits.stats, self.digits.test_images)
 
-    def run(self) -> Outcome:
-        teacher = self.train_teacher("teacher", models.TEACHER)
-        target = self.target(teacher)
-        students: dict[str, list[Trained]] = {arm: [] for arm in ARMS}
-        for seed in range(1, self.config.seeds + 1):
-            for arm in ARMS:
-                students[arm].append(self.train_student(arm, seed, teacher, target))
-        return Outcome(self.config, self.digits, target, teacher, students)
+    def run(self, run: Run) -> Outcome:
+        """All stages; students do not depend on each other."""
+        (teacher,) = run(Experiment.train_teacher, [("teacher", models.TEACHER)])
+        calls = [(arm, seed, teacher) for seed in range(1, self.config.seeds + 1) for arm in ARMS]
+        trained = run(Experiment.train_student, calls)
+        students = {arm: trained[place :: len(ARMS)] for place, arm in enumerate(ARMS)}
+        return Outcome(self.config, self.digits, self.target(teacher), teacher, students)
 
     def target(self, teacher: Trained) -> Tensor:
         """[test images, 1 + student patches]: the teacher's attention, resized to the student's grid and merged."""
@@ -108,8 +108,8 @@ class Experiment:
         epochs = self.config.teacher_epochs
         return self.stage(name, method, model, settings, epochs, evaluate=lambda: {"top1": self.top1(model)})
 
-    def train_student(self, arm: str, seed: int, teacher: Trained, target: Tensor) -> Trained:
-        config = self.config
+    def train_student(self, arm: str, seed: int, teacher: Trained) -> Trained:
+        config, target = self.config, self.target(teacher)
         student = models.create(models.STUDENT, seed).to(self.device)
         # The projector is drawn right after the student, so both arms start a seed from the same weights.
         method = AttnDistill(

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,28 +19,36 @@ from attnkd.demo.training import Recipe, Record, load_state, train
 
 
 class Listener(Protocol):
-    """Gets reports on the progress of the run."""
+    """Gets reports on the progress of the run; several stages may be under way."""
 
     def begin(self, name: str, epochs: int, done: int, note: str) -> None:
         """``done`` of ``epochs`` were trained before; ``note`` says what is reused, or why not."""
 
-    def epoch(self, record: Record) -> None: ...
+    def epoch(self, name: str, record: Record) -> None: ...
     def end(self, name: str, scores: Mapping[str, float]) -> None: ...
 
 
 @dataclass
 class Trained:
-    """A finished stage: a model, the history of its training, where it is kept and what it scores on the test images."""
+    """A finished stage: where its model is kept, the history of its training, and what it scores on the test images."""
 
-    model: nn.Module
-    history: list[Record]
     checkpoint: Path
+    history: list[Record]
     scores: dict[str, float]
+    device: torch.device
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """As timm loads it, on the stage's device."""
+        return models.load(self.checkpoint).to(self.device)
 
     @property
     def sha256(self) -> str:
         """Of the checkpoint: a stage that learns from this one names it in its settings."""
         return hashlib.sha256(self.checkpoint.read_bytes()).hexdigest()
+
+    def __reduce__(self) -> tuple:
+        return Trained, (self.checkpoint, self.history, self.scores, self.device)  # whoever gets it loads the model
 
 
 class Stages:
@@ -50,12 +59,19 @@ class Stages:
         circumstances: what every result depends on besides a stage's own settings.
         listener: gets reports on the progress.
         stats: mean and standard deviation that all images are normalised with.
+        images: every saved model is loaded again, and its features of these compared.
     """
 
     def __init__(
-        self, directory: Path, circumstances: dict[str, Any], listener: Listener, stats: tuple[float, float]
+        self,
+        directory: Path,
+        circumstances: dict[str, Any],
+        listener: Listener,
+        stats: tuple[float, float],
+        images: Tensor,
     ) -> None:
-        self.directory, self.circumstances, self.listener, self.stats = directory, circumstances, listener, stats
+        self.directory, self.circumstances, self.listener = directory, circumstances, listener
+        self.stats, self.images = stats, images
 
     def train(
         self,
@@ -95,12 +111,13 @@ class Stages:
             fingerprint=place.fingerprint,
             augment=augment,
             evaluate=evaluate,
-            on_epoch=self.listener.epoch,
+            on_epoch=lambda record: self.listener.epoch(name, record),
         )
         models.save(model, settings["model"], place.weights, self.stats)
+        models.check_reload(model, place.weights, self.images)
         scores = score(history)
         self.listener.end(name, scores)
-        return Trained(model, history, place.weights, scores)
+        return Trained(place.weights, history, scores, self.images.device)
 
 
 class StageDirectory:

@@ -183,7 +183,7 @@ def results(folder: Path):
     """Weights, pictures, tables and numbers of a demo, but for the time that it took."""
     summary = json.loads((folder / "summary.json").read_text())
     found = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*") if path.suffix in KEPT}
-    return found, {name: value for name, value in summary.items() if name != "seconds"}
+    return found, {name: value for name, value in summary.items() if name not in ("seconds", "jobs")}
 
 
 KEPT = (".safetensors", ".png", ".md", ".txt", ".csv")
@@ -203,6 +203,32 @@ def test_demo_killed_at_random_moments_twice_at_once_and_on_a_full_disk(tmp_path
     both = [run("killed") for _ in range(2)]
     assert sorted(finish(process) for process in both) in ([0, 0], [0, 1])  # the second may be refused
     assert results(tmp_path / "killed") == results(tmp_path / "undisturbed")
+
+
+def test_demo_in_two_processes_ends_like_one_and_leaves_none_behind(tmp_path):
+    assert finish(demonstrating(tmp_path / "one")) == 0
+    os.mkfifo(tmp_path / "said")
+    said = os.open(tmp_path / "said", os.O_RDONLY | os.O_NONBLOCK)
+    for number, stage in ((signal.SIGTERM, "teacher"), (signal.SIGKILL, "student")):
+        process = demonstrating(tmp_path / "two", "--jobs", "2", log=str(tmp_path / "said"))
+        while not list((tmp_path / "two").glob(f"{stage}-*/state.pt")):
+            assert process.is_alive()
+            time.sleep(0.01)
+        os.kill(process.pid, number)
+        assert finish(process) in (143, -signal.SIGKILL)
+        end = time.monotonic() + 60
+        while open_for_writing(said):  # all of its processes write there
+            assert time.monotonic() < end, "a process is left"
+            time.sleep(0.01)
+    assert finish(demonstrating(tmp_path / "two", "--jobs", "2")) == 0
+    assert results(tmp_path / "two") == results(tmp_path / "one")
+
+
+def open_for_writing(pipe):
+    try:
+        return bool(os.read(pipe, 1 << 16))
+    except BlockingIOError:
+        return True
 
 
 @pytest.fixture(scope="module")
