@@ -300,6 +300,20 @@ def test_all_methods_take_it_as_teacher_and_as_student(name: str) -> None:
         step(AttentionProbe(build(name), timm_vit(), teacher_accuracy=0.9, verbose=False))
 
 
+@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize("name", ["vit", "dinov2"])
+def test_hugging_face_activation_checkpointing_changes_no_gradient(name: str, one_pass: bool) -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        student = hugging_face(name).train()
+        if checkpointed:
+            student.gradient_checkpointing_enable()  # type: ignore[operator]
+        step(HeadKD(student, timm_vit(0), one_pass=one_pass, verbose=False))
+        gradients.append({key: parameter.grad for key, parameter in student.named_parameters()})
+    for key, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], expected, msg=key)
+
+
 def test_timm_models_without_class_token() -> None:
     """SigLIP of timm pools with an attention; a model with registers alone averages."""
     tiny = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 4, "patch_size": 8}

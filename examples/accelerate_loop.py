@@ -1,0 +1,48 @@
+"""A loop of your own with Hugging Face accelerate: mixed precision, gradient accumulation, several GPUs.
+
+accelerate launch examples/accelerate_loop.py FOLDER_OF_IMAGES_BY_CLASS     (pip install accelerate transformers)
+"""
+
+from __future__ import annotations
+
+import sys
+
+import timm
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import nn
+from torch.utils.data import DataLoader
+
+from attnkd.methods.head_kd import HeadKD
+
+
+def distil(student: nn.Module, teacher: nn.Module, loader: DataLoader, epochs: int, **options) -> list[float]:
+    """loader: pairs of images [B, 3, H, W] and classes [B]. Trains the student; returns the last loss of every epoch."""
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(kwargs_handlers=[unused], **options)
+    task = HeadKD(student, teacher, device=accelerator.device, verbose=False)
+    optimizer = torch.optim.AdamW(task.parameters(), lr=5e-4)
+    prepared, optimizer, loader = accelerator.prepare(task, optimizer, loader)
+    losses = []
+    for epoch in range(epochs):
+        task.set_epoch(epoch)
+        for images, targets in loader:
+            with accelerator.accumulate(prepared):
+                loss = prepared(images, targets)["loss"]
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+        losses.append(loss.item())
+    task.untap()
+    return losses
+
+
+if __name__ == "__main__":
+    from timm.data import create_transform
+    from torchvision.datasets import ImageFolder
+
+    folder = ImageFolder(sys.argv[1], create_transform(224, is_training=True))
+    student = timm.create_model("vit_tiny_patch16_224", num_classes=len(folder.classes))
+    teacher = timm.create_model("vit_small_patch16_224", pretrained=True)
+    batches = DataLoader(folder, batch_size=256, shuffle=True, num_workers=8)
+    distil(student, teacher, batches, epochs=100, mixed_precision="bf16")

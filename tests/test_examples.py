@@ -1,0 +1,97 @@
+"""The files of examples/ as they stand, with small random models in place of published ones."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+ROOT = Path(__file__).parent.parent
+CPU = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
+
+
+def example(name: str) -> ModuleType:
+    """The module of examples/NAME.py. What it imports must be installed."""
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", ROOT / "examples" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def timm_vit(classes: int = 5, **more: Any) -> nn.Module:
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, **more}
+    return timm.create_model("vit_tiny_patch16_224", num_classes=classes, **small)
+
+
+def hugging_face_vit(classes: int = 0) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.ViTConfig(**small, image_size=32, patch_size=8, num_labels=classes)
+    return transformers.ViTForImageClassification(config) if classes else transformers.ViTModel(config)
+
+
+def images(count: int = 8) -> torch.Tensor:
+    return torch.randn(count, 3, 32, 32)
+
+
+def changed(before: dict[str, torch.Tensor], model: nn.Module) -> list[str]:
+    return [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+
+
+def copied(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_trainer_of_transformers(tmp_path: Path) -> None:
+    module = example("transformers_trainer")
+    student, teacher = hugging_face_vit(), timm_vit(0)
+    before, taught = copied(student), copied(teacher)
+    data = [{"images": image} for image in images()]
+    given = module.distil(student, teacher, data, str(tmp_path), max_steps=3, per_device_train_batch_size=4, **CPU)
+    assert any("attention" in name for name in changed(before, student)) and not changed(taught, teacher)
+    assert given is student and all(layer.gradient_checkpointing for layer in student.layers)
+    loaded, report = type(student).from_pretrained(tmp_path / "student", use_safetensors=True, output_loading_info=True)
+    assert not changed(copied(student), loaded) and not any(report.values())
+
+
+@pytest.fixture
+def fresh_accelerator() -> None:
+    """accelerate keeps its settings in the process."""
+    state = pytest.importorskip("accelerate.state")
+    state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_loop_of_accelerate() -> None:
+    module = example("accelerate_loop")
+    student, teacher = hugging_face_vit(classes=5), timm_vit()
+    before = copied(student)
+    loader = DataLoader(TensorDataset(images(), torch.arange(8) % 5), batch_size=2)
+    options = {"mixed_precision": "bf16", "gradient_accumulation_steps": 2}
+    losses = module.distil(student, teacher, loader, epochs=2, cpu=True, **options)
+    assert len(losses) == 2 and all(loss > 0 for loss in losses)
+    assert any("attention" in name for name in changed(before, student))
+    assert not hasattr(student.vit.layers[0].attention, "_armed")
+
+
+def test_lightning(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning")
+    student, teacher = timm_vit(), timm_vit(0)
+    before, taught = copied(student), copied(teacher)
+    module = example("lightning_module").Distillation(student, teacher)
+    loader = DataLoader(TensorDataset(images(), torch.arange(8) % 5), batch_size=4)
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "default_root_dir": tmp_path}
+    lightning.Trainer(max_epochs=2, **options).fit(module, loader)
+    assert any("attn" in name for name in changed(before, student)) and not changed(taught, teacher)
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert len(saved) == len(student.state_dict()) and all(name.startswith("task.") for name in saved)
