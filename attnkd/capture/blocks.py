@@ -88,6 +88,11 @@ def block_path(path: str) -> str | None:
     return None
 
 
+def block_index(model: nn.Module, path: str) -> int:
+    """The index of the block that a module path lies in."""
+    return next(index for index, block in enumerate(block_stack(model)) if f"{path}.".startswith(f"{block}."))
+
+
 def block_owner(model: nn.Module, path: str) -> str:
     """The path of the smallest part of ``model`` that some adapter speaks for and that has ``path`` in it; '' if none does."""
     parts = path.split(".")

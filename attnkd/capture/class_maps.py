@@ -15,6 +15,7 @@ from attnkd.attention.checks import check_choice
 from attnkd.attention.merging import merge_attention
 from attnkd.attention.problem import MERGES
 from attnkd.attention.resample import resample_attention
+from attnkd.capture.adapters import adapter_for
 from attnkd.capture.blocks import attention_paths
 from attnkd.capture.models import evaluating
 from attnkd.capture.tap import AttentionTap
@@ -58,7 +59,7 @@ def class_maps(
     """The class token's attention in one block, per head and merged, and the rollout of all blocks.
 
     Args:
-        model: timm Vision Transformer with a class token; run in evaluation mode and left as it was.
+        model: with a class token; run in evaluation mode and left as it was.
         images: [B, C, H, W], normalised for the model.
         block: index of the block; negative counts from the end.
         merge: 'mean', 'logsum', 'max' or 'min' of the heads.
@@ -74,7 +75,7 @@ def class_maps(
     wanted = attention_paths(model, block)[0]
     tap = AttentionTap(model, "all" if rollout else block, stop=True)
     with evaluating(model):
-        _, calls = tap(images)
+        _, calls = tap.capture(adapter_for(model).forward, model, images)
     call = class_row(calls[tap.paths.index(wanted)], layout.num_prefix_tokens)
     rows = attention_rows(call, rows="cls", impl=impl)
     grid = patch_grid(model, images.shape[-2:], rows.shape[-1] - 1)

@@ -1,4 +1,4 @@
-"""Models and image preprocessing by the names and files that a user gives, as timm reads them; nothing is unpickled."""
+"""Models and image preprocessing by the names and files that a user gives; nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from attnkd.capture import libraries
 from attnkd.capture.weights import first_line, load_weights
 
+TIMMS_OWN = ("hf-hub:", "local-dir:")
+"""Beginnings of names of models in timm's form outside timm: on the Hugging Face hub, in a folder."""
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
 def load_model(role: str, name: str, checkpoint: Path | None = None, **kwargs: Any) -> nn.Module:
-    """A timm model in evaluation mode, with its published weights or those of a checkpoint.
+    """A model in evaluation mode, with its published weights or those of a checkpoint.
 
     Args:
         role: the argument that messages begin with, 'teacher' or 'student'.
-        name: a timm model's name, or a saved model: a checkpoint with a .json of ``timm.create_model`` arguments beside
-            it, as `attnkd demo` leaves them (model.safetensors and model.json).
-        checkpoint: weights for a model given by name, in any form that timm reads (not .npz). Where the
-            checkpoint has another classifier than the model, or none, the model gets that.
-        kwargs: of ``timm.create_model``.
+        name: a timm model's name; a model of another library, see :data:`attnkd.capture.libraries.FORMS`; or a saved model: a
+            checkpoint with a .json of the model's arguments beside it, as `attnkd train` leaves them (model.safetensors and
+            model.json).
+        checkpoint: weights for a model given by name, see :func:`attnkd.load_weights`. Where the checkpoint of a timm model has
+            another classifier than the model, or none, the model gets that.
+        kwargs: of ``timm.create_model``; for other libraries see :func:`attnkd.capture.libraries.build`.
 
     Raises:
-        ValueError: neither a timm model nor a saved one; arguments that the model does not take; a checkpoint that
+        ValueError: no model of that name, and no saved one; arguments that the model does not take; a checkpoint that
             cannot be read or does not fit.
         RuntimeError: the published weights cannot be had.
     """
-    import timm
-
     saved = Path(name)
     if saved.is_file() and saved.with_suffix(".json").is_file():
         if checkpoint is not None:
@@ -40,25 +42,20 @@ def load_model(role: str, name: str, checkpoint: Path | None = None, **kwargs: A
                 f"{role}: {name} is a saved model and has its weights; leave the checkpoint {checkpoint} out"
             )
         return load_saved(saved, **kwargs)
-    if not timm.is_model(name):
-        raise ValueError(f"{role}: {name!r} is neither a timm model nor a model.safetensors with its .json beside it")
-    model = _create(name, {"pretrained": checkpoint is None, **kwargs})
+    model = _create(role, name, {"pretrained": checkpoint is None, **kwargs})
     if checkpoint is not None:
         load_weights(model, checkpoint, keep_classifier=kwargs.get("num_classes") is not None)
     return model.eval()
 
 
 def new_model(role: str, name: str, **kwargs: Any) -> nn.Module:
-    """A timm model with random weights.
+    """A model with random weights, by the same names, but for those of torch.hub.
 
     Raises:
-        ValueError: no timm model, or arguments that it does not take.
+        ValueError: no model of that name, or arguments that it does not take.
     """
-    import timm
-
-    if not timm.is_model(name):
-        raise ValueError(f"{role}: {name!r} is no timm model")
-    return _create(name, {**kwargs, "pretrained": False})
+    _refuse_code(role, name)
+    return _create(role, name, {**kwargs, "pretrained": False})
 
 
 def default_size(name: str) -> tuple[int, int] | None:
@@ -72,7 +69,7 @@ def default_size(name: str) -> tuple[int, int] | None:
 
 
 def load_saved(path: Path, **kwargs: Any) -> nn.Module:
-    """The model of ``path`` and the ``timm.create_model`` arguments beside it, in evaluation mode.
+    """The model of ``path`` and of its name and arguments beside it, in evaluation mode.
 
     Raises:
         ValueError: one of the two files is missing, cannot be read, or does not fit the other.
@@ -90,7 +87,8 @@ def load_saved(path: Path, **kwargs: Any) -> nn.Module:
             raise ValueError(
                 f"{described}: expected a model's description, has {argument!r}, which loads other weights"
             )
-    model = _create(name, {**args, **kwargs})
+    _refuse_code(str(described), name)
+    model = _create("model", name, {**args, **kwargs, "pretrained": False})
     load_weights(model, path)
     return model.eval()
 
@@ -111,10 +109,10 @@ def image_config(
     """
     from timm.data import resolve_data_config
 
-    from attnkd.capture.models import image_size
+    from attnkd.capture.models import image_size, input_channels
 
     embed: Any = getattr(model, "patch_embed", None)
-    channels = getattr(getattr(embed, "proj", None), "in_channels", 3)
+    channels = input_channels(model) or 3
     if channels not in (1, 3):
         raise ValueError(
             f"teacher: expected a model of images with 1 or 3 channels, {type(model).__name__} takes {channels}"
@@ -134,6 +132,10 @@ def image_config(
     given["input_size"] = None if size is None else (channels, *size)
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     for name in ("mean", "std"):
+        if cfg and not given[name] and not cfg.get(name):
+            raise ValueError(
+                f"{name}: {type(model).__name__} does not say its images' mean and std (no image processor); give both"
+            )
         values = given[name] or cfg.get(name) or (0.0, 0.0, 0.0)
         if len(values) not in (1, channels) or (given[name] is None and len(values) != channels):
             raise ValueError(f"{name}: expected 1 or {channels} numbers for {channels} channels, got {tuple(values)}")
@@ -149,9 +151,24 @@ def image_transform(config: Mapping[str, Any]) -> Callable[[Any], Tensor]:
     return create_transform(**config, is_training=False)
 
 
-def _create(name: str, kwargs: dict[str, Any]) -> nn.Module:
+def _refuse_code(role: str, name: str) -> None:
+    if libraries.library_of(name) == "hub":
+        raise ValueError(
+            f"{role}: {name} runs the code of a repository, so a saved model cannot be one; it can be a teacher by this name. DINOv2 and "
+            "DINOv3 students: hf:dinov2, hf:dinov3_vit, or timm's"
+        )
+
+
+def _create(role: str, name: str, kwargs: dict[str, Any]) -> nn.Module:
     import timm
 
+    if libraries.library_of(name) is not None:
+        return libraries.build(role, name, **kwargs)
+    if not timm.is_model(name) and not name.startswith(TIMMS_OWN):
+        raise ValueError(
+            f"{role}: {name!r} is neither a timm model nor a model.safetensors with its .json beside it, and not "
+            f"{libraries.FORMS}"
+        )
     try:
         return timm.create_model(name, **kwargs)
     except (TypeError, AssertionError, KeyError, ZeroDivisionError) as error:

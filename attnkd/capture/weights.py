@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnkd.capture.adapters import find_adapter
+from attnkd.capture.adapters.timm_models import Timm
+
 NESTED = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model", "student")
 """Where checkpoints keep weights; the first that is there counts: averages and teachers before what was trained."""
 WRAPPERS = ("_orig_mod.", "module.")
@@ -21,9 +24,9 @@ BESIDE = ("decoder_", "mask_token", "masked_embed", "relation_", "predictor.", "
 
 
 def load_weights(model: nn.Module, path: str | Path, keep_classifier: bool = False) -> nn.Module:
-    """Load a checkpoint into a timm Vision Transformer, in place.
+    """Load a checkpoint into a Vision Transformer, in place. Models of other libraries take their own weights, name by name.
 
-    Reads what timm writes, and what DINO, iBOT, Mugs, MoCo v3, MAE and DeiT publish: weights on their own or nested in a
+    For a timm model, reads what timm writes, and what DINO, iBOT, Mugs, MoCo v3, MAE and DeiT publish: weights on their own or nested in a
     checkpoint of a training run, with the names' prefixes taken off, the decoder and projection heads left out, and position
     embeddings resized to the model's patch grid. The table is in docs/weights.md.
 
@@ -43,9 +46,11 @@ def load_weights(model: nn.Module, path: str | Path, keep_classifier: bool = Fal
         model = attnkd.load_weights(timm.create_model("vit_small_patch16_224"), "dino_deitsmall16_pretrain.pth")
     """
     path = Path(path)
-    state = _resized(model, _backbone(read_weights(path)))
-    if not keep_classifier:
-        _match_classifier(model, state)
+    state = read_weights(path)
+    if isinstance(find_adapter(model), Timm):
+        state = _resized(model, _backbone(state))
+        if not keep_classifier:
+            _match_classifier(model, state)
     own = model.state_dict()
     problems = {
         "missing": sorted(own.keys() - state.keys()),

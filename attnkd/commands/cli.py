@@ -31,7 +31,10 @@ COMMANDS = {
     ),
     "train": ("attnkd.commands.train", "train a student by one of the methods, from published recipes"),
     "eval": ("attnkd.commands.eval", "k-NN, linear probe and fine-tuning of a run's student or another model"),
-    "export": ("attnkd.commands.export", "write a run's student as a folder that timm loads, with a model card"),
+    "export": (
+        "attnkd.commands.export",
+        "write a run's student as a folder that its own library loads, with a model card",
+    ),
     "demo": ("attnkd.demo", "distil a small ViT on real handwritten digits and compare with and without attention"),
 }
 

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(
         "model",
         nargs="+",
-        help="folder of a run of attnkd train, a model.safetensors with its .json, or a timm model name; agree: two of them; compare: several folders",
+        help="folder of a run of attnkd train, a model.safetensors with its .json, a timm model name or another library's (docs/models.md); agree: two of them; compare: several folders",
     )
     option("--data", metavar="SPEC", help="data set, as for attnkd train (default: the run's)")
     option("--data-root", metavar="DIR", help="where torch/ and hfds/ data sets are kept (default: the run's)")
@@ -54,7 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--subset", metavar="X", help="of the labelled images: a share of every class, such as 0.01, or a file of names"
     )
     option("--checkpoint", type=Path, metavar="FILE", help="weights for a model given by name")
-    option("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="arguments of a timm model")
+    option(
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=ParseKwargs,
+        metavar="K=V",
+        help="arguments of a model given by name",
+    )
     option("--img-size", type=int, metavar="N", help="image size (default: the model's)")
     option("--mean", type=float, nargs="+", metavar="X", help="image mean per channel (default: the model's)")
     option("--std", type=float, nargs="+", metavar="X", help="image standard deviation (default: the model's)")

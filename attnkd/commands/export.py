@@ -10,8 +10,8 @@ from attnkd.training.export import export
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        'Writes the student of a finished run as a folder that timm.create_model("local-dir:FOLDER", pretrained=True) loads: '
-        "weights, configuration, and a model card with method, teacher, recipe and the results of attnkd eval."
+        "Writes the student of a finished run as a folder that its own library loads (timm, transformers and others): "
+        "weights, configuration, and a model card with method, teacher, recipe, the results of attnkd eval and the code that loads it."
     )
     parser.add_argument("run", type=Path, help="folder of a run of attnkd train")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="the folder to write")
@@ -19,6 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status. What is wrong is raised, see :func:`attnkd.commands.cli.main`."""
-    folder = export(args.run, args.output)
-    print(f'wrote {folder}; timm.create_model("local-dir:{folder}", pretrained=True) loads it')
+    use = export(args.run, args.output)
+    print(f"wrote {args.output}; it is loaded by\n\n{use}")
     return 0

@@ -15,7 +15,7 @@ from attnkd import files
 from attnkd.attention.problem import MERGES
 from attnkd.capture.class_maps import ClassMaps, class_kl, class_maps, upsample
 from attnkd.capture.loading import image_config, image_transform, load_model, load_saved
-from attnkd.capture.models import input_stats
+from attnkd.capture.models import input_channels, input_stats
 from attnkd.commands.options import choose_device, require
 from attnkd.methods.image_stream import open_image
 from attnkd.methods.task import check_pair
@@ -44,13 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         option(
             f"--{name}",
             metavar="MODEL",
-            help="timm model name (pretrained weights), or a model.safetensors of attnkd demo; default: the newest of --run",
+            help="timm model name or another library's (docs/models.md), with published weights, or a model.safetensors of attnkd "
+            "train; default: the newest of --run",
         )
         option(
             f"--{name}-checkpoint",
             type=Path,
             metavar="FILE",
-            help=f"weights for the --{name} named, as timm reads them; its classifier may differ or be missing",
+            help=f"weights for the --{name} named; the classifier of a timm model may differ or be missing",
         )
     option("--run", type=Path, default=Path("runs/demo"), metavar="DIR", help="a demo's results (default: runs/demo)")
     option("--block", type=int, default=-1, help="the student's block (default: the last)")
@@ -182,7 +183,7 @@ def load_pictures(
     Raises:
         ValueError: models for different numbers of channels; a file that is no image; no files for models of one channel.
     """
-    channels = [model.patch_embed.proj.in_channels for model in (teacher, student)]  # type: ignore[union-attr]
+    channels = [input_channels(model) or 3 for model in (teacher, student)]
     if channels[0] != channels[1] or channels[0] not in (1, 3):
         raise ValueError(
             f"teacher, student: expected both for 1 or both for 3 channels, got {channels[0]} and {channels[1]}"

@@ -26,7 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     option = parser.add_argument
     option("--data", type=Path, required=True, metavar="DIR", help="folder with images, searched recursively")
-    option("--teacher", required=True, metavar="MODEL", help="timm model name, or a model.safetensors of attnkd demo")
+    option(
+        "--teacher",
+        required=True,
+        metavar="MODEL",
+        help="timm model name or another library's (docs/models.md), or a model.safetensors of attnkd train",
+    )
     option("--num-select", type=int, required=True, metavar="K", help="how many images to keep")
     option("--out", type=Path, required=True, metavar="FILE", help="the list: paths relative to DIR, most useful first")
     option(
@@ -45,11 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--head", default="0", metavar="H", help="head of the probes, or 'mean' over heads (default: 0)")
     option("--attn-weight", type=float, default=0.05, metavar="W", help="weight of each block's cosine (default: 0.05)")
     option("--output-weight", type=float, default=0.9, metavar="W", help="weight of the output's term (default: 0.9)")
-    option("--checkpoint", type=Path, metavar="FILE", help="the teacher's weights (default: timm's pretrained ones)")
+    option("--checkpoint", type=Path, metavar="FILE", help="the teacher's weights (default: the published ones)")
     option("--num-classes", type=int, metavar="N", help="classes of the teacher (default: the checkpoint's)")
-    option(
-        "--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="arguments of the timm model"
-    )
+    option("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="arguments of the model")
     option("--img-size", type=int, metavar="N", help="image size (default: the model's)")
     option("--mean", type=float, nargs="+", metavar="X", help="image mean per channel (default: the model's)")
     option(

@@ -57,7 +57,7 @@ def extract(
     """The normalised class token of every image; of several blocks, one after the other.
 
     Args:
-        model: a timm Vision Transformer with a class token; is put into evaluation mode meanwhile.
+        model: with a class token; is put into evaluation mode meanwhile.
         data: batches (images [b, C, H, W], labels [b]).
         last_blocks: how many of the last blocks give a token, as DINO's linear probe of ViT-S takes four.
         device: where to run; None is where the model is.
@@ -87,6 +87,11 @@ def _class_tokens(model: Any, images: Tensor, last_blocks: int) -> Tensor:
     """[b, last_blocks · D]; the last block's come last."""
     if last_blocks == 1:
         return cls_features(model, adapter_for(model).tokens(model, images))
+    if not hasattr(model, "forward_intermediates"):
+        raise ValueError(
+            f"last_blocks: expected 1 for {type(model).__name__}, got {last_blocks}; only timm models say how tokens of other "
+            "blocks than the last are normalised (forward_intermediates)"
+        )
     if last_blocks < 1 or last_blocks > len(model.blocks):
         raise ValueError(f"last_blocks: expected 1 to {len(model.blocks)}, got {last_blocks}")
     found = model.forward_intermediates(

@@ -86,6 +86,11 @@ def finetune(
         raise ValueError("data: expected images with labels, of a known number of classes")
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay: expected a number above 0, at most 1, got {layer_decay}")
+    if not hasattr(model, "reset_classifier") or not hasattr(model, "group_matcher"):
+        raise ValueError(
+            f"model: fine-tuning needs a timm model, which can be given a new classifier and says which layer a weight belongs to, got "
+            f"{type(model).__name__}; eval knn and linear take it, or train it with its own library"
+        )
     with opened(folder, device) as run:
         say = say if run.world.first else lambda line: None
         numbers = {"train": asdict(recipe), "run": asdict(carrying), "layer_decay": layer_decay, "seed": seed}

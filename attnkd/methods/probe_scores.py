@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from attnkd.attention.api import attention_rows
 from attnkd.attention.call import class_row, take_heads
 from attnkd.attention.checks import check_choice, integer
-from attnkd.capture.blocks import Blocks, block_path, default_blocks
+from attnkd.capture.adapters import adapter_for
+from attnkd.capture.blocks import Blocks, block_index, default_blocks
+from attnkd.capture.models import num_classes
 from attnkd.capture.tap import AttentionTap
 from attnkd.capture.tokens import token_layout
+from attnkd.methods.whole_map import num_heads
 
 
 class ProbeScores(NamedTuple):
@@ -39,7 +42,7 @@ class ProbeScorer(nn.Module):
     The probe of a block is the part of the class token's attention row that falls on patches.
 
     Args:
-        teacher: a timm Vision Transformer classifier with a class token; put into evaluation mode.
+        teacher: a classifier with a class token; put into evaluation mode.
         blocks: whose probes count: index, sequence of indices or 'all'. None: those at a third and two thirds of the depth, 4
             and 8 (counted from 1) of 12.
         head: index of the head whose row is the probe (the authors' is 0), or 'mean' for the mean over heads.
@@ -65,7 +68,7 @@ class ProbeScorer(nn.Module):
             raise ValueError(
                 f"teacher: the probe is the class token's row, but {type(teacher).__name__} has no class token"
             )
-        classes = integer(getattr(teacher, "num_classes", None))
+        classes = num_classes(teacher)
         if classes is None or classes < 2:
             raise ValueError(
                 f"teacher: expected a classifier, got {type(teacher).__name__} with num_classes = {classes}"
@@ -76,16 +79,17 @@ class ProbeScorer(nn.Module):
         self.prefix, self.head, self.impl = layout.num_prefix_tokens, "mean" if index is None else index, impl
         self.tap = AttentionTap(teacher, default_blocks(teacher, 2) if blocks is None else blocks)
         self.tap.eval()
-        self.blocks = [int(str(block_path(path)).rpartition(".")[2]) for path in self.tap.paths]
+        self.blocks = [block_index(teacher, path) for path in self.tap.paths]
         for path in self.tap.paths:
-            heads = integer(getattr(teacher.get_submodule(path), "num_heads", None))
-            if index is not None and heads is not None and not 0 <= index < heads:
+            heads = num_heads(teacher, path)
+            if index is not None and not 0 <= index < heads:
                 raise ValueError(f"head: expected 'mean' or an index from 0 to {heads - 1} ({path}), got {index}")
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> ProbeScores:
         """images [B, C, H, W], normalised for the teacher → scores in float32."""
-        logits, calls = self.tap(images)
+        teacher = self.tap.model
+        logits, calls = self.tap.capture(adapter_for(teacher).forward, teacher, images)
         cosines = []
         for call in calls:
             row = class_row(call, self.prefix)

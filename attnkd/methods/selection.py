@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from attnkd import files
 from attnkd.attention.checks import check_device, integer, kind
 from attnkd.capture.blocks import Blocks
+from attnkd.capture.models import input_channels
 from attnkd.methods.image_stream import (
     ENCODING,
     ListedImages,
@@ -129,7 +130,7 @@ def select_images(
     teacher = copy.deepcopy(teacher)
     digest = _digest(teacher)
     scorer = ProbeScorer(teacher, blocks, head).to(device)
-    channels: Any = getattr(getattr(getattr(teacher, "patch_embed", None), "proj", None), "in_channels", 3)
+    channels = input_channels(teacher) or 3
     with files.locked(work / "lock"):
         log, again = (ScoreLog(work / f"{names}.txt", work / f"{rows}.csv") for names, rows in _LOGS)
         described = {

@@ -34,13 +34,15 @@ class TrainConfig:
 
     Args:
         output: the run's folder.
-        student: timm name of the model to train.
-        teacher: timm name, or a saved model: model.safetensors with model.json beside it, as a run's folder has them.
+        student: timm name of the model to train, or another library's, such as hf:dinov2, hf:FOLDER or torchvision:vit_b_16 (docs/models.md).
+        teacher: timm name; another library's, such as hf:FOLDER or hub:facebookresearch/dinov2:dinov2_vits14; or a saved model:
+            model.safetensors with model.json beside it, as a run's folder has them.
         assistant: SSTA's second teacher, likewise.
         data: 'digits', a folder with 'train' and 'validation' (or 'val') of images by class, or a data set of timm's, such as
             'torch/cifar100' or 'hfds/imagenet-1k'.
         recipe: the row that defaults come from.
-        student_kwargs: arguments of ``timm.create_model`` for the student, such as '{img_size: 32, depth: 6}'.
+        student_kwargs: arguments of ``timm.create_model`` for the student, such as '{img_size: 32, depth: 6}', or of the other
+            library's configuration, such as '{hidden_size: 384}'.
         teacher_kwargs: for the teacher.
         assistant_kwargs: for the assistant.
         student_checkpoint: weights to start from, for the student; without them it starts at random.

@@ -1,4 +1,4 @@
-"""A finished run as a folder that timm loads by itself: weights, configuration, and a card that says where they come from."""
+"""A finished run as a folder that the student's own library loads: weights, configuration, and a card that says where they come from."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from torch import nn
 
 import attnkd
 from attnkd import files
+from attnkd.capture.adapters import adapter_for
+from attnkd.capture.libraries import library_of
 from attnkd.capture.loading import load_saved
+from attnkd.capture.models import evaluating
 from attnkd.training.config import METHODS
 from attnkd.training.rows import ROWS
 from attnkd.training.run import CONFIG, DESCRIPTION, WEIGHTS
 
 CARD = """---
-library_name: timm
-tags: [image-feature-extraction, timm, knowledge-distillation, attnkd]
+library_name: {library}
+tags: [image-feature-extraction, {library}, knowledge-distillation, attnkd]
 ---
 # {title}
 
@@ -31,31 +34,59 @@ tags: [image-feature-extraction, timm, knowledge-distillation, attnkd]
 ## Use
 
 ```python
-import timm
-
-model = timm.create_model("local-dir:PATH OF THIS FOLDER", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+{use}
 ```
 
 ## Results
 
 {results}
 """
+PATH = "PATH OF THIS FOLDER"
+USE = {
+    "timm": f"""import timm
+
+model = timm.create_model("local-dir:{PATH}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))""",
+    "transformers": f"""from transformers import AutoImageProcessor, {{kind}}
+
+model = {{kind}}.from_pretrained("{PATH}").eval()
+processor = AutoImageProcessor.from_pretrained("{PATH}")""",
+    "torchvision": f"""import torch, torchvision
+from safetensors.torch import load_file
+
+model = torchvision.models.get_model({{name!r}}, **{{arguments}}){{headless}}
+model.load_state_dict(load_file("{PATH}/model.safetensors"))
+model.eval()""",
+    "open_clip": f"""import open_clip
+from safetensors.torch import load_file
+
+model = open_clip.create_model({{name!r}}, load_weights=False, **{{arguments}}).visual{{trunk}}
+model.load_state_dict(load_file("{PATH}/model.safetensors"))
+model.eval()""",
+}
+"""How a folder is loaded, by library. The code runs as it stands once the path is put in, and gives the student bit by bit."""
 KEPT = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "classifier", "first_conv")
 """What timm's description of a pretrained model says of the student, whose weights are others."""
 
 
-def export(run: Path, folder: Path) -> Path:
-    """Write the student of a finished run so that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` is it.
+def export(run: Path, folder: Path) -> str:
+    """Write the student of a finished run so that its own library loads it.
+
+    A timm student becomes a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads, a Hugging Face one what
+    ``save_pretrained`` writes with an image processor beside it; of other libraries the folder has the weights under the library's
+    own names, and the card has the code.
 
     Args:
         run: the run's folder.
-        folder: gets model.safetensors, config.json and README.md, the model card with the run's method, teacher, recipe and the
-            results of `attnkd eval` in its folder.
+        folder: gets model.safetensors, config.json (model.json for other libraries) and README.md, the model card with the run's
+            method, teacher, recipe and the results of `attnkd eval` in its folder.
+
+    Returns:
+        The Python code that loads it.
 
     Raises:
         ValueError: no finished run, or a folder that cannot be written.
-        RuntimeError: what timm loads from the folder is not the student, bit by bit.
+        RuntimeError: what that code loads from the folder is not the student, bit by bit.
     """
     import yaml
 
@@ -64,9 +95,26 @@ def export(run: Path, folder: Path) -> Path:
     files.make_folder("output", folder)
     model: Any = load_saved(run / WEIGHTS)
     arguments = json.loads((run / DESCRIPTION).read_text(encoding="utf-8"))
-    kept = {k: v for k, v in arguments.items() if k not in ("model_name", "num_classes", "pretrained_cfg_overlay")}
+    settings = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or model.pretrained_cfg["input_size"][1:]
-    channels = kept.get("in_chans", 3)
+    prefix = library_of(arguments["model_name"])
+    if prefix == "hf":
+        library, use = "transformers", _write_hugging_face(model, folder, size)
+    elif prefix is None:
+        library, use = "timm", _write_timm(model, folder, arguments, size)
+        files.write_bytes(folder / WEIGHTS, (run / WEIGHTS).read_bytes())
+    else:
+        library, use = _code(prefix, model, arguments)
+        files.write_json(folder / DESCRIPTION, arguments)
+        files.write_bytes(folder / WEIGHTS, (run / WEIGHTS).read_bytes())
+    files.write_text(folder / "README.md", card(settings, run, model, library, use))
+    use = use.replace(PATH, json.dumps(str(folder))[1:-1])
+    _check(model, use, folder, (1, arguments.get("in_chans", arguments.get("num_channels", 3)), *size))
+    return use
+
+
+def _write_timm(model: Any, folder: Path, arguments: dict[str, Any], size: Any) -> str:
+    kept = {k: v for k, v in arguments.items() if k not in ("model_name", "num_classes", "pretrained_cfg_overlay")}
     described = {
         "architecture": arguments["model_name"],
         "num_classes": model.num_classes,
@@ -74,20 +122,52 @@ def export(run: Path, folder: Path) -> Path:
         "model_args": kept,
         "pretrained_cfg": {
             **{name: model.pretrained_cfg[name] for name in KEPT if model.pretrained_cfg.get(name) is not None},
-            "input_size": [channels, *size],
+            "input_size": [kept.get("in_chans", 3), *size],
             "num_classes": model.num_classes,
         },
     }
     files.write_json(folder / "config.json", described)
-    files.write_bytes(folder / WEIGHTS, (run / WEIGHTS).read_bytes())
-    settings = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
-    files.write_text(folder / "README.md", card(settings, run, model))
-    _check(model, folder, (1, channels, *size))
-    return folder
+    return USE["timm"]
 
 
-def card(settings: dict[str, Any], run: Path, model: nn.Module) -> str:
-    """The model card of a run with these settings, as its config.yaml has them."""
+def _write_hugging_face(model: Any, folder: Path, size: Any) -> str:
+    model.save_pretrained(folder)
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": size[0], "width": size[1]},
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": list(model.pretrained_cfg["mean"]),
+        "image_std": list(model.pretrained_cfg["std"]),
+    }
+    files.write_json(folder / "preprocessor_config.json", processor)
+    classifies = adapter_for(model).num_classes(model)
+    return USE["transformers"].format(kind="AutoModelForImageClassification" if classifies else "AutoModel")
+
+
+def _code(prefix: str, model: Any, described: dict[str, Any]) -> tuple[str, str]:
+    """Library and code of a student that is weights and the call that builds it."""
+    arguments = {k: v for k, v in described.items() if k not in ("model_name", "pretrained_cfg_overlay", "num_classes")}
+    rest, classes = described["model_name"].partition(":")[2], described.get("num_classes")
+    size = {"torchvision": "image_size", "open_clip": "force_image_size"}[prefix]
+    arguments = {size if key == "img_size" else key: value for key, value in arguments.items()}
+    if prefix == "open_clip":
+        name = rest if rest.startswith(("local-dir:", "hf-hub:")) else rest.partition(":")[0]
+        trunk = "" if type(model).__module__.startswith("open_clip.") else ".trunk"
+        return "open_clip", USE["open_clip"].format(name=name, arguments=arguments, trunk=trunk)
+    if classes:
+        arguments["num_classes"] = classes
+    headless = "" if classes else "\nmodel.heads = torch.nn.Sequential()"
+    return "torchvision", USE["torchvision"].format(name=rest.partition(":")[0], arguments=arguments, headless=headless)
+
+
+def card(settings: dict[str, Any], run: Path, model: nn.Module, library: str, use: str) -> str:
+    """The model card of a run with these settings, as its config.yaml has them.
+
+    Args:
+        library: the student's. use: the code that loads it.
+    """
     method, train, row = settings["task"], settings["train"], ROWS.get(settings["recipe"] or "")
     facts = {
         "method": f"attnkd.{METHODS[method]}, {_words(settings['method'])}",
@@ -108,6 +188,8 @@ def card(settings: dict[str, Any], run: Path, model: nn.Module) -> str:
         version=attnkd.__version__,
         facts=rows,
         results=_results(run),
+        library=library,
+        use=use,
     )
 
 
@@ -146,10 +228,11 @@ def _words(values: dict[str, Any]) -> str:
 
 
 @torch.no_grad()
-def _check(model: nn.Module, folder: Path, shape: tuple[int, ...]) -> None:
-    import timm
-
-    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    if not torch.equal(again(images), model.eval()(images)):
-        raise RuntimeError(f"{folder}: what timm loads from it is not the student of the run")
+def _check(model: nn.Module, use: str, folder: Path, shape: tuple[int, ...]) -> None:
+    """Run the code of the card."""
+    names: dict[str, Any] = {}
+    exec(compile(use, str(folder / "README.md"), "exec"), names)
+    images, adapter = torch.randn(shape, generator=torch.Generator().manual_seed(0)), adapter_for(model)
+    with evaluating(model):
+        if not torch.equal(adapter.forward(names["model"], images), adapter.forward(model, images)):
+            raise RuntimeError(f"{folder}: what is loaded from it is not the student of the run")

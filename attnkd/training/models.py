@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from attnkd.capture.libraries import FORMS, description, library_of
 from attnkd.capture.loading import default_size, load_model, new_model
-from attnkd.capture.models import input_stats
+from attnkd.capture.models import input_stats, num_classes
 from attnkd.methods.pos_embed import sincos_pos_embed_
 from attnkd.methods.recipes import Recipe
 from attnkd.methods.task import DistillTask
@@ -43,7 +44,9 @@ def build_teachers(experiment: Experiment) -> dict[str, nn.Module]:
             continue
         if name is None:
             if wanted[role].default is inspect.Parameter.empty:
-                raise ValueError(f"{role}: {experiment.method} needs one: a timm name, or a saved model.safetensors")
+                raise ValueError(
+                    f"{role}: {experiment.method} needs one: a timm name, another library's ({FORMS}), or a saved model.safetensors"
+                )
             continue
         kwargs = {**_size(experiment), **getattr(config, f"{role}_kwargs")}
         path = getattr(config, f"{role}_checkpoint")
@@ -56,10 +59,16 @@ def inputs_of(experiment: Experiment, teachers: dict[str, nn.Module], source: So
     deviation that are given, else the data set's, else the teacher's."""
     config, model = experiment.config, next(iter(teachers.values()))
     size = config.student_kwargs.get("img_size") or config.img_size
-    size = size or getattr(getattr(model, "patch_embed", None), "img_size", None) or 224
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    size = size or getattr(getattr(model, "patch_embed", None), "img_size", None) or cfg.get("input_size", (3, 224))[1:]
     size = (size, size) if isinstance(size, int) else tuple(size)
     mean, std = config.mean or source.mean, config.std or source.std
     if mean is None or std is None:
+        if cfg and not cfg.get("mean"):
+            raise ValueError(
+                f"mean, std: the teacher, {type(model).__name__}, does not say with which its images were normalised (no image "
+                "processor); give both"
+            )
         mean, std = input_stats(model) or ((0.5,), (0.5,))
     mean, std = (tuple(values) * channels if len(values) == 1 else tuple(values) for values in (mean, std))
     for name, values in (("mean", mean), ("std", std)):
@@ -71,7 +80,7 @@ def inputs_of(experiment: Experiment, teachers: dict[str, nn.Module], source: So
 def student_arguments(
     experiment: Experiment, teachers: dict[str, nn.Module], inputs: Inputs, classes: int | None
 ) -> dict[str, Any]:
-    """``timm.create_model`` arguments of the student, its name apart.
+    """Arguments of the student, its name apart: of ``timm.create_model``, or of :func:`attnkd.capture.libraries.build`.
 
     Args:
         classes: of the data set, if known. AttnDistill's student has no classifier, Attention Probe's that of its teacher.
@@ -82,7 +91,7 @@ def student_arguments(
         if experiment.method == "attn_distill":
             wanted = 0
         elif experiment.method == "attention_probe":
-            wanted = getattr(teachers["teacher"], "num_classes", None)
+            wanted = num_classes(teachers["teacher"])
         else:
             wanted = classes
     if wanted is None:
@@ -106,9 +115,17 @@ def build_student(experiment: Experiment, arguments: dict[str, Any], inputs: Inp
         student = new_model("student", config.student, **arguments)
         if config.pos_embed != "timm":
             sincos_pos_embed_(student, learnable=config.pos_embed == "sincos")
-    cfg: Any = student.pretrained_cfg  # what images it wants is what it is trained on
+    cfg: Any = getattr(student, "pretrained_cfg", None) or {}  # what images it wants is what it is trained on
     student.pretrained_cfg = {**cfg, "mean": inputs.mean, "std": inputs.std}  # type: ignore[assignment]
     return student
+
+
+def described(name: str, student: nn.Module, arguments: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
+    """What a student's ``model.json`` has: :func:`attnkd.capture.loading.load_saved` builds it again."""
+    overlay: dict[str, Any] = {"mean": list(inputs.mean), "std": list(inputs.std)}
+    if library_of(name) is not None:
+        overlay["input_size"] = [inputs.channels, *inputs.size]
+    return {**description(name, student, arguments), "pretrained_cfg_overlay": overlay}
 
 
 def build_task(

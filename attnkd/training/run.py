@@ -1,7 +1,7 @@
 """A run from its settings to its folder: train, or continue what is there.
 
 The folder holds config.yaml (all settings), log.jsonl, checkpoint.safetensors (the state), and at the end the student:
-model.safetensors with, in model.json, the arguments of ``timm.create_model``.
+model.safetensors with, in model.json, its name and arguments.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def opened(folder: Path, device: torch.device) -> Iterator[Run]:
 def prepare(
     experiment: Experiment, world: World, say: Callable[[str], None] = lambda line: None
 ) -> tuple[Trainer, nn.Module, dict[str, Any]]:
-    """The trainer of an experiment, the student in it, and the ``timm.create_model`` arguments of the student."""
+    """The trainer of an experiment, the student in it, and the student's name and arguments."""
     settings = experiment.config
     teachers = models.build_teachers(experiment)
     channels = input_channels(next(iter(teachers.values()))) or 3
@@ -151,11 +151,7 @@ def prepare(
     inputs = models.inputs_of(experiment, teachers, source, channels)
     arguments = models.student_arguments(experiment, teachers, inputs, source.num_classes)
     student = models.build_student(experiment, arguments, inputs)
-    description = {
-        "model_name": settings.student,
-        **arguments,
-        "pretrained_cfg_overlay": {"mean": list(inputs.mean), "std": list(inputs.std)},
-    }
+    description = models.described(settings.student, student, arguments, inputs)
     task = models.build_task(experiment, student, teachers, inputs, world.device, verbose=world.first)
     recipe = settings.train
     classed = getattr(task, "criterion", None) is not None

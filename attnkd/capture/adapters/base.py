@@ -110,8 +110,14 @@ class Adapter:
         return None
 
     def input_stats(self, model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """Mean and standard deviation with which images were normalised in pretraining, where the model says."""
-        return None
+        """Mean and standard deviation with which images were normalised in pretraining, where the model says: timm's models do, in
+        ``pretrained_cfg``, and models of other libraries that were built by name. Those of colour images say nothing about a
+        model that was built for others."""
+        cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+        mean, std = cfg.get("mean"), cfg.get("std")
+        if mean is None or std is None or len(mean) != (self.input_channels(model) or len(mean)):
+            return None
+        return tuple(mean), tuple(std)
 
     def input_channels(self, model: nn.Module) -> int | None:
         """The number of image channels the model takes, if it says."""

@@ -84,14 +84,6 @@ class Timm(Adapter):
             return None
         return tuple(size)
 
-    def input_stats(self, model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """Those of colour images say nothing about a model that was built for others."""
-        cfg = getattr(model, "pretrained_cfg", None) or {}
-        mean, std = cfg.get("mean"), cfg.get("std")
-        if mean is not None and len(mean) != (self.input_channels(model) or len(mean)):
-            return None
-        return (tuple(mean), tuple(std)) if mean is not None and std is not None else None
-
     def input_channels(self, model: nn.Module) -> int | None:
         channels = getattr(model, "in_chans", None)
         if channels is None:
