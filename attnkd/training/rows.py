@@ -148,11 +148,12 @@ ROWS: dict[str, Row] = {
         "ssta",
         f"{_SSTA}: DeiT's recipe, 300 epochs, distillation stops at epoch 100",
         "α = β = λ = 1 are ours; the paper's values are not published with code. Of DeiT's recipe, repeated augmentation "
-        "and stochastic depth are left out. Heads: see docs/methods/ssta.md for the search.",
+        "is left out. Heads: see docs/methods/ssta.md for the search.",
         {
             "student": "deit_tiny_patch16_224",
             "teacher": "deit_small_patch16_224",
             "assistant": "vit_small_patch16_224.dino",
+            "student_kwargs": {"drop_path_rate": 0.1},
             "train": _DEIT,
             "method": {"stop_epoch": 100, "alpha": 1.0, "beta": 1.0, "lam": 1.0},
         },

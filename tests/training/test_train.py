@@ -149,6 +149,20 @@ def test_another_seed_is_another_run(experiment, tmp_path):
     assert weights(tmp_path / "0") != weights(tmp_path / "1")
 
 
+def test_a_subset_is_all_that_is_trained_on(experiment, tmp_path, monkeypatch):
+    """The images that `attnkd eval --subset` takes, and what the others are makes no difference."""
+    whole = sources._digits("train")
+    chosen = sources.subset(whole, "0.1").images.indices
+    given = {"subset": "0.1", "train__batch_size": 5}
+    assert train(experiment(output="one", **given)).total == 2 * (len(chosen) // 5)
+    pixels = torch.zeros_like(torch.as_tensor(whole.images.pixels)).numpy()
+    pixels[chosen] = whole.images.pixels[chosen]
+    blank = whole._replace(images=sources._Digits(pixels, whole.images.labels))
+    monkeypatch.setattr(sources, "_digits", lambda split: blank)
+    train(experiment(output="two", **given))
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
+
+
 def test_changed_settings_are_named(experiment, monkeypatch):
     train(experiment(), 1, monkeypatch)
     with pytest.raises(
