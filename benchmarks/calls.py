@@ -347,7 +347,7 @@ def _attended(given: dict[str, Tensor], side: str, precision: torch.dtype) -> Te
 class OnePass(Attention):
     """``attention_with_divergence`` of a packed student, all rows. Divergence 'none': the same kernels as a plain attention.
 
-    mask: None or 'bool'; with others the divergence is computed beside PyTorch's attention.
+    mask: None or 'bool'; with others the divergence is computed beside PyTorch's attention. known: the teacher's LSE is given.
     """
 
     rows: int = 0
@@ -362,7 +362,7 @@ class OnePass(Attention):
         given = {"qkv": make(self.batch, self.keys, 3, self.heads, self.dim).requires_grad_(self.backward)}
         beside = (
             "student_mask",
-            *(["teacher_query", "teacher_key", "teacher_mask"] if self.divergence != "none" else []),
+            *(["teacher_query", "teacher_key", "teacher_mask", "teacher_lse"] if self.divergence != "none" else []),
         )
         return given | {name: loose[name].detach() for name in beside if name in loose}
 
@@ -373,7 +373,9 @@ class OnePass(Attention):
         if self.divergence == "none":
             return (_plain_attention(given["qkv"], mask),)
         scale = (self.teacher_dim or self.dim) ** -0.5
-        teacher = AttentionCall(given["teacher_query"], given["teacher_key"], given.get("teacher_mask"), scale)
+        teacher = AttentionCall(
+            given["teacher_query"], given["teacher_key"], given.get("teacher_mask"), scale, lse=given.get("teacher_lse")
+        )
         options = {**self.options, "reduction": "batchmean", "impl": impl}
         return attention_with_divergence(given["qkv"], teacher=teacher, mask=mask, **options)
 
@@ -397,7 +399,7 @@ class OnePass(Attention):
         teacher = 0
         if self.divergence != "none":
             teacher = 2 * self.batch * self.heads * self.keys * (self.teacher_dim or self.dim) * size
-        forward = 3 * one + teacher + one + rows + (rows if teacher else 0)
+        forward = 3 * one + teacher + one + rows + (rows if teacher else 0) + (rows if self.known else 0)
         if not self.backward:
             return {"forward": forward}
         return {"forward": forward, "backward": 3 * one + teacher + 2 * one + rows + (4 if teacher else 0) + 3 * one}
@@ -407,6 +409,48 @@ class OnePass(Attention):
         product = 2 * self.batch * self.heads * self.keys**2 * self.dim
         theirs = 0 if self.divergence == "none" else product * (self.teacher_dim or self.dim) // self.dim
         return {"forward": 2 * product + theirs, "backward": 4 * product}
+
+
+@dataclass(frozen=True)
+class ClassRow(Block):
+    """``attention_with_divergence`` of the class token's row: PyTorch's attention, and beside it the row, whose gradients are added into
+    the attention's. Floors and products are those of our kernels alone."""
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"beside {Attention.name.fget(self)}"  # type: ignore[attr-defined]
+
+    def tensors(self, device: torch.device | str = "cpu", seed: int = 0, filled: bool = True) -> dict[str, Tensor]:
+        """Three student leaves, and the teacher's class-token query and keys."""
+        given = super().tensors(device, seed, filled)
+        given.pop("teacher_value")
+        return given | {"teacher_query": given["teacher_query"][:, :, :1]}
+
+    def results(self, given: dict[str, Tensor], impl: str = "triton") -> tuple[Tensor, ...]:
+        from attnkd import AttentionCall, attention_with_divergence
+
+        teacher = AttentionCall(given["teacher_query"], given["teacher_key"], None, self.dim**-0.5)
+        student = AttentionCall(given["student_query"], given["student_key"], None, self.dim**-0.5)
+        options = {**self.options, "rows": "cls", "reduction": "batchmean", "impl": impl}
+        # As in a model, the gradients go on to whatever made the three.
+        student = student._replace(query=student.query * 1.0, key=student.key * 1.0)
+        return attention_with_divergence(student, value=given["student_value"] * 1.0, teacher=teacher, **options)
+
+    def reference(self, given: dict[str, Tensor], precision: torch.dtype) -> tuple[Tensor, ...]:
+        return _attended(given, "student", precision), *Attention.reference(self, self._compared(given), precision)
+
+    def floors(self) -> dict[str, int]:
+        """The forward is a row's. The backward reads what it left and one query, and reads and writes the attention's gradients of that
+        query and of all keys."""
+        row = Attention.floors(self)
+        added = 2 * self.batch * self.heads * (1 + self.keys) * self.dim * SIZES[self.dtype]
+        if not self.backward:
+            return row
+        written = self.batch * self.heads * (1 + self.keys) * self.dim * SIZES[self.dtype]
+        return {"forward": row["forward"], "backward": row["backward"] - written + added}
+
+    def flops(self) -> dict[str, int]:
+        return Attention.flops(self)
 
 
 def _plain_attention(qkv: Tensor, mask: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
-from benchmarks.calls import DIVERGENCES, SIZES, Attention, Call, OnePass, Relation
+from benchmarks.calls import DIVERGENCES, SIZES, Attention, Call, ClassRow, OnePass, Relation
 
 HEAD_DIMS = (16, 32, 64, 80, 128, 256)
 WIDE_HEADS = ((3, 64), (6, 64), (12, 64), (16, 64))  # merged widths 192, 384, 768, 1024
@@ -26,6 +26,8 @@ def representative() -> list[Call]:
         Attention(0, 197, 6, 32, "bfloat16", batch=4, divergence="js", mask="additive"),  # the most registers
         Attention(0, 197, 6, 64, "bfloat16", batch=4, merge="mean", mask="bool"),
         OnePass(0, 197, 6, 64, "bfloat16", batch=4),
+        OnePass(0, 197, 6, 64, "bfloat16", batch=4, known=True),
+        ClassRow(1, 197, 6, 64, "bfloat16", batch=4),  # gradients added in place
         Relation(197, 384, 768, "bfloat16"),
     ]
 
@@ -98,3 +100,7 @@ def _one_passes() -> Iterator[Call]:
     for divergence in ("none", "forward_kl", "js"):
         yield dataclasses.replace(one, divergence=divergence, mask="bool")
     yield dataclasses.replace(one, dtype="float16")
+    row = ClassRow(1, 197, 6, 64, "bfloat16", batch=4)
+    yield dataclasses.replace(row, merge="logsum")
+    yield dataclasses.replace(row, dtype="float32", dim=80)
+    yield dataclasses.replace(row, keys=1370)

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.calls import Attention, Call, OnePass, Relation, gradients
+from benchmarks.calls import Attention, Call, ClassRow, OnePass, Relation, gradients
 
 
 def metered() -> list[Call]:
@@ -44,6 +44,8 @@ def metered() -> list[Call]:
         replace(row, divergence="js", keys=577),
         replace(row, backward=False),
         replace(row, one_model=True),
+        ClassRow(1, 197, 6, 64, "bfloat16", batch=2),
+        ClassRow(1, 197, 6, 64, "bfloat16", merge="logsum", batch=2),
         Relation(197, 192, 384, "bfloat16", batch=2),
         whole,
         replace(whole, divergence="js"),

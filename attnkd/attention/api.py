@@ -25,7 +25,7 @@ def attention_divergence(
     teacher: AttentionCall | None = None,
     /,
     *,
-    rows: str = "all",
+    rows: str | int = "all",
     teacher_probs: Tensor | None = None,
     merge: str | None = None,
     divergence: str = "forward_kl",
@@ -65,7 +65,7 @@ def attention_divergence(
     teacher_query: Tensor | None = None,
     teacher_key: Tensor | None = None,
     *,
-    rows: str = "all",
+    rows: str | int = "all",
     teacher_probs: Tensor | None = None,
     student_scale: float | None = None,
     teacher_scale: float | None = None,
@@ -111,7 +111,8 @@ def attention_divergence(
         student_key: [B, H, N, D]. Or the teacher's :class:`attnkd.AttentionCall`; none with ``teacher_probs``.
         teacher_query: [B, Ht, M, Dt]. Ht may differ from H when heads are merged.
         teacher_key: [B, Ht, N, Dt].
-        rows: of captured calls: 'all', the row of every shared token, or 'cls', the class token's row.
+        rows: of captured calls: 'all', the row of every shared token; 'cls', the class token's row; or a number n, the first n
+            shared tokens' rows.
         teacher_probs: [B, H, M, N] ([B, 1, M, N] with a merge), in place of the teacher: cached or resampled rows, over
             class token and patches where the student is a captured call. They are normalised to sum 1; the temperature is
             not applied to them. A key of probability 0 is hidden; a negative or NaN entry makes its row NaN.
@@ -189,7 +190,7 @@ def attention_rows(
     call: AttentionCall,
     /,
     *,
-    rows: str = "all",
+    rows: str | int = "all",
     merge: str | None = None,
     temperature: float = 1.0,
     impl: str = "auto",
@@ -213,7 +214,7 @@ def attention_rows(
     query: Tensor | AttentionCall,
     key: Tensor | None = None,
     *,
-    rows: str = "all",
+    rows: str | int = "all",
     scale: float | None = None,
     mask: Tensor | None = None,
     merge: str | None = None,
@@ -232,7 +233,7 @@ def attention_rows(
         query: [B, H, M, D], any strides. Or an :class:`attnkd.AttentionCall`, of which registers and distillation token
             are left out, before the softmax.
         key: [B, H, N, D].
-        rows: of a captured call: 'all', or 'cls', the class token's row.
+        rows: of a captured call: 'all'; 'cls', the class token's row; or a number n, the first n tokens' rows.
         scale: a number that multiplies the scores; None means D**-0.5.
         mask: broadcasts to [B, H, M, N]; boolean (True = visible) or additive.
         merge: None, 'logsum', 'mean', 'max' or 'min'; see :func:`attention_divergence`.
@@ -298,7 +299,7 @@ def choose(impl: str, problem: Problem) -> str:
 def problem_of_calls(
     student: AttentionCall,
     teacher: Any,
-    rows: str,
+    rows: str | int,
     teacher_probs: Tensor | None,
     merge: str | None,
     divergence: str,
@@ -314,7 +315,7 @@ def problem_of_calls(
 
 
 def of_calls(
-    student: AttentionCall, teacher: Any, rows: str, teacher_probs: Tensor | None, loose: dict[str, Any]
+    student: AttentionCall, teacher: Any, rows: str | int, teacher_probs: Tensor | None, loose: dict[str, Any]
 ) -> list[AttentionCall]:
     """What is compared of captured calls: the student's and, unless its rows are given, the teacher's."""
     refuse_loose(loose)
@@ -341,11 +342,11 @@ def refuse_loose(loose: dict[str, Any]) -> None:
             )
 
 
-def _refuse_rows(rows: str) -> None:
+def _refuse_rows(rows: str | int) -> None:
     if rows != "all":
         raise ValueError(
             f"rows: {rows!r} is for captured calls, which know their tokens; for loose tensors pass the rows wanted as "
-            "queries (the class token's: query[:, :, :1]) and leave rows out"
+            "queries (the class token's: query[:, :, :1], the first n: query[:, :, :n]) and leave rows out"
         )
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnkd.attention.checks import check_choice
+from attnkd.attention.checks import integer
 
 Heads = tuple[int, ...]
 ROWS = ("all", "cls")
@@ -80,14 +80,9 @@ def class_row(call: AttentionCall, num_prefix_tokens: int | None = None) -> Atte
         raise ValueError(
             f"num_prefix_tokens: expected 1 (the class token) to {call.key.shape[2]} (all keys), got {prefix}"
         )
-    mask = call.mask
-    if mask is not None and mask.ndim >= 2 and mask.shape[-2] != 1:
-        mask = mask[..., :1, :]
-    if call.first_row is not None and call.first_row[0] is call.query:
-        query = call.first_row[1]
-    else:  # of no tap, or replaced by the caller
-        query = call.query[:, :, :1]
-    row = call._replace(query=query, mask=mask, first_row=None, lse=None if call.lse is None else call.lse[:, :, :1])
+    row = first_rows(call, 1)
+    if call.first_row is not None and call.first_row[0] is call.query:  # else of no tap, or replaced by the caller
+        row = row._replace(query=call.first_row[1])
     return row if prefix is None else _leave_out(row, prefix, True, rows=False)
 
 
@@ -108,17 +103,19 @@ def shared_tokens(call: AttentionCall, keep_cls: bool, num_prefix_tokens: int | 
     return _leave_out(call, prefix, keep_cls, rows=call.query.shape[2] == call.key.shape[2])
 
 
-def compared(rows: str, **calls: AttentionCall) -> list[AttentionCall]:
+def compared(rows: str | int, **calls: AttentionCall) -> list[AttentionCall]:
     """The rows and keys that a comparison is about, of each of one or two calls.
 
     Args:
-        rows: 'cls', the class token's row, or 'all', the rows of all tokens that every call has.
+        rows: 'cls', the class token's row; 'all', the rows of all tokens that every call has; or a number n, the first n of those.
         calls: as captured, under the names that a message gives them.
 
     Raises:
-        ValueError: no class token where its row is asked for, or two different patch grids.
+        ValueError: no class token where its row is asked for, more rows than there are, or two different patch grids.
     """
-    check_choice("rows", rows, ROWS)
+    count = integer(rows)
+    if count is None and not (isinstance(rows, str) and rows in ROWS):
+        raise ValueError(f"rows: expected 'all', 'cls' or a number of rows, got {rows!r}")
     grids = {name: call.grid for name, call in calls.items() if call.grid is not None}
     if len(set(grids.values())) > 1:
         (first, grid), (second, other) = grids.items()
@@ -134,10 +131,28 @@ def compared(rows: str, **calls: AttentionCall) -> list[AttentionCall]:
                     f"{name}: rows='cls' is the class token's row, but this attention has no class token; use rows='all'"
                 )
         return [class_row(call) for call in calls.values()]
-    if any(call.num_prefix_tokens is None or call.has_cls is None for call in calls.values()):
-        return list(calls.values())
-    keep_cls = all(call.has_cls for call in calls.values())
-    return [shared_tokens(call, keep_cls) for call in calls.values()]
+    found = list(calls.values())
+    if all(call.num_prefix_tokens is not None and call.has_cls is not None for call in found):
+        keep_cls = all(call.has_cls for call in found)
+        found = [shared_tokens(call, keep_cls) for call in found]
+    return found if count is None else [first_rows(call, count) for call in found]
+
+
+def first_rows(call: AttentionCall, count: int) -> AttentionCall:
+    """The queries [B, H, count, D] of the first tokens, with all keys.
+
+    Raises:
+        ValueError: the call has fewer rows, or none was asked for.
+    """
+    if not 1 <= count <= call.query.shape[2]:
+        raise ValueError(
+            f"rows: expected 'all', 'cls' or a number of rows from 1 to {call.query.shape[2]}, got {count}"
+        )
+    mask, lse = call.mask, call.lse
+    if mask is not None and mask.ndim >= 2 and mask.shape[-2] != 1:
+        mask = mask[..., :count, :]
+    lse = None if lse is None else lse[:, :, :count]
+    return call._replace(query=call.query[:, :, :count], mask=mask, lse=lse, first_row=None)
 
 
 def _leave_out(call: AttentionCall, prefix: int, keep_cls: bool, rows: bool) -> AttentionCall:

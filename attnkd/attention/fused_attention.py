@@ -34,13 +34,25 @@ _INPUTS = (
 _SAVED = "Tensor out, Tensor lse_s, Tensor lse_t, Tensor centre, Tensor weight"
 
 
-def _maps(query, key, value, mask, scale, teacher_query, teacher_key, teacher_mask, teacher_scale, divergence) -> Maps:
+def _maps(
+    query,
+    key,
+    value,
+    mask,
+    scale,
+    teacher_query,
+    teacher_key,
+    teacher_mask,
+    teacher_scale,
+    divergence,
+    teacher_lse=None,
+) -> Maps:
     arch = architecture(query.device)
     if divergence == "none":
         return plain(query, key, mask, scale, arch)
     student, teacher = (
         Model(query, key, mask, scale, None),
-        Model(teacher_query, teacher_key, teacher_mask, teacher_scale, None),
+        Model(teacher_query, teacher_key, teacher_mask, teacher_scale, teacher_lse),
     )
     return Maps(student, teacher, None, divergence, 1.0, arch)
 
@@ -65,7 +77,9 @@ def _attention_bwd_fake(grad, loss_grad, *inputs):
 
 
 _fwd = register(
-    f"attention_fwd({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _attention_fwd, _attention_fwd_fake
+    f"attention_fwd({_INPUTS}, Tensor? teacher_lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _attention_fwd,
+    _attention_fwd_fake,
 )
 _bwd = register(
     f"attention_bwd(Tensor grad, Tensor loss_grad, {_INPUTS}, {_SAVED}) -> Tensor[]",
@@ -87,13 +101,13 @@ class AttentionFunction(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor | None, value: Tensor | None, mask: Tensor | None, scale: float,
         teacher_query: Tensor | None, teacher_key: Tensor | None, teacher_mask: Tensor | None, teacher_scale: float,
-        divergence: str,
+        divergence: str, teacher_lse: Tensor | None,
     ):  # fmt: skip
         ctx.set_materialize_grads(False)
         inputs = [query] if key is None or value is None else [query, key, value]
         student = (*unpacked(inputs), mask, scale)
         teacher = (teacher_query, teacher_key, teacher_mask, teacher_scale, divergence)
-        out, loss, *saved = _fwd(*student, *teacher)
+        out, loss, *saved = _fwd(*student, *teacher, teacher_lse)
         keep(ctx, mask, teacher_query, teacher_key, teacher_mask, out, *saved, *inputs)
         ctx.options = (scale, teacher_scale, divergence)
         return out, loss
@@ -112,8 +126,8 @@ class AttentionFunction(torch.autograd.Function):
             out, lse_s, lse_t, centre, weight,
         )  # fmt: skip
         if len(inputs) == 1:
-            return grads[0], *[None] * 9
-        return *unpacked(grads), *[None] * 7
+            return grads[0], *[None] * 10
+        return *unpacked(grads), *[None] * 8
 
 
 def why_not(problem: Problem, value: Tensor) -> str | None:
@@ -150,5 +164,5 @@ def attend(inputs: list[Tensor], problem: Problem) -> tuple[Tensor, Tensor]:
     first, key, value = (inputs[0], None, None) if len(inputs) == 1 else inputs
     return AttentionFunction.apply(
         first, key, value, student_mask, student.scale, teacher.query, teacher.key, teacher_mask, teacher.scale,
-        problem.divergence,
+        problem.divergence, teacher.lse,
     )  # fmt: skip

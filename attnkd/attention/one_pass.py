@@ -40,7 +40,7 @@ def attention_with_divergence(
     value: Tensor,
     teacher: AttentionCall | Tensor,
     *,
-    rows: str = "all",
+    rows: str | int = "all",
     merge: str | None = None,
     divergence: str = "forward_kl",
     temperature: float = 1.0,
@@ -59,7 +59,7 @@ def attention_with_divergence(
     *,
     value: Tensor | None = None,
     teacher: AttentionCall | Tensor,
-    rows: str = "all",
+    rows: str | int = "all",
     merge: str | None = None,
     divergence: str = "forward_kl",
     temperature: float = 1.0,
@@ -78,7 +78,7 @@ def attention_with_divergence(
     value: Tensor | None = None,
     teacher: AttentionCall | Tensor | None = None,
     *,
-    rows: str = "all",
+    rows: str | int = "all",
     merge: str | None = None,
     divergence: str = "forward_kl",
     temperature: float = 1.0,
@@ -109,7 +109,7 @@ def attention_with_divergence(
         teacher: an :class:`attnkd.AttentionCall`, as captured or made of loose tensors:
             ``AttentionCall(query, key, mask, scale)``. Or finished probabilities, as ``teacher_probs`` of
             :func:`attnkd.attention_divergence`.
-        rows: which rows are compared: 'all', or 'cls', the class token's row (token 0).
+        rows: which rows are compared: 'all'; 'cls', the class token's row (token 0); or a number n, the first n tokens' rows.
         merge, divergence, temperature, row_weight, reduction: of the divergence, see :func:`attnkd.attention_divergence`.
         mask: of the student; broadcasts to [B, H, M, N], boolean (True = visible) or additive.
         scale: of the student; None means D**-0.5.
@@ -149,7 +149,7 @@ def distilled(
     inputs: list[Tensor],
     teacher: Any,
     *,
-    rows: str = "all",
+    rows: str | int = "all",
     merge: str | None = None,
     divergence: str = "forward_kl",
     temperature: float = 1.0,

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from attnkd import AttentionCall, attention_divergence, attention_rows
-from attnkd.attention.call import class_row, compared, shared_tokens, take_heads
+from attnkd.attention.call import class_row, compared, first_rows, shared_tokens, take_heads
 
 MASKS = [(1, 3, 21, 21), (2, 1, 1, 21), (2, 1, 21, 1), (21, 21), (21,), (1,), None]
 KEEP = [0, *range(5, 21)]
@@ -122,7 +122,12 @@ def test_the_readmes_loop_on_a_teacher_with_a_position_bias(monkeypatch):
 def test_captured_calls_are_loose_tensors_with_everything_in_its_place():
     s = call((1, 3, 21, 21), num_prefix_tokens=5, has_cls=True)._replace(scale=0.7)
     t = call((2, 1, 17, 17), N=17, num_prefix_tokens=1, has_cls=True)._replace(scale=0.2)
-    for rows, cut in (("cls", class_row), ("all", lambda x: shared_tokens(x, True))):
+    cuts = {
+        "cls": class_row,
+        "all": lambda x: shared_tokens(x, True),
+        3: lambda x: first_rows(shared_tokens(x, True), 3),
+    }
+    for rows, cut in cuts.items():
         a, b = cut(s), cut(t)
         loose = {"student_scale": 0.7, "student_mask": a.mask}
         want = attention_divergence(a.query, a.key, b.query, b.key, **loose, teacher_scale=0.2, teacher_mask=b.mask)
@@ -142,7 +147,9 @@ REFUSED = {
     "two counts": (lambda s, t: ((s, call(N=26, num_prefix_tokens=1, has_cls=True)), {}), "teacher_key: expected N = 17 keys.*resample_attention"),
     "no class token": (lambda s, t: ((s, t._replace(has_cls=False, num_prefix_tokens=0)), {"rows": "cls"}), "teacher: rows='cls' is the class token's row.*no class token"),
     "no class token in the student": (lambda s, t: ((s._replace(has_cls=False), t), {"rows": "cls"}), "student: rows='cls'.*no class token"),
-    "rows": (lambda s, t: ((s, t), {"rows": 0}), "rows: expected one of 'all', 'cls', got 0"),
+    "rows": (lambda s, t: ((s, t), {"rows": 0}), "rows: expected 'all', 'cls' or a number of rows from 1 to 17, got 0"),
+    "too many rows": (lambda s, t: ((s, t), {"rows": 18}), "rows: expected 'all', 'cls' or a number of rows from 1 to 17, got 18"),
+    "rows by another name": (lambda s, t: ((s, t), {"rows": "class"}), "rows: expected 'all', 'cls' or a number of rows, got 'class'"),
     "rows of tensors": (lambda s, t: ((s.query, s.key, t.query, t.key), {"rows": "cls"}), r"rows: 'cls' is for captured calls.*query\[:, :, :1\]"),
     "no teacher": (lambda s, t: ((s,), {}), "teacher: expected an AttentionCall or teacher_probs, got neither"),
     "two teachers": (lambda s, t: ((s, t), {"teacher_probs": torch.rand(2, 3, 17, 17)}), "teacher: expected .* got both"),

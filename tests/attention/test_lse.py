@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from attnkd import AttentionCall, AttentionTap, attention_divergence
+from attnkd import AttentionCall, AttentionTap, attention_divergence, attention_with_divergence
 from attnkd.attention import checks, reference
 from attnkd.attention.call import class_row, shared_tokens, take_heads
 from attnkd.attention.problem import DIVERGENCES, make_problem
@@ -231,3 +231,35 @@ def test_views_keep_it_only_where_the_keys_are_the_same():
     assert torch.equal(take_heads(whole, (2, 0)).lse, whole.lse[:, [2, 0]])
     one = whole._replace(num_prefix_tokens=1)
     assert torch.equal(class_row(one).lse, whole.lse[:, :, :1]) and shared_tokens(one, True).lse is whole.lse
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "js"])
+def test_one_pass_takes_a_teachers_and_judges_it(device, divergence, monkeypatch):
+    """The same results without the sweep for it, rows that see no key among them; a wrong one is an error."""
+    launch = pytest.importorskip("attnkd_kernels.map.launch")
+    query, key, value, theirs, their_key = torch.randn(5, 2, 2, 37, 16, device=device).half()
+    mask = torch.arange(37, device=device) < torch.tensor([30, 0], device=device)[:, None, None, None]
+    z = (theirs.double() @ their_key.double().mT * 0.25).masked_fill(~mask, -torch.inf)
+    swept, sweep = [], launch.normaliser
+    monkeypatch.setattr(launch, "normaliser", lambda maps, model, lse: swept.append(model) or sweep(maps, model, lse))
+
+    def run(lse):
+        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        teacher = AttentionCall(theirs, their_key, mask, 0.25, lse=lse)
+        swept.clear()
+        output, loss = attention_with_divergence(
+            *leaves, teacher, divergence=divergence, reduction="none", impl="triton"
+        )
+        grads = torch.autograd.grad(output.sum() + loss.sum(), leaves)
+        return output.detach(), loss.detach(), *grads
+
+    expected, sweeps = run(None), len(swept)
+    found = run(z.logsumexp(-1).float())
+    assert sweeps - len(swept) == 1 and not any(model.query is theirs for model in swept)
+    for actual, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, want, rtol=1e-3, atol=1e-3)
+    assert expected[1].isfinite().all() and not expected[1][1].any() and expected[1][0].any()
+    with pytest.raises(Exception, match="teacher_lse: expected"):
+        run(z.logsumexp(-1).float() + 0.1)
+        if device == "cuda":
+            torch.cuda.synchronize()

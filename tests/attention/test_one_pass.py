@@ -81,6 +81,7 @@ def test_the_results_are_those_of_the_two_calls(device, impl):
         {"rows": "cls", "merge": "logsum", "temperature": 10.0, "reduction": "batchmean"},
         {"rows": "all", "reduction": "sum", "row_weight": weight},
         {"rows": "all", "reduction": "none", "divergence": "mse", "temperature": 2.0},
+        {"rows": 3, "reduction": "none"},
     ):
         out, loss = attention_with_divergence(student, value=value, teacher=teacher, impl=impl, **options)
         torch.testing.assert_close(out, output, **close)

@@ -11,7 +11,7 @@ from triton.runtime.errors import InterpreterError
 
 from attnkd.testing.guard import LAYOUTS, canaries, guarded, lay_out, poisoned_empty
 from attnkd.testing.traffic import Meter
-from benchmarks.calls import Attention, Relation
+from benchmarks.calls import Attention, ClassRow, Relation
 from benchmarks.traffic import measure
 
 interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="kernels run on a GPU here")
@@ -226,6 +226,18 @@ def test_rows_that_fit_a_tile_move_the_floor_and_nothing_else():
     forward, backward = measure(Attention(1, 197, 3, 64, "bfloat16", batch=2))
     assert forward["moved"] == forward["floor"]
     assert backward["moved"] < 1.02 * backward["floor"]
+
+
+@interpreted
+@pytest.mark.parametrize("merge", [None, "logsum"])
+def test_a_row_beside_the_attention_adds_its_gradients_in_place(merge):
+    """One launch, which reads and writes the attention's own key gradient once and no key."""
+    call = ClassRow(1, 197, 3, 64, "bfloat16", merge=merge, batch=2)
+    forward, backward = measure(call)
+    assert forward["floor"] <= forward["moved"] < (1.1 if merge else 1.01) * forward["floor"]
+    assert backward["floor"] <= backward["moved"] < 1.02 * backward["floor"]
+    assert backward["launches"] == ["_row_kl_bwd_kernel"]
+    assert not {"student_key", "teacher_key"} & set(backward["tensors"])
 
 
 @interpreted

@@ -93,6 +93,8 @@ def assert_fixed_mask(device, given):
 def test_half_precision_and_large_logits(device):
     assert_one_pass("triton", **call(device, H=1, dtype=torch.bfloat16, D=64, Dt=48, V=64))
     assert_one_pass("triton", **call(device, H=1, M=20, dtype=torch.float16, divergence="js"))
+    assert_one_pass("triton", **call(device, H=1, M=20, N=4100, dtype=torch.bfloat16))  # many keys
+    assert_one_pass("triton", **call(device, H=1, M=4100, N=20, dtype=torch.bfloat16, divergence="mse"))  # many queries
     loud = call(device, H=1, M=20)
     loud["student_query"] *= 100  # logits of ±1000: the largest so far rises by hundreds
     loud["teacher_query"] = loud["student_query"][..., :1].expand(-1, -1, -1, 24) * 0.1
@@ -155,8 +157,8 @@ def test_empty_batches(device):
 def test_opcheck(device):
     query, key, value = (torch.randn(1, 2, 35, 16, device=device) for _ in range(3))
     inputs = (query, key, value, None, 0.25, key, value, None, 0.25, "mse")
-    torch.library.opcheck(fused_attention._fwd, inputs)
-    out, _, *saved = fused_attention._fwd(*inputs)
+    torch.library.opcheck(fused_attention._fwd, (*inputs, None))
+    out, _, *saved = fused_attention._fwd(*inputs, None)
     torch.library.opcheck(
         fused_attention._bwd, (torch.randn_like(out), torch.randn(1, 2, 35, device=device), *inputs, out, *saved)
     )

@@ -2,7 +2,7 @@
 
     o_i = Σ_j p_s,ij v_j,    loss_i = Div(p_t,i ‖ p_s,i),    p = softmax_j(scale · q_i·k_j + mask_ij)
 
-The teacher's normalisers are known (map/normaliser.py); the student's come out of this sweep, online: logits are kept relative to the
+The teacher's normalisers are known (map/normaliser.py, or given); the student's come out of this sweep, online: logits are kept relative to the
 largest so far, top, and when it rises by ``drop`` the sums follow,
 
     forward_kl, cross_entropy   Σ p_t (… − (s − top))          grows by drop · Σ p_t
@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from attnkd_kernels.language import DEAD, HIDDEN, NO_MASK, at_head, hidden, shown, side_at
+from attnkd_kernels.language import DEAD, HIDDEN, NO_MASK, WRONG, at_head, hidden, shown, side_at
 from attnkd_kernels.map.forms import Sums, add_keys, finish, no_sums
+from attnkd_kernels.map.given import dead_rows, keep_normalisers, normalisers, wrong_rows
 from attnkd_kernels.map.tile import (
     At,
     at_rows,
@@ -55,7 +56,8 @@ def _attention_fwd_kernel(
     student,  # Side: query [B, H, M, D], key [B, H, N, D], mask [B, H, M, N]
     value,  # Operand [B, H, N, V]
     teacher,  # Side: query [B, H, M, D_t], key [B, H, N, D_t], mask [B, H, M, N]
-    kept,  # Rows [B, H, M]: lse_t; lse_s, centre and weight are written
+    kept,  # Rows [B, H, M]: lse_t, written where it is given; lse_s, centre and weight are written
+    given_t,  # RowValues [B, H, M], or None: the teacher's normalisers (map/given.py)
     OUT,  # Operand [B, H, M, V]
     LOSS,  # [B, H, M] fp32
     H, M, N,
@@ -77,7 +79,7 @@ def _attention_fwd_kernel(
         teacher = at_tile(side_at(teacher, b, h), at)
         left_t = load_left(teacher, at, T, WIDE)
         if DIVERGENCE != "logit_mse":
-            norm_t = row_values(kept.lse_t + row * M, at, DEAD, WIDE)
+            norm_t = normalisers(given_t, kept.lse_t + row * M, b, h, at, WIDE)
     if KNOWN:
         norm_s = row_values(kept.lse_s + row * M, at, DEAD, WIDE)
     left = Left(load_left(student, at, S, WIDE), left_t, norm_s, norm_t)
@@ -107,7 +109,14 @@ def _attention_fwd_kernel(
     if DIVERGENCE != "none":
         loss, centre, weight = finish(sums, clear if MASKED else N, MASKED, WIDE)
         if DIVERGENCE != "logit_mse":
-            dead = (lse >= DEAD) | (tl.sum(norm_t, 1) >= DEAD)
+            dead_t = tl.sum(norm_t, 1) >= DEAD
+            if given_t is not None:
+                wrong_t = wrong_rows(given_t, norm_t, sums.sum_t)
+                dead_t = dead_rows(given_t, norm_t, 0.0, m, M, 1)
+                norm_t = tl.where(wrong_t[:, None], WRONG, norm_t)
+                keep_normalisers(given_t, norm_t, kept.lse_t + row * M, dead_t & (wrong_t == 0), m, M, False, 1)
+                loss = tl.where(wrong_t, float("nan"), loss)
+            dead = (lse >= DEAD) | dead_t
             loss, centre = tl.where(dead, 0.0, loss), tl.where(dead, 0.0, centre)
         tl.store(LOSS + row * M + m, loss, mask=m < M)
         if DIVERGENCE == "mse" or DIVERGENCE == "logit_mse":

@@ -55,12 +55,13 @@ def allocate(maps: Maps, value: Tensor) -> Saved:
 
 
 def attention_fwd(maps: Maps, value: Tensor) -> Saved:
-    """The attention's output [B, H, M, V] and the divergence of every row: the teacher's normalisers, then one sweep."""
+    """The attention's output [B, H, M, V] and the divergence of every row: the teacher's normalisers where they are unknown, then one
+    sweep."""
     saved = allocate(maps, value)
     B, H, M, N = maps.size
     if saved.out.numel() == 0:
         return saved
-    if saved.lse_t.numel():
+    if saved.lse_t.numel() and maps.teacher.lse is None:
         map_launch.normaliser(maps, maps.teacher, saved.lse_t)
     if maps.divergence in ("js", "mse"):
         map_launch.normaliser(maps, maps.student, saved.lse_s)
@@ -70,9 +71,10 @@ def attention_fwd(maps: Maps, value: Tensor) -> Saved:
     loss = saved.loss if saved.loss.numel() else saved.lse_s
     run(
         _attention_fwd_kernel, (B * H * cdiv(M, tile.stays),),
-        sides[0], operand(value), sides[1], kept, operand(saved.out), loss, H, M, N, FUSE=sides[0].factor > 1e-15,
-        **specs, **tile.options,
+        sides[0], operand(value), sides[1], kept, map_launch.given_rows(maps.teacher), operand(saved.out), loss, H, M, N,
+        FUSE=sides[0].factor > 1e-15, **specs, **tile.options,
     )  # fmt: skip
+    map_launch.check(maps, saved.lse_s, saved.lse_t)
     return saved
 
 

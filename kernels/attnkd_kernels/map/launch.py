@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -16,11 +17,12 @@ from attnkd_kernels.language import BOOL_ROW, FLOAT_MASK, FLOAT_ROW, NO_MASK, Op
 from attnkd_kernels.launch import LOG2E, cdiv, mask_kind, mask_operand, operand, padded, run
 from attnkd_kernels.map.bias import Bias, _map_bias_kernel
 from attnkd_kernels.map.check import _map_check_kernel
+from attnkd_kernels.map.given import Given
 from attnkd_kernels.map.gradient import _map_gradient_kernel
 from attnkd_kernels.map.normaliser import _map_normaliser_kernel
 from attnkd_kernels.map.tile import MapHead, Rows, RowValues, Sweep
 from attnkd_kernels.map.tiles import Tile, pick_tile
-from attnkd_kernels.map.value import Given, _map_value_kernel
+from attnkd_kernels.map.value import _map_value_kernel
 
 ONE_SWEEP = ("forward_kl", "cross_entropy", "logit_mse")
 """Divergences whose gradient needs nothing of a row's end: the value's sweep emits the unit query gradient."""
@@ -138,7 +140,7 @@ def map_fwd(maps: Maps, need_dq: bool) -> Saved:
                 if model.lse is None:
                     normaliser(maps, model, lse)
         _value(maps, saved)
-        _check(maps, saved)
+        check(maps, saved.lse_s, saved.lse_t)
     return saved
 
 
@@ -162,7 +164,7 @@ def _value(maps: Maps, saved: Saved) -> None:
     tile = maps.tile("unit" if emit else "value")
     student, teacher, heads, masks = _sides(maps, tile)
     columns = tile.columns_out(maps.width(maps.student)) if emit else 0
-    given = Given(*(None if m.lse is None else RowValues(m.lse, *m.lse.stride()) for m in (maps.student, maps.teacher)))
+    given = Given(given_rows(maps.student), given_rows(maps.teacher))
     run(
         _map_value_kernel, (B * maps.outer * cdiv(M, tile.stays),),
         student, teacher, saved.rows, given, saved.loss, operand(saved.unit_dq) if emit else student.query,
@@ -171,15 +173,17 @@ def _value(maps: Maps, saved: Saved) -> None:
     )  # fmt: skip
 
 
-def _check(maps: Maps, saved: Saved) -> None:
-    """The given normalisers, as the value's sweep judged them."""
-    lse_s, lse_t = (
-        saved.lse_s if maps.student.lse is not None else None,
-        saved.lse_t if maps.teacher.lse is not None else None,
-    )
-    if lse_s is not None or lse_t is not None:
-        rows, block = saved.loss.numel(), 1024
-        run(_map_check_kernel, (cdiv(rows, block),), lse_s, lse_t, rows, BLOCK=block, **CHECKS)
+def given_rows(model: Model) -> RowValues | None:
+    """The normalisers that the caller has, as a kernel takes them."""
+    return None if model.lse is None else RowValues(model.lse, *model.lse.stride())
+
+
+def check(maps: Maps, lse_s: Tensor, lse_t: Tensor) -> None:
+    """Stops where a given normaliser is none, as the sweep judged that left them at ``lse_s`` and ``lse_t`` [B, H, M]."""
+    kept = [lse if model.lse is not None else None for model, lse in ((maps.student, lse_s), (maps.teacher, lse_t))]
+    if any(lse is not None for lse in kept):
+        rows, block = math.prod(maps.size[:3]), 1024
+        run(_map_check_kernel, (cdiv(rows, block),), *kept, rows, BLOCK=block, **CHECKS)
 
 
 def map_bwd(maps: Maps, saved: Saved, grad: Tensor, queries_left: bool) -> Tensor:

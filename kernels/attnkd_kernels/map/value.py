@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from attnkd_kernels.language import DEAD, LOG2E, LSE_ERROR, LSE_RELATIVE_ERROR, VISIBLE, WRONG, at_head, side_at
+from attnkd_kernels.language import WRONG, at_head, side_at
 from attnkd_kernels.map.forms import add_keys, finish, gap_of_logits, no_sums, terms, where_shown
+from attnkd_kernels.map.given import dead_rows, keep_normalisers, normalisers, wrong_rows
 from attnkd_kernels.map.tile import (
     At,
     Rows,
@@ -34,19 +35,11 @@ from attnkd_kernels.map.tile import (
     load_whole_right,
     log_probs,
     no_gradient,
-    row_values,
     skip_rows,
     store_gradient,
     without_checks,
     without_rows,
 )
-
-
-class Given(NamedTuple):
-    """Normalisers in nats that the caller has, [B, H, M] fp32 a side, or None where the sweep of normaliser.py left them in ``kept``."""
-
-    student: Any  # RowValues or None
-    teacher: Any
 
 
 class Left(NamedTuple):
@@ -82,8 +75,8 @@ def _map_value_kernel(
 
     norm_s, norm_t = 0.0, 0.0
     if WIDE.DIVERGENCE != "logit_mse":
-        norm_s = _normalisers(given.student, rows.lse_s, b, h, at, WIDE)
-        norm_t = _normalisers(given.teacher, rows.lse_t, b, h, at, WIDE)
+        norm_s = normalisers(given.student, rows.lse_s, b, h, at, WIDE)
+        norm_t = normalisers(given.teacher, rows.lse_t, b, h, at, WIDE)
     left = Left(load_left(student, at, S, WIDE), load_left(teacher, at, T, WIDE), norm_s, norm_t)
     clear, stop = without_checks(student, teacher, at, S, T, WIDE)
     state = (
@@ -102,15 +95,15 @@ def _map_value_kernel(
     value, centre, weight = finish(sums, clear if MASKED else N, MASKED, WIDE)
     if WIDE.DIVERGENCE != "logit_mse":
         wrong_s, wrong_t = (
-            _wrong_rows(given.student, norm_s, sums.sum_s),
-            _wrong_rows(given.teacher, norm_t, sums.sum_t),
+            wrong_rows(given.student, norm_s, sums.sum_s),
+            wrong_rows(given.teacher, norm_t, sums.sum_t),
         )
-        dead = _dead_rows(given.student, norm_s, rows.lse_s, m, M, S.MEAN)
-        dead = dead | _dead_rows(given.teacher, norm_t, rows.lse_t, m, M, T.MEAN)
+        dead = dead_rows(given.student, norm_s, rows.lse_s, m, M, S.MEAN)
+        dead = dead | dead_rows(given.teacher, norm_t, rows.lse_t, m, M, T.MEAN)
         value = tl.where(wrong_s | wrong_t, float("nan"), tl.where(dead, 0.0, value))
         if MASKED:
             tl.debug_barrier()  # every warp has read the normalisers that are replaced now
-        _keep_normalisers(
+        keep_normalisers(
             given.student,
             tl.where(wrong_s[:, None], WRONG, norm_s),
             rows.lse_s,
@@ -120,7 +113,7 @@ def _map_value_kernel(
             MASKED,
             S.MEAN,
         )
-        _keep_normalisers(
+        keep_normalisers(
             given.teacher,
             tl.where(wrong_t[:, None], WRONG, norm_t),
             rows.lse_t,
@@ -146,55 +139,6 @@ def _map_value_kernel(
         if WIDE.DIVERGENCE == "logit_mse":
             factor = unit_scale * weight[:, None]
         store_gradient(at_rows(at_head(UNIT_DQ, b, h), at.q0), unit, factor, at.q0, M, 0, S, WIDE.BL, WIDE.OUT)
-
-
-@triton.jit
-def _normalisers(given, lse, b, h, at, SWEEP: tl.constexpr):
-    """[BL, 1]: log2 of the rows' sums. A given −inf (no visible key) becomes VISIBLE: no hidden key can reach that."""
-    if given is None:
-        norm = row_values(lse, at, DEAD, SWEEP)
-    else:
-        q = at.q0 + tl.arange(0, SWEEP.BQ)
-        pointers = given.pointer + b * given.batch + h * given.head + tl.cast(q, tl.int64) * given.row
-        nats = tl.load(pointers, mask=q < at.M, other=0.0).to(tl.float32)
-        norm = tl.where(nats == float("-inf"), VISIBLE, nats * LOG2E)[:, None]
-    return norm
-
-
-@triton.jit
-def _wrong_rows(given, norm, sums):
-    """[BL]: where a given normaliser is none: its probabilities, added up in ``sums`` [BL, LANES], do not sum to 1."""
-    total = tl.sum(sums, 1)
-    wrong = total != total
-    if given is None:
-        wrong = wrong & False
-    else:
-        norm = tl.reshape(norm, total.shape)
-        error = tl.abs(tl.log2(total)) - LSE_RELATIVE_ERROR * tl.abs(norm)
-        wrong = (error > LSE_ERROR * LOG2E) & ((norm > VISIBLE) | (total > 0.0))
-    return wrong
-
-
-@triton.jit
-def _dead_rows(given, norm, lse, m, M, HEADS: tl.constexpr):
-    """Which rows see no key, or cannot be seen by some of the heads."""
-    dead = m >= M
-    if given is None:
-        for head in range(HEADS):
-            dead = dead | (tl.load(lse + tl.cast(head, tl.int64) * M + m, mask=m < M, other=DEAD) >= DEAD)
-    else:
-        dead = dead | (tl.reshape(norm, dead.shape) <= VISIBLE)
-    return dead
-
-
-@triton.jit
-def _keep_normalisers(given, norm, lse, dead, m, M, MASKED: tl.constexpr, HEADS: tl.constexpr):
-    """Leaves at ``lse`` what the backward needs: DEAD for dead rows; given normalisers are not there yet."""
-    if given is not None:
-        tl.store(lse + m, tl.where(dead, DEAD, tl.reshape(norm, dead.shape)), mask=m < M)
-    elif MASKED:
-        for head in range(HEADS):
-            tl.store(lse + tl.cast(head, tl.int64) * M + m, DEAD, mask=(m < M) & dead)
 
 
 @triton.jit
