@@ -30,7 +30,7 @@ def gate(calls: Sequence[Any], targets: Sequence[str] = TARGETS, jobs: int | Non
     """
     compiler = metadata.version("triton")
     seen = set()
-    for call, target, records in _results([(call, target) for target in targets for call in calls], jobs):
+    for call, target, records in _results(_tasks(calls, targets), jobs):
         if not records:
             records = [{"kernel": "", "hash": "", "error": "launched no kernel"}]
         for record in records:
@@ -44,6 +44,11 @@ def gate(calls: Sequence[Any], targets: Sequence[str] = TARGETS, jobs: int | Non
 
 
 Task = tuple[Any, str]  # call and target
+
+
+def _tasks(calls: Sequence[Any], targets: Sequence[str]) -> list[Task]:
+    """Every call for every target, but for those calls that name their own ``targets``."""
+    return [(call, target) for target in targets for call in calls if target in getattr(call, "targets", targets)]
 
 
 def _results(tasks: Sequence[Task], jobs: int | None) -> Iterator[tuple[Any, str, list[dict[str, Any]]]]:
@@ -111,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"no call's name contains {args.match!r}", file=sys.stderr)
         return 2
     records = []
-    with tqdm(total=len(calls) * len(args.targets), unit="call", leave=False, disable=None) as bar:
+    with tqdm(total=len(_tasks(calls, args.targets)), unit="call", leave=False, disable=None) as bar:
         for record in gate(calls, args.targets, args.jobs):
             if "progress" in record:
                 bar.set_description(" ".join(reversed(record["progress"])))
@@ -137,8 +142,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """One line per kernel and target: the worst of all its variants."""
-    head = ("kernel", "target", "variants", "registers", "spills", "shared", "128-bit", "matrix", "occupancy", "failed")
+    """One line per kernel and target: the worst of all its variants. ``programs``: resident on a processor at a time."""
+    head = ("kernel", "target", "variants", "registers", "spills", "shared", "128-bit", "matrix", "programs", "failed")
     lines = [head]
     for kernel, target in dict.fromkeys((r["kernel"], r["target"]) for r in sorted(records, key=_order)):
         group = [r for r in records if (r["kernel"], r["target"]) == (kernel, target)]
@@ -153,7 +158,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             (
                 kernel, target, str(len(group)), _span(r["registers"] for r in good), str(max(r["spills"] for r in good)),
                 str(max(r["shared"] for r in good)), f"{share:.0%}", " ".join(matrix) or "-",
-                f"{min(r['occupancy'] for r in good):.0%}", str(failed),
+                _span(r["programs"] for r in good), str(failed),
             )
         )  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]

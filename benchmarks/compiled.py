@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.calls import Call
 from benchmarks.gate import SHARED
+from benchmarks.sass import matrix_loops
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -201,8 +202,8 @@ def read(target: str, key: str, kernel: Any) -> dict[str, Any]:
     Returns:
         registers (per thread), spills (bytes a thread: of stack on NVIDIA; 4 a spilled vector register or instruction on scratch on
         AMD), shared (bytes), loads and stores (global instructions by width in bits), tiles (bytes of the two-dimensional tiles that the
-        source loads and stores), matrix (matrix instructions by kind), dots (the source's dots as 'MxK dtype'), warps,
-        threads, occupancy (resident warps / possible warps).
+        source loads and stores), matrix (matrix instructions by kind), loops (NVIDIA's, see :mod:`benchmarks.sass`), dots (the source's
+        dots as 'MxK dtype'), last_loop (products, and pairs a thread has of the first one's result), warps, threads, programs (resident on a processor), occupancy (resident warps / possible warps).
     """
     if (target, key) not in _cache:
         reader = _read_amd if TARGETS[target].gpu.backend == "hip" else _read_nvidia
@@ -211,10 +212,12 @@ def read(target: str, key: str, kernel: Any) -> dict[str, Any]:
             "shared": kernel.metadata.shared,
             "warps": kernel.metadata.num_warps,
             "dots": sorted(set(_dots(kernel.asm["ttir"]))),
+            "last_loop": _last_loop(kernel.asm["ttir"], threads),
             "tiles": {kind: _tile_bytes(kernel.asm["ttir"], kind, threads) for kind in ("load", "store")},
             "threads": threads,
         }
-        facts["occupancy"] = round(occupancy(target, facts["registers"], facts["shared"], facts["warps"]), 3)
+        facts["programs"] = resident(target, facts["registers"], facts["shared"], facts["warps"])
+        facts["occupancy"] = round(facts["programs"] * facts["warps"] / TARGETS[target].max_warps, 3)
         _cache[target, key] = facts
     return dict(_cache[target, key])
 
@@ -222,6 +225,12 @@ def read(target: str, key: str, kernel: Any) -> dict[str, Any]:
 def _dots(ttir: str) -> list[str]:
     found = re.findall(r"tt\.dot .*?: tensor<(\d+)x(\d+)x(\w+)>", ttir)
     return [f"{m}x{k} {dtype}" for m, k, dtype in found]
+
+
+def _last_loop(ttir: str, threads: int) -> dict[str, float]:
+    """Of the source's last loop with products: how many, and the elements of the first one's result that a thread has."""
+    shapes = re.findall(r"tt\.dot .*-> tensor<(\d+)x(\d+)xf32>", ttir.rpartition("scf.for")[2])
+    return {"products": len(shapes), "pairs": int(shapes[0][0]) * int(shapes[0][1]) / threads} if shapes else {}
 
 
 def _tile_bytes(ttir: str, kind: str, threads: int) -> int:
@@ -249,6 +258,7 @@ def _read_nvidia(kernel: Any) -> dict[str, Any]:
         "loads": _widths(re.findall(r"\b(?:LDG|LDGSTS|UTMALDG)\b(?:\.[\w.]+)?", sass), _nvidia_width),
         "stores": _widths(re.findall(r"\b(?:STG|UTMASTG)\b(?:\.[\w.]+)?", sass), _nvidia_width),
         "matrix": _count(re.findall(r"\b(HGMMA|HMMA|IMMA|DMMA|QMMA|OMMA|UTC\w*MMA)\b", sass)),
+        "loops": matrix_loops(sass),
     }
 
 
@@ -309,8 +319,8 @@ def _tool(tool: str, *arguments: str) -> str:
     return subprocess.run([_path(tool), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def occupancy(target: str, registers: int, shared: int, warps: int) -> float:
-    """The share of a processor's warp slots that programs of this size can fill: an estimate, by the architecture's rules."""
+def resident(target: str, registers: int, shared: int, warps: int) -> int:
+    """How many programs of this size a processor holds at a time: an estimate, by the architecture's rules."""
     t = TARGETS[target]
     by_shared = t.shared_per_processor // (shared + t.reserved) if shared + t.reserved else t.max_programs
     if t.gpu.backend == "hip":  # 512 registers per lane and SIMD, in blocks of 8; 4 SIMDs of 8 waves
@@ -318,5 +328,4 @@ def occupancy(target: str, registers: int, shared: int, warps: int) -> float:
         by_registers = 4 * waves_per_simd // warps
     else:  # 65536 registers per processor, handed to warps in blocks of 256
         by_registers = 65536 // max(256 * math.ceil(registers * 32 / 256), 256) // warps
-    programs = min(by_shared, by_registers, t.max_warps // warps, t.max_programs)
-    return programs * warps / t.max_warps
+    return min(by_shared, by_registers, t.max_warps // warps, t.max_programs)

@@ -6,7 +6,9 @@ does not run. **Remarks** are about the quality of the code, which one release o
 * more than :data:`SPILL_LIMIT` bytes of registers are spilled;
 * the code has fewer 128-bit loads than the tiles that it loads need, so that some tile of an aligned tensor moves in smaller
   pieces (tiles with less than 128 bits a thread aside); the same for stores, unless a matrix unit laid out what is stored;
-* a dot of a 16-bit type does not run on the architecture's matrix unit.
+* a dot of a 16-bit type does not run on the architecture's matrix unit;
+* a loop runs its matrix instructions one at a time, each between fences of its own (ptxas notes C7510 and C7515): an accumulator
+  that leaves a loop for a lone product, or a function call, makes the assembler do that.
 
 Remarks are faults with :data:`COMPILER`, the release of Triton that the tiles were chosen with, and are only printed for others.
 """
@@ -63,6 +65,9 @@ def poor(record: dict[str, Any]) -> list[str]:
         kinds = [MATRIX[target], *([MATRIX_SMALL[target]] if target in MATRIX_SMALL and rows < GROUP_ROWS else [])]
         if not any(used.startswith(kind) for kind in kinds for used in record["matrix"]):
             found.append(f"dot {dot} without {' or '.join(kinds)}: {record['matrix'] or 'no matrix instruction'}")
+    for i, loop in enumerate(record.get("loops", [])):
+        if loop["fences"] >= loop["matrix"] > 1:
+            found.append(f"matrix loop {i} is serialised: {loop['fences']} fences for {loop['matrix']} products")
     return found
 
 

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 
 from benchmarks.calls import DIVERGENCES, SIZES, Attention, Call, ClassRow, OnePass, Relation
+from benchmarks.yardstick import PlainAttention
 
 HEAD_DIMS = (16, 32, 64, 80, 128, 256)
 WIDE_HEADS = ((3, 64), (6, 64), (12, 64), (16, 64))  # merged widths 192, 384, 768, 1024
@@ -23,12 +24,15 @@ def representative() -> list[Call]:
         Attention(1, 197, 6, 64, "float16", merge="mean"),
         Attention(0, 197, 6, 64, "bfloat16", batch=4),
         Attention(0, 197, 6, 64, "bfloat16", batch=4, known=True),
+        Attention(0, 197, 6, 64, "bfloat16", batch=4, known=True, mask="bool"),
+        Attention(0, 197, 6, 80, "bfloat16", batch=4, known=True),  # two tiles of channels
         Attention(0, 197, 6, 32, "bfloat16", batch=4, divergence="js", mask="additive"),  # the most registers
         Attention(0, 197, 6, 64, "bfloat16", batch=4, merge="mean", mask="bool"),
         OnePass(0, 197, 6, 64, "bfloat16", batch=4),
         OnePass(0, 197, 6, 64, "bfloat16", batch=4, known=True),
         ClassRow(1, 197, 6, 64, "bfloat16", batch=4),  # gradients added in place
         Relation(197, 384, 768, "bfloat16"),
+        PlainAttention(),
     ]
 
 

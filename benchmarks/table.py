@@ -192,7 +192,7 @@ def traffic(result: dict[str, Any], options: Options) -> list[list[str]]:
 
 
 def aot(result: dict[str, Any], options: Options) -> list[list[str]]:
-    """One row a kernel: registers (most) per target, spills and failures over all."""
+    """One row a kernel: registers (most) per target and programs that a processor holds then, spills and failures over all."""
     records = result["records"]
     targets = list(dict.fromkeys(r["target"] for r in records))
     rows = [["kernel", "variants", *[f"{t} registers" for t in targets], "spilled bytes", "failed"]]
@@ -200,24 +200,66 @@ def aot(result: dict[str, Any], options: Options) -> list[list[str]]:
         group = [r for r in records if r["kernel"] == kernel]
         cells = []
         for target in targets:
-            used = [r["registers"] for r in group if r["target"] == target and "registers" in r]
-            cells.append(str(max(used)) if used else "–")
+            used = [(r["registers"], r["programs"]) for r in group if r["target"] == target and "registers" in r]
+            cells.append(f"{max(used)[0]} ({min(n for _, n in used)})" if used else "–")
         spills = sum(r.get("spills", 0) for r in group)
         rows.append([f"`{kernel}`", str(len(group)), *cells, str(spills), str(sum(bool(r["faults"]) for r in group))])
     return rows
 
 
+_PLAIN, _MAP = "plain attention 64", "map 6x64 N197 bfloat16"
+_KNOWN, _MASKED = "map 6x64 known LSEs N197 bfloat16", "map 6x64 known LSEs bool mask N197 bfloat16"
+_COUNTED = {  # a sum, and what it is of: (kernel, call, how often)
+    "attention, forward and backward": (
+        ("_plain_forward_kernel", _PLAIN, 1), ("_plain_keys_kernel", _PLAIN, 1), ("_plain_queries_kernel", _PLAIN, 1),
+    ),
+    "whole map, LSEs known": (("_map_value_kernel", _KNOWN, 1), ("_map_gradient_kernel", _MAP, 1)),
+    "whole map": (("_map_normaliser_kernel", _MAP, 2), ("_map_value_kernel", _MAP, 1), ("_map_gradient_kernel", _MAP, 1)),
+    "whole map, LSEs known, mask of keys": (("_map_value_kernel", _MASKED, 1), ("_map_gradient_kernel", _MASKED, 1)),
+}  # fmt: skip
+
+
+def counts(result: dict[str, Any], options: Options) -> list[list[str]]:
+    """Instructions per pair of query and key in the loop over wide tiles, of plain attention and of whole maps (sm_90, D 64)."""
+    records = {(r["kernel"], r["call"]): r for r in result["records"] if r["target"] == "sm90"}
+    what = ("exponentials", "fp32", "issued")
+    rows = [["kernel", "products", *what, "registers", "programs"]]
+    for name, parts in _COUNTED.items():
+        sums = dict.fromkeys(("products", *what), 0.0)
+        for kernel, call, times in parts:
+            record = records[kernel, call]
+            loop, source = record["loops"][-1], record["last_loop"]
+            each = {"products": float(source["products"])} | {n: loop[n] / source["pairs"] for n in what}
+            sums = {n: sums[n] + times * each[n] for n in sums}
+            label = f"`{kernel}`" + (f", {times} times" if times > 1 else "")
+            rows.append([label, *_per_pair(each), str(record["registers"]), str(record["programs"])])
+        rows.append([f"**{name}**", *(f"**{cell}**" for cell in _per_pair(sums)), "", ""])
+    return rows
+
+
+def _per_pair(numbers: dict[str, float]) -> list[str]:
+    return [f"{n:.0f}" if name == "products" else f"{n:.1f}" for name, n in numbers.items()]
+
+
 def matrix(result: dict[str, Any], options: Options) -> list[list[str]]:
     """One row an environment: its versions, what passed and what failed."""
     names = ("python", "torch", "triton", "timm", "numpy")
-    counted = ("tests passed", "failed", "kernels compiled", "failed", "with remarks", "most bytes spilled")
+    counted = (
+        "tests passed",
+        "failed",
+        "kernels compiled",
+        "failed",
+        "with remarks",
+        "most bytes spilled",
+        "registers to spare",
+    )
     rows = [["environment", *names, *counted, "run"]]
     for record in result["records"]:
         tests, aot = record.get("tests"), record.get("aot")
         cells = [record["versions"].get(name, "–") for name in names]
         cells += [str(tests["passed"]), str(len(tests["failed"]))] if tests else ["–", record["status"]]
         cells += [str(aot["compiled"]), str(len(aot["failed"]))] if aot else ["–", record["status"]]
-        cells += [str(aot["remarked"]), str(aot["spilled"])] if aot else ["–", "–"]
+        cells += [str(aot["remarked"]), str(aot["spilled"]), str(aot.get("spare", "–"))] if aot else ["–"] * 3
         rows.append([record["environment"], *cells, f"{record['created'][:10]}, {record['commit']}"])
     return rows
 
@@ -231,6 +273,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any], Options], list[list[str]]
     "cpu": ("cpu/cpu.json", cpu),
     "traffic": ("interpreter/traffic.json", traffic),
     "aot": ("aot/aot.json", aot),
+    "counts": ("aot/aot.json", counts),
     "matrix": ("matrix/matrix.json", matrix),
 }
 

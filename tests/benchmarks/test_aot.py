@@ -4,10 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
-from benchmarks import aot, gate, sweep
+from benchmarks import aot, gate, sass, schema, sweep
 from tests.benchmarks.aot_toys import Toy
 
 pytest.importorskip("triton")
@@ -40,6 +41,22 @@ def test_kernels_pass(kernels, target):
     records = [r for r in kernels if r["target"] == target]
     assert len({record["kernel"] for record in records}) >= 13
     assert {f"{r['kernel']} [{r['call']}]": r["faults"] for r in records if r["faults"]} == {}
+
+
+def test_the_committed_counts_are_those_of_the_code(kernels):
+    """The figures of docs/kernels/map.md: with the locked compiler, today's map kernels give the numbers of aot.json."""
+    if metadata.version("triton") != gate.COMPILER:
+        pytest.skip(f"the counts are those of Triton {gate.COMPILER}")
+
+    def counted(records):
+        names = ("registers", "spills", "programs", "loops", "last_loop")
+        chosen = [r for r in records if r["kernel"].startswith(("_map_", "_plain_"))]
+        return {(r["target"], r["kernel"], r["call"], r["shared"]): [r[n] for n in names] for r in chosen}
+
+    committed = json.loads((schema.RESULTS / "aot" / "aot.json").read_text())["records"]
+    assert counted(kernels) == counted(committed), (
+        "run python -m benchmarks aot --json benchmarks/results/aot/aot.json, then table"
+    )
 
 
 def test_no_kernel_is_forgotten():
@@ -117,6 +134,34 @@ def test_a_crash_is_pinned_on_the_call_that_crashed():
     assert [record["faults"] for record in results["honest", "sm90"]] == [[]]
 
 
+def test_matrix_loops_are_counted():
+    """Innermost loops only; predicates do not hide an instruction; what stands outside counts nowhere."""
+    code = """
+        /*0000*/                   MUFU.EX2 R1, R2 ;
+.L_x_0:
+        /*0010*/                   FADD R1, R2, R3 ;
+.L_x_1:
+        /*0020*/                   WARPGROUP.ARRIVE ;
+        /*0030*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0040*/              @!P0 MUFU.EX2 R5, R5 ;
+        /*0050*/                   FFMA R7, R8, R9, R10 ;
+        /*0060*/               @P1 BRA `(.L_x_1) ;
+        /*0070*/               @P2 BRA `(.L_x_0) ;
+        /*0080*/                   EXIT ;
+"""
+    (loop,) = sass.matrix_loops(code)
+    assert loop == {
+        "issued": 5,
+        "matrix": 1,
+        "exponentials": 1,
+        "other": 0,
+        "fp32": 1,
+        "shared": 0,
+        "shuffles": 0,
+        "fences": 1,
+    }
+
+
 GOOD = {
     "target": "sm90", "kernel": "k", "aligned": True, "spills": 0, "shared": 1024, "dots": ["64x64 bf16"], "threads": 128,
     "tiles": {"load": 8192, "store": 0}, "loads": {"128": 4, "32": 3}, "stores": {}, "matrix": {"HGMMA": 2},
@@ -131,6 +176,8 @@ GOOD = {
         ({"spills": gate.SPILL_LIMIT + 8}, "spills 40 bytes"),
         ({"loads": {"128": 2, "64": 4}}, "128-bit loads cover 50% of the tiles: {'128': 2, '64': 4}"),
         ({"loads": {"128": 2, "64": 4}, "aligned": False}, None),
+        ({"loops": [{"matrix": 12, "fences": 5}]}, None),
+        ({"loops": [{"matrix": 12, "fences": 5}, {"matrix": 12, "fences": 24}]}, "matrix loop 1 is serialised: 24 fences for 12 products"),
         ({"matrix": {"HMMA": 2}}, "dot 64x64 bf16 without HGMMA: {'HMMA': 2}"),
         ({"matrix": {"HMMA": 2}, "dots": ["16x64 bf16"]}, None),
         ({"matrix": {}, "dots": ["64x64 f32"]}, None),

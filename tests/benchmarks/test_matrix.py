@@ -29,14 +29,14 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_environment_with_a_failed_test_fails(toy: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     toy.write_text(TOY)
-    compiled = {"compiled": 2, "failed": [], "remarked": 1, "spilled": 40}
+    compiled = {"compiled": 2, "failed": [], "remarked": 1, "spilled": 40, "spare": 15}
     monkeypatch.setattr(matrix, "compile_ahead", lambda environment, python: compiled)
     record = matrix.prove(matrix.Environment("toy"), sys.executable)
     assert record["status"] == "FAIL" and record["tests"]["passed"] == 1 and record["tests"]["skipped"] == 1
     assert [name.split("::")[1] for name in record["tests"]["failed"]] == ["test_wrong", "test_error"]
     result = schema.document("matrix", matrix.facts(), "", {}, [record])
     assert schema.check(result) == []
-    assert table.matrix(result, {})[1][6:12] == ["1", "2", "2", "0", "1", "40"]
+    assert table.matrix(result, {})[1][6:13] == ["1", "2", "2", "0", "1", "40", "15"]
 
 
 def test_an_environment_in_which_no_test_ran_does_not_pass(toy: Path, capsys) -> None:
@@ -48,7 +48,15 @@ def test_an_environment_in_which_no_test_ran_does_not_pass(toy: Path, capsys) ->
 def test_only_what_the_gate_faults_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`benchmarks aot` decides; the matrix counts."""
     monkeypatch.setattr(matrix, "FOLDER", tmp_path)
-    kernel = {"target": "sm90", "kernel": "_k", "call": "c", "spills": 40, "faults": [], "remarks": ["spills 40 bytes"]}
+    kernel = {
+        "target": "sm90",
+        "kernel": "_k",
+        "call": "c",
+        "registers": 240,
+        "spills": 40,
+        "faults": [],
+        "remarks": ["spills 40 bytes"],
+    }
 
     def compiled(*records: dict):
         def step(environment: matrix.Environment, name: str, python: str, arguments: list[str]) -> None:
@@ -58,7 +66,7 @@ def test_only_what_the_gate_faults_fails(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(matrix, "_step", compiled(kernel, kernel | {"spills": 0, "remarks": []}))
     found = matrix.compile_ahead(matrix.Environment("toy"), sys.executable)
-    assert found == {"compiled": 2, "failed": [], "remarked": 1, "spilled": 40}
+    assert found == {"compiled": 2, "failed": [], "remarked": 1, "spilled": 40, "spare": 15}
     monkeypatch.setattr(matrix, "_step", compiled(kernel | {"faults": ["does not compile"]}))
     found = matrix.compile_ahead(matrix.Environment("toy"), sys.executable)
     assert found["failed"] == ["sm90 _k [c]: does not compile"]
