@@ -66,7 +66,10 @@ def poor(record: dict[str, Any]) -> list[str]:
         if not any(used.startswith(kind) for kind in kinds for used in record["matrix"]):
             found.append(f"dot {dot} without {' or '.join(kinds)}: {record['matrix'] or 'no matrix instruction'}")
     for i, loop in enumerate(record.get("loops", [])):
-        if loop["fences"] >= loop["matrix"] > 1:
+        several = loop["matrix"] > record.get("last_loop", {}).get(
+            "products", 1
+        )  # a product of few channels is one instruction
+        if several and loop["fences"] >= 2 * loop["matrix"]:  # one before and one after each
             found.append(f"matrix loop {i} is serialised: {loop['fences']} fences for {loop['matrix']} products")
     return found
 

@@ -20,8 +20,8 @@ class Loop:
         exponentials: MUFU.EX2; other: the other results of the special function unit (logarithms, reciprocals).
         fp32: additions, multiplications, comparisons and selections in single precision.
         shared: loads and stores of shared memory.  shuffles: exchanges between threads.
-        fences: of groups of matrix instructions (sm_90). As many as matrix instructions: they run one at a time, which ptxas calls
-            serialised (notes C7510, C7515).
+        fences: of groups of matrix instructions (sm_90), one before a group and one after. Twice as many as matrix instructions:
+            they run one at a time, which ptxas calls serialised (notes C7510, C7515).
     """
 
     issued: int

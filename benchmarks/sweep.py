@@ -30,6 +30,7 @@ def representative() -> list[Call]:
         Attention(0, 197, 6, 64, "bfloat16", batch=4, merge="mean", mask="bool"),
         OnePass(0, 197, 6, 64, "bfloat16", batch=4),
         OnePass(0, 197, 6, 64, "bfloat16", batch=4, known=True),
+        OnePass(0, 197, 6, 64, "bfloat16", batch=4, divergence="none"),
         ClassRow(1, 197, 6, 64, "bfloat16", batch=4),  # gradients added in place
         Relation(197, 384, 768, "bfloat16"),
         PlainAttention(),

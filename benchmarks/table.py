@@ -209,6 +209,18 @@ def aot(result: dict[str, Any], options: Options) -> list[list[str]]:
 
 _PLAIN, _MAP = "plain attention 64", "map 6x64 N197 bfloat16"
 _KNOWN, _MASKED = "map 6x64 known LSEs N197 bfloat16", "map 6x64 known LSEs bool mask N197 bfloat16"
+_ONE_PASS, _ONE_PASS_KNOWN = "one pass map 6x64 N197 bfloat16", "one pass map 6x64 known LSEs N197 bfloat16"
+_NO_DIVERGENCE = "one pass map none 6x64 N197 bfloat16"
+
+
+def _one_pass(forward: str, backward: str) -> tuple[tuple[str, str, int], ...]:
+    return (
+        ("_attention_fwd_kernel", forward, 1),
+        ("_attention_dq_kernel", backward, 1),
+        ("_attention_dkv_kernel", backward, 1),
+    )
+
+
 _COUNTED = {  # a sum, and what it is of: (kernel, call, how often)
     "attention, forward and backward": (
         ("_plain_forward_kernel", _PLAIN, 1), ("_plain_keys_kernel", _PLAIN, 1), ("_plain_queries_kernel", _PLAIN, 1),
@@ -217,14 +229,29 @@ _COUNTED = {  # a sum, and what it is of: (kernel, call, how often)
     "whole map": (("_map_normaliser_kernel", _MAP, 2), ("_map_value_kernel", _MAP, 1), ("_map_gradient_kernel", _MAP, 1)),
     "whole map, LSEs known, mask of keys": (("_map_value_kernel", _MASKED, 1), ("_map_gradient_kernel", _MASKED, 1)),
 }  # fmt: skip
+_COUNTED_ONE_PASS = {
+    "with the divergence, the teacher's LSE known": _one_pass(_ONE_PASS_KNOWN, _ONE_PASS),
+    "with the divergence": (("_map_normaliser_kernel", _MAP, 1), *_one_pass(_ONE_PASS, _ONE_PASS)),
+    "the same kernels without a divergence": _one_pass(_NO_DIVERGENCE, _NO_DIVERGENCE),
+}
 
 
 def counts(result: dict[str, Any], options: Options) -> list[list[str]]:
-    """Instructions per pair of query and key in the loop over wide tiles, of plain attention and of whole maps (sm_90, D 64)."""
+    """Whole maps beside plain attention."""
+    return _counts(result, _COUNTED)
+
+
+def one_pass(result: dict[str, Any], options: Options) -> list[list[str]]:
+    """Attention with its divergence beside the same kernels without."""
+    return _counts(result, _COUNTED_ONE_PASS)
+
+
+def _counts(result: dict[str, Any], counted: dict[str, tuple[tuple[str, str, int], ...]]) -> list[list[str]]:
+    """Instructions per pair of query and key in the loop over wide tiles (sm_90, D 64)."""
     records = {(r["kernel"], r["call"]): r for r in result["records"] if r["target"] == "sm90"}
     what = ("exponentials", "fp32", "issued")
     rows = [["kernel", "products", *what, "registers", "programs"]]
-    for name, parts in _COUNTED.items():
+    for name, parts in counted.items():
         sums = dict.fromkeys(("products", *what), 0.0)
         for kernel, call, times in parts:
             record = records[kernel, call]
@@ -274,6 +301,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any], Options], list[list[str]]
     "traffic": ("interpreter/traffic.json", traffic),
     "aot": ("aot/aot.json", aot),
     "counts": ("aot/aot.json", counts),
+    "one_pass": ("aot/aot.json", one_pass),
     "matrix": ("matrix/matrix.json", matrix),
 }
 

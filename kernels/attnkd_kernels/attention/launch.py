@@ -133,7 +133,8 @@ def _tile(kernel: str, maps: Maps, value: Tensor) -> Tile:
     models = (maps.student,) if maps.divergence == "none" else (maps.student, maps.teacher)
     dtype = torch.promote_types(value.dtype, maps.teacher.query.dtype)
     masks = tuple(map_launch._masks(model) for model in models)
-    extras = 3 if masks == (2, 2) else max(*masks, 1 if maps.divergence == "js" else 0)
+    heavy = maps.divergence == "js" or (kernel == "dkv" and maps.divergence in ("reverse_kl", "mse"))
+    extras = 3 if masks == (2, 2) else max(*masks, 1 if heavy else 0)
     width = max(value.shape[3], *(maps.width(model) for model in models))
     return pick_tile(kernel, maps.arch, dtype, width, extras)
 
