@@ -26,21 +26,22 @@ def gate(calls: Sequence[Any], targets: Sequence[str] = TARGETS, jobs: int | Non
 
     A record tells the call, target and kernel, what the kernel uses (:func:`benchmarks.compiled.read`), its ``faults`` and
     ``remarks`` (:func:`benchmarks.gate.verdict`).
-    Kernels that several calls launch alike come once. After each call comes a record of ``progress``.
+    As each call is done comes a record of ``progress``; at the end the kernels, in the order of the calls. One that several calls launch
+    alike comes once, with the first of them.
     """
     compiler = metadata.version("triton")
-    seen = set()
-    for call, target, records in _results(_tasks(calls, targets), jobs):
-        if not records:
-            records = [{"kernel": "", "hash": "", "error": "launched no kernel"}]
-        for record in records:
-            key = (target, record["hash"] or call.name)
-            if key in seen:
-                continue
-            seen.add(key)
-            record = {"call": call.name, "aligned": call.aligned, "target": target} | record
-            yield record | verdict(record, compiler)
+    tasks, found = _tasks(calls, targets), {}
+    for call, target, records in _results(tasks, jobs):
+        found[call.name, target] = records or [{"kernel": "", "hash": "", "error": "launched no kernel"}]
         yield {"progress": (call.name, target)}
+    seen = set()
+    for call, target in tasks:
+        for record in found[call.name, target]:
+            key = (target, record["hash"] or call.name)
+            if key not in seen:
+                seen.add(key)
+                record = {"call": call.name, "aligned": call.aligned, "target": target} | record
+                yield record | verdict(record, compiler)
 
 
 Task = tuple[Any, str]  # call and target
