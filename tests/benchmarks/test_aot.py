@@ -236,7 +236,11 @@ def test_the_command_reports_and_writes_what_it_found(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "3 kernels compiled, 0 failed"
     records = json.loads((tmp_path / "aot.json").read_text())["records"]
-    assert sorted(record["kernel"] for record in records) == ["_row_kl_bwd_kernel", "_row_kl_join_kernel", "_row_kl_split_kernel"]
+    assert sorted(record["kernel"] for record in records) == [
+        "_row_kl_bwd_kernel",
+        "_row_kl_join_kernel",
+        "_row_kl_split_kernel",
+    ]
     done = subprocess.run(
         [*command, "--match", "no such"], capture_output=True, text=True, env=environment, timeout=300
     )
