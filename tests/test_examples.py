@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 ROOT = Path(__file__).parent.parent
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4}
 CPU = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
 
 
@@ -27,8 +31,7 @@ def example(name: str) -> ModuleType:
 
 
 def timm_vit(classes: int = 5, **more: Any) -> nn.Module:
-    small = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, **more}
-    return timm.create_model("vit_tiny_patch16_224", num_classes=classes, **small)
+    return timm.create_model("vit_tiny_patch16_224", num_classes=classes, **{**SMALL, **more})
 
 
 def hugging_face_vit(classes: int = 0) -> nn.Module:
@@ -36,6 +39,69 @@ def hugging_face_vit(classes: int = 0) -> nn.Module:
     small = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
     config = transformers.ViTConfig(**small, image_size=32, patch_size=8, num_labels=classes)
     return transformers.ViTForImageClassification(config) if classes else transformers.ViTModel(config)
+
+
+def hugging_face(model: str, **config: Any) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    named = f"{model.removesuffix('Model').removesuffix('ForImageClassification')}Config"
+    return getattr(transformers, model)(getattr(transformers, named)(**small, image_size=32, patch_size=8, **config))
+
+
+def open_clip_tower() -> nn.Module:
+    return pytest.importorskip("open_clip").transformer.VisionTransformer(32, 8, 32, 3, 4, 2.0, output_dim=16)
+
+
+def twins() -> tuple[nn.Module, nn.Module]:
+    student = timm_vit()
+    return student, copy.deepcopy(student)
+
+
+PAIRS: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
+    # example: small models of its kinds, student and teacher
+    "dinov2_to_registers": lambda: (
+        timm.create_model("vit_small_patch14_reg4_dinov2", **{**SMALL, "patch_size": 8}, num_classes=0),
+        hugging_face("Dinov2WithRegistersModel", num_register_tokens=4),  # torch.hub's: tests/capture/test_adapters.py
+    ),
+    "dinov3_to_vit": lambda: (timm_vit(0, depth=4), hugging_face("DINOv3ViTModel", num_register_tokens=4)),
+    "siglip_to_deit": lambda: (timm_vit(0, num_heads=2), hugging_face("SiglipVisionModel")),
+    "mae_to_vit": lambda: (timm_vit(num_heads=2), timm_vit(0)),
+    "clip_to_vit": lambda: (timm_vit(0), open_clip_tower()),
+    "dino_s8_to_s16": lambda: (timm_vit(0), timm_vit(0, patch_size=4)),
+    "beit_to_vit": lambda: (
+        timm_vit(),
+        hugging_face("BeitForImageClassification", num_labels=5, use_relative_position_bias=True),
+    ),
+    "ema_self_distillation": twins,
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_pair_of_the_gallery(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = PAIRS[name]()
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    before, taught = copied(student), copied(teacher)
+    module = example(name)
+    batches = [(images(4), torch.arange(4)) for _ in range(2)]
+    losses = module.train(module.method(student, teacher), batches)
+    assert len(losses) == 2 and all(0 < loss < 100 for loss in losses)
+    attention = [key for key in changed(before, student) if "qkv.weight" in key]
+    assert attention
+    assert bool(changed(taught, teacher)) == (name == "ema_self_distillation")
+
+
+def test_every_file_is_tested_and_listed_and_its_models_exist() -> None:
+    found = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"loop"}
+    assert found == set(PAIRS) | {"transformers_trainer", "accelerate_loop", "lightning_module"}
+    page = (ROOT / "docs" / "models.md").read_text()
+    for name in found:
+        assert f"examples/{name}.py" in page, name
+        text = (ROOT / "examples" / f"{name}.py").read_text()
+        for model, more in re.findall(r'timm\.create_model\("([^"]+)"([^)]*)\)', text):
+            assert timm.is_model(model) and ("." not in model or model in timm.list_pretrained()), model
+            assert "pretrained=True" not in more or timm.list_pretrained(model.partition(".")[0] + "*"), model
+        for model, tag in re.findall(r'open_clip\.create_model\("([^"]+)", "([^"]+)"\)', text):
+            assert (model, tag) in pytest.importorskip("open_clip").list_pretrained()
 
 
 def images(count: int = 8) -> torch.Tensor:

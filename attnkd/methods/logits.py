@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attnkd.capture.models import num_classes
+
 KD_TEMPERATURE = 3.0
 """That of DeiT's soft distillation (Touvron et al., ICML 2021)."""
 
@@ -21,7 +23,7 @@ def check_classes(student: nn.Module, teacher: nn.Module) -> None:
     Raises:
         ValueError: naming ``kd_weight``.
     """
-    classes, theirs = (getattr(model, "num_classes", None) for model in (student, teacher))
+    classes, theirs = map(num_classes, (student, teacher))
     if not classes or theirs != classes:
         raise ValueError(
             f"kd_weight: expected student and teacher with classifiers of the same classes, got num_classes {classes} and "

@@ -320,7 +320,7 @@ def _check(
 
 def _digest(teacher: nn.Module) -> str:
     """Of all that the teacher computes with: its modules, their numbers of heads (no text shows them) and weights."""
-    heads = [getattr(module, "num_heads", None) for module in teacher.modules()]
+    heads = [getattr(m, "num_heads", getattr(m, "num_attention_heads", None)) for m in teacher.modules()]
     digest = hashlib.sha256(_plain(teacher, heads).encode())
     for name, value in teacher.state_dict().items():
         digest.update(name.encode())
