@@ -18,17 +18,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the same initial weights, in the same data order. Prints k-NN, linear probe and the KL to the teacher's "
         "attention; writes summary.json, curves.json, curves.png, attention.png and timm checkpoints. Under 10 minutes "
         "on two CPU cores. With --all, instead, all four methods (AttnDistill, head-specific KD, SSTA, Attention Probe), and "
-        "the same students without attention: under 30 minutes; writes summary.json, methods.md and methods.png."
+        "what they are compared with: labels alone, logit distillation, random heads and images; every seed has its own "
+        "teachers; under 30 minutes; writes summary.json, methods.md and methods.png."
     )
     parser.epilog = (
         "Interrupt it at any time: the same command continues after the last finished epoch. Stages whose settings "
         "have not changed are reused, others are trained in new directories; summary and figures are always written again."
     )
     option = parser.add_argument
-    option("--all", action="store_true", help="compare all four methods with the same training without attention")
+    option("--all", action="store_true", help="all four methods, and what they are compared with")
     option("--output-dir", type=Path, metavar="DIR", help="default: runs/demo, with -all and -quick as asked for")
     option(
-        "--epochs", type=int, metavar="N", help="epochs of each student (default: 30, with --all 60 on half the images)"
+        "--epochs", type=int, metavar="N", help="epochs of each student (default: 30, with --all 40 on half the images)"
     )
     option("--teacher-epochs", type=int, metavar="N", help="epochs of the teachers (default: 20, with --all 40)")
     option("--seeds", type=int, metavar="N", help="students in each arm, seeds 1 to N (default: 3, with --all 5)")

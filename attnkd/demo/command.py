@@ -23,8 +23,10 @@ from attnkd import files
 from attnkd.commands.info import versions
 from attnkd.commands.options import choose_device
 from attnkd.demo import QUICK, comparison, comparison_report, figures, report, wild
+from attnkd.demo.arms import ARMS
 from attnkd.demo.comparison import AllMethods, ComparisonConfig
-from attnkd.demo.experiment import ARMS, Config, Experiment
+from attnkd.demo.experiment import ARMS as TWO_ARMS
+from attnkd.demo.experiment import Config, Experiment
 from attnkd.demo.stages import Trained
 from attnkd.demo.training import Record
 from attnkd.demo.workers import one_thread, usual_jobs, workers
@@ -50,11 +52,10 @@ def run(args: argparse.Namespace) -> int:
     at_once = f", {jobs} students at a time" if jobs > 1 else ""
     console.print(f"attnkd demo on {device_name(device)}{at_once}, results in {directory}", markup=False)
     with files.locked(directory / "lock"), one_thread():
-        stages, summary = work(config, directory, device, jobs, console)
+        summary = work(config, directory, device, jobs, console)
         seconds = {
             "wall": time.perf_counter() - wall,
             "cpu": cpu_time() - cpu,
-            "training": training_time(stages),
         }
         summary |= {
             "config": asdict(config),
@@ -64,22 +65,18 @@ def run(args: argparse.Namespace) -> int:
             "versions": versions(),
         }
         files.write_json(directory / "summary.json", summary)
-    console.print(
-        f"{seconds['wall']:.0f} s ({seconds['cpu']:.0f} s of CPU time); all training: {seconds['training']:.0f} s"
-    )
+    console.print(f"{seconds['wall']:.0f} s ({seconds['cpu']:.0f} s of CPU time)")
     return 0
 
 
-def demonstrate(
-    config: Config, directory: Path, device: torch.device, jobs: int, console: Console
-) -> tuple[list[Trained], dict[str, Any]]:
-    """The demo: AttnDistill without and with attention guidance. Returns its stages and what goes into summary.json."""
+def demonstrate(config: Config, directory: Path, device: torch.device, jobs: int, console: Console) -> dict[str, Any]:
+    """The demo: AttnDistill without and with attention guidance. Returns what goes into summary.json."""
     console.print(
-        f"A teacher, {config.teacher_epochs} epochs; then {len(ARMS) * config.seeds} students, {config.epochs} epochs "
-        f"each: {config.seeds} with {ARMS['pa']}, {config.seeds} with {ARMS['pa_ag']}",
+        f"A teacher, {config.teacher_epochs} epochs; then {len(TWO_ARMS) * config.seeds} students, {config.epochs} epochs "
+        f"each: {config.seeds} with {TWO_ARMS['pa']}, {config.seeds} with {TWO_ARMS['pa_ag']}",
         markup=False,
     )
-    epochs = config.teacher_epochs + len(ARMS) * config.seeds * config.epochs
+    epochs = config.teacher_epochs + len(TWO_ARMS) * config.seeds * config.epochs
     make = functools.partial(Experiment, config, directory, device)
     with Progress(console, epochs) as progress, workers(make, jobs, progress) as run:
         outcome = make(progress).run(run)
@@ -93,16 +90,15 @@ def demonstrate(
     figures.draw_attention(outcome, directory / "attention.png")
     files.write_json(directory / "curves.json", report.curves(outcome))
     console.print(f"summary.json, curves.json, curves.png and attention.png are in {directory}")
-    return outcome.stages(), {**summary, "checkpoints": checkpoints}
+    return {**summary, "checkpoints": checkpoints}
 
 
 def compare(
     config: ComparisonConfig, directory: Path, device: torch.device, jobs: int, console: Console
-) -> tuple[list[Trained], dict[str, Any]]:
-    """All four methods, each beside the same training without attention; returns as :func:`demonstrate`."""
+) -> dict[str, Any]:
+    """All four methods, and what they are compared with; returns as :func:`demonstrate`."""
     console.print(
-        f"Three teachers, {config.teacher_epochs} epochs each; then {config.seeds} students in each of "
-        f"{len(comparison.ARMS)} arms",
+        f"{config.seeds} seeds: for each two teachers, {config.teacher_epochs} epochs, and a student in each of {len(ARMS)} arms",
         markup=False,
     )
     make = functools.partial(AllMethods, config, directory, device)
@@ -118,7 +114,7 @@ def compare(
     figures.draw_comparison(summary, directory / "methods.png")
     files.write_text(directory / "methods.md", comparison_report.markdown(summary))
     console.print(f"summary.json, methods.md (the table) and methods.png are in {directory}")
-    return outcome.stages(), {**summary, "checkpoints": checkpoints}
+    return {**summary, "checkpoints": checkpoints}
 
 
 class Progress:
@@ -159,11 +155,6 @@ def list_checkpoints(stages: list[Trained], directory: Path, console: Console) -
     """The stages' files; each was compared with the trained model when it was written."""
     console.print(f"\n{len(stages)} checkpoints loaded again by timm.create_model: features equal bit for bit")
     return [str(stage.checkpoint.relative_to(directory)) for stage in stages]
-
-
-def training_time(stages: list[Trained]) -> float:
-    """Seconds that all stages took, in this run and in those it continued."""
-    return sum(record["seconds"] for stage in stages for record in stage.history)
 
 
 def cpu_time() -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,16 @@ from timm.task import ClassificationTask
 from torch import Tensor, nn
 
 from attnkd import __version__
+from attnkd.capture.models import evaluating
 from attnkd.demo import models
+from attnkd.demo.attention import attention_divergence_per_image, cls_attention
 from attnkd.demo.data import Digits, RandomAffine, load_digits
-from attnkd.demo.evaluate import attention_divergence_per_image, cls_attention, features, knn_top1, linear_probe_top1
 from attnkd.demo.stages import Listener, Stages, Trained
-from attnkd.demo.training import Recipe, Record
+from attnkd.demo.training import Record, recipe
 from attnkd.demo.workers import Run
+from attnkd.evaluation.features import Features, extract
+from attnkd.evaluation.knn import knn
+from attnkd.evaluation.linear import linear_probe
 from attnkd.methods.attn_distill import AttnDistill
 
 ARMS = {"pa": "PA only", "pa_ag": "PA + AG"}
@@ -101,12 +106,19 @@ class Experiment:
         images, config = self.digits.test_images, self.config
         return cls_attention(teacher.model, images, config.temperature, self.student_grid, config.resample_mode)
 
-    def train_teacher(self, name: str, args: dict[str, Any]) -> Trained:
-        model = models.create(args, seed=0).to(self.device)
+    def train_teacher(self, name: str, args: dict[str, Any], seed: int = 0) -> Trained:
+        model, digits = models.create(args, seed).to(self.device), self.digits
         method = ClassificationTask(model, device=self.device, verbose=False)
-        settings = {"task": "classification", "model": args, "seed": 0}
+        settings = {"task": "classification", "model": args, "seed": seed}
+
+        def score(history: list[Record]) -> dict[str, float]:
+            known = self.top1(model, digits.train_images, digits.train_labels)
+            return {**self.scores(model, history), "train_top1": known}
+
         epochs = self.config.teacher_epochs
-        return self.stage(name, method, model, settings, epochs, evaluate=lambda: {"top1": self.top1(model)})
+        return self.stage(
+            name, method, model, settings, epochs, evaluate=lambda: {"top1": self.top1(model)}, score=score
+        )
 
     def train_student(self, arm: str, seed: int, teacher: Trained) -> Trained:
         config, target = self.config, self.target(teacher)
@@ -132,7 +144,10 @@ class Experiment:
 
         def evaluate() -> Record:
             rows = cls_attention(student, self.digits.test_images, config.temperature)
-            return {"knn": self.knn(student), "kl": attention_divergence_per_image(target, rows).mean().item()}
+            return {
+                "knn": self.knn(*self.features(student)),
+                "kl": attention_divergence_per_image(target, rows).mean().item(),
+            }
 
         return self.stage(f"student-{arm}-seed{seed}", method, student, settings, config.epochs, evaluate=evaluate)
 
@@ -141,31 +156,39 @@ class Experiment:
     ) -> Trained:
         """Train on the digits; by default score features, and what ``evaluate`` measured after the last epoch."""
 
-        def score(history: list[Record]) -> dict[str, float]:
-            measured = {key: value for key, value in history[-1].items() if key in ("top1", "kl")}
-            return {**measured, "knn": self.knn(model), "linear_probe": self.linear_probe(model)}
-
         data = self.digits.train_images, self.digits.train_labels
-        defaults = {"data": data, "augment": self.augment, "score": score}
-        return self.stages.train(name, method, model, settings, Recipe(epochs), **{**defaults, **options})
+        defaults = {"data": data, "augment": self.augment, "score": lambda history: self.scores(model, history)}
+        return self.stages.train(name, method, model, settings, recipe(epochs), **{**defaults, **options})
 
-    def knn(self, model: nn.Module) -> float:
-        return knn_top1(*self._features(model))
+    def scores(self, model: nn.Module, history: list[Record]) -> dict[str, float]:
+        """What was measured after the last epoch, and scores of the features."""
+        measured = {key: value for key, value in history[-1].items() if key in ("top1", "kl")}
+        train, test = self.features(model)
+        probe = linear_probe(train, test, device=self.device)
+        return {**measured, "knn": self.knn(train, test), "linear_probe": probe.top1}
 
-    def linear_probe(self, model: nn.Module) -> float:
-        return linear_probe_top1(*self._features(model))
-
-    @torch.no_grad()
-    def top1(self, model: nn.Module) -> float:
-        model.eval()
-        output = torch.cat([model(batch) for batch in self.digits.test_images.split(256)])
-        return 100 * (output.argmax(1) == self.digits.test_labels).float().mean().item()
-
-    def _features(self, model: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def features(self, model: nn.Module) -> tuple[Features, Features]:
+        """Of all training images and of the test images."""
         digits = self.digits
         return (
-            features(model, digits.train_images),
-            digits.train_labels,
-            features(model, digits.test_images),
-            digits.test_labels,
+            extract(model, batches(digits.train_images, digits.train_labels)),
+            extract(model, batches(digits.test_images, digits.test_labels)),
         )
+
+    def knn(self, train: Features, test: Features) -> float:
+        """Top-1 accuracy in percent with 20 neighbours, as DINO's."""
+        return knn(train, test, ks=(20,), device=self.device)[20]["top1"]
+
+    @torch.no_grad()
+    def top1(self, model: nn.Module, images: Tensor | None = None, labels: Tensor | None = None) -> float:
+        """Accuracy in percent of a classifier, on the test images unless others are given."""
+        if images is None or labels is None:
+            images, labels = self.digits.test_images, self.digits.test_labels
+        with evaluating(model):
+            right = sum(int((model(some).argmax(1) == theirs).sum()) for some, theirs in batches(images, labels))
+        return 100 * right / len(labels)
+
+
+def batches(images: Tensor, labels: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """[n, C, H, W] and [n] → batches of both."""
+    return zip(images.split(256), labels.split(256), strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from attnkd import files
-from attnkd.demo.evaluate import attention_divergence_per_image, cls_attention
+from attnkd.demo.attention import attention_divergence_per_image, cls_attention
 from attnkd.demo.experiment import ARMS, Outcome
 from attnkd.demo.training import Record
 
@@ -106,25 +105,45 @@ def draw_attention(outcome: Outcome, path: Path) -> None:
 
 
 def draw_comparison(summary: Mapping[str, Any], path: Path) -> None:
-    """For every method two panels, accuracy and distance: a line a seed, from without attention to with it."""
-    compared = summary["comparisons"]
+    """Left: every comparison of accuracies, dots for the seeds and the interval. Right: distances to the attention."""
     figure = _new_figure((13, 6))
-    panels = figure.subplots(2, len(compared))
-    for column, comparison in enumerate(compared):
-        for row, (key, label) in enumerate(
-            ((comparison["accuracy"], "accuracy, %"), (comparison["distance"], comparison["unit"]))
-        ):
-            pairs = [summary["arms"][comparison[arm]][key]["values"] for arm in ("without", "arm")]
-            axes = panels[row][column]
-            for seed in zip(*pairs, strict=True):
-                axes.plot((0, 1), seed, marker="o", markersize=4, linewidth=1, color="0.6", markerfacecolor="#0072B2")
-            axes.plot((0, 1), [statistics.fmean(values) for values in pairs], color="#D55E00", linewidth=2.5)
-            axes.set(xlim=(-0.25, 1.25), xticks=(0, 1), xticklabels=("without\nattention", "with"), ylabel=label)
-            axes.grid(axis="y", alpha=0.25)
-        panels[0][column].set_title(comparison["method"])
-        panels[1][column].set_ylim(bottom=0)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
+    accuracies = [each for each in summary["comparisons"] if each["unit"] == "points"]
+    distances = [each for each in summary["comparisons"] if each["unit"] != "points"]
+    for place, change in enumerate(accuracies):
+        left.plot(change["values"], [place] * len(change["values"]), "o", markersize=4, color="0.75")
+        shown = change.get("p_holm", 1.0) < 0.05
+        colour = "#D55E00" if shown else "#0072B2"
+        if change["interval_95"] is not None:
+            left.plot(change["interval_95"], [place, place], color=colour, linewidth=2)
+        left.plot(change["mean"], place, "D", color=colour, markersize=6)
+    left.axvline(0, color="0.35", linewidth=1)
+    left.set(
+        yticks=range(len(accuracies)),
+        yticklabels=[each["question"] for each in accuracies],
+        xlabel="difference in accuracy, points",
+    )
+    left.grid(axis="x", alpha=0.25)
+    left.invert_yaxis()
+    for place, change in enumerate(distances):
+        before = summary["before"][change["score"]]["mean"]
+        for arm, colour, offset in (("against", "#0072B2", -0.12), ("arm", "#D55E00", 0.12)):
+            values = [value / before for value in summary["arms"][change[arm]][change["score"]]["values"]]
+            right.plot(values, [place + offset] * len(values), "o", markersize=4, color=colour)
+    right.axvline(1, color="0.35", linestyle=":")
+    names = [each["question"].partition(":")[0] for each in distances]
+    right.set(
+        yticks=range(len(distances)),
+        yticklabels=names,
+        xlabel="distance to the attention,\nuntrained = 1",
+        xlim=(0, None),
+    )
+    right.grid(axis="x", alpha=0.25)
+    right.invert_yaxis()
     figure.suptitle(
-        "Test images. Above: accuracy. Below: distance to the teachers' attention. Thin: a seed, thick: their mean"
+        "Left: a dot for each seed, mean and its 95 % interval; orange where the difference stands after correction.\n"
+        "Right: with the attention loss (orange) and without (blue).",
+        fontsize=10,
     )
     files.write_figure(path, figure)
 

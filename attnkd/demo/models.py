@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attnkd import files
 from attnkd.capture.loading import load_saved as load
 from attnkd.demo.data import IMAGE_SIZE
-from attnkd.demo.evaluate import features
+from attnkd.evaluation.features import extract
 from attnkd.methods.pos_embed import sincos_pos_embed_
 
 _COMMON = {"model_name": "vit_tiny_patch16_224", "img_size": IMAGE_SIZE, "in_chans": 1}
@@ -65,5 +65,8 @@ def check_reload(model: nn.Module, path: Path, images: Tensor) -> None:
     """
     # GPU libraries may choose their kernels by memory address; on the CPU equal weights give equal bits.
     images = images.cpu()
-    if not torch.equal(features(load(path), images), features(copy.deepcopy(model).cpu(), images)):
+    saved, loaded = (
+        extract(each, [(images, torch.zeros(len(images)))]) for each in (copy.deepcopy(model).cpu(), load(path))
+    )
+    if not torch.equal(saved.values, loaded.values):
         raise RuntimeError(f"{path}: the model that timm loads from it does not give the features of the one saved")

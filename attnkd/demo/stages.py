@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from attnkd import files
 from attnkd.demo import models
-from attnkd.demo.training import Recipe, Record, load_state, train
+from attnkd.demo.training import Augment, Record, load_state, train
+from attnkd.methods.recipes import Recipe
+from attnkd.training import checkpoint
 
 
 class Listener(Protocol):
@@ -83,8 +85,8 @@ class Stages:
         data: tuple[Tensor, Tensor],
         *,
         score: Callable[[list[Record]], dict[str, float]],
-        augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
-        evaluate: Callable[[], Record] | None = None,
+        augment: Augment | None = None,
+        evaluate: Callable[[], Record] = dict,
     ) -> Trained:
         """Train ``method`` in place, or take from its directory what was trained there before.
 
@@ -107,7 +109,7 @@ class Stages:
             *data,
             recipe,
             seed=settings["seed"],
-            state_path=place.state,
+            path=place.state,
             fingerprint=place.fingerprint,
             augment=augment,
             evaluate=evaluate,
@@ -131,7 +133,7 @@ class StageDirectory:
         self.parent, self.name, self.settings = parent, name, settings
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:10]
         self.path = parent / f"{name}-{self.fingerprint}"
-        self.state, self.weights = self.path / "state.pt", self.path / "model.safetensors"
+        self.state, self.weights = self.path / checkpoint.NAME, self.path / "model.safetensors"
 
     def situation(self, epochs: int) -> tuple[int, str]:
         """Epochs already done here, and in words what will be reused. Makes the directory."""

@@ -211,7 +211,7 @@ def test_demo_in_two_processes_ends_like_one_and_leaves_none_behind(tmp_path):
     said = os.open(tmp_path / "said", os.O_RDONLY | os.O_NONBLOCK)
     for number, stage in ((signal.SIGTERM, "teacher"), (signal.SIGKILL, "student")):
         process = demonstrating(tmp_path / "two", "--jobs", "2", log=str(tmp_path / "said"))
-        while not list((tmp_path / "two").glob(f"{stage}-*/state.pt")):
+        while not list((tmp_path / "two").glob(f"{stage}-*/{checkpoint.NAME}")):
             assert process.is_alive()
             time.sleep(0.01)
         os.kill(process.pid, number)

@@ -1,4 +1,4 @@
-"""`attnkd demo --all`: four methods beside the same training without attention."""
+"""`attnkd demo --all`: four methods, and what they are compared with."""
 
 import contextlib
 import io
@@ -19,10 +19,11 @@ pytest.importorskip("rich")
 
 from attnkd.commands import cli
 from attnkd.demo import comparison, comparison_report, models
+from attnkd.demo.arms import ARMS, COMPARISONS, RULERS, Comparison
 from attnkd.demo.contrastive import SimCLR
 from attnkd.demo.data import RandomAffine, load_digits
-from attnkd.demo.training import Recipe, train
-from attnkd.methods.schedule import Schedule, Schedules
+from attnkd.demo.report import holm
+from attnkd.demo.training import recipe, train
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -45,16 +46,43 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run_all(tmp_path_factory.mktemp("demo all"))
 
 
-def test_every_method_stands_beside_its_arm_without_attention_and_comes_nearer_to_the_attention(quick: Run) -> None:
-    methods = [compared["method"] for compared in quick.summary["comparisons"]]
-    assert methods == ["AttnDistill", "Head-specific KD", "SSTA", "Attention Probe"]
-    for compared in quick.summary["comparisons"]:
-        without, arm = (quick.summary["arms"][compared[name]] for name in ("without", "arm"))
-        pairs = zip(without[compared["distance"]]["values"], arm[compared["distance"]]["values"], strict=True)
-        assert all(with_attention < 0.7 * alone for alone, with_attention in pairs)
-        change = compared["differences"]["accuracy"]["mean"]
-        assert change == pytest.approx(arm[compared["accuracy"]]["mean"] - without[compared["accuracy"]]["mean"])
-        assert compared["verdict"] in quick.text
+def test_comparisons_are_paired_corrected_together_and_printed(quick: Run) -> None:
+    found, arms = quick.summary["comparisons"], quick.summary["arms"]
+    assert len(found) == len(COMPARISONS) and {change["arm"] for change in found} | {
+        change["against"] for change in found
+    } == set(arms) - {"labels_all"}
+    for change in found:
+        against, arm = (arms[change[name]][change["score"]]["values"] for name in ("against", "arm"))
+        assert change["values"] == pytest.approx([b - a for a, b in zip(against, arm, strict=True)])
+        assert change["p_holm"] >= change["p"] and change["verdict"] in quick.text
+    assert [change["p_holm"] for change in found] == holm([change["p"] for change in found])
+
+
+def test_every_attention_loss_brings_the_student_nearer_to_the_attention(quick: Run) -> None:
+    distances = [change for change in quick.summary["comparisons"] if change["unit"] != "points"]
+    assert len(distances) == 4
+    for change in distances:
+        against, arm = (quick.summary["arms"][change[name]][change["score"]]["values"] for name in ("against", "arm"))
+        for without, with_attention in zip(against, arm, strict=True):
+            assert with_attention < 0.7 * without, change["question"]
+
+
+@pytest.mark.parametrize(
+    ("mean", "p", "unit", "says"),
+    [
+        (2.0, 0.01, "points", "better (+2.0 points, 95 % interval +1.0 to +3.0, p = 0.01)"),
+        (-2.0, 0.049, "points", "worse (-2.0 points, 95 % interval -3.0 to -1.0, p = 0.05)"),
+        (2.0, 0.05, "points", "no difference shown (+2.0 points"),
+        (2.0, 0.5, "points", "no difference shown (+2.0 points, 95 % interval +1.0 to +3.0, p = 0.50)"),
+        (-0.2, 2e-5, "nats", "better (-0.200 nats, 95 % interval -1.200 to +0.800, p = 2e-05)"),
+    ],
+)
+def test_a_sentence_says_what_stands_after_correction(mean: float, p: float, unit: str, says: str) -> None:
+    change = {"mean": mean, "interval_95": [mean - 1, mean + 1], "p_holm": p}
+    said = comparison_report.sentence(Comparison("question", "a", "b", "top1", unit), change)
+    assert said.startswith(f"question: {says}")
+    one = comparison_report.sentence(Comparison("question", "a", "b"), {"mean": mean, "interval_95": None})
+    assert "cannot show" in one
 
 
 def test_table_and_page_show_the_numbers_of_the_summary(quick: Run) -> None:
@@ -62,23 +90,42 @@ def test_table_and_page_show_the_numbers_of_the_summary(quick: Run) -> None:
     arms, before = quick.summary["arms"], quick.summary["before"]
     for text, split in ((quick.text, r"\s{2,}"), (page, r"\s*\|\s*")):
         lines = [[cell for cell in re.split(split, line.strip()) if cell] for line in text.splitlines()]
-        for compared in quick.summary["comparisons"]:
-            for name in (compared["without"], compared["arm"]):
-                accuracy, knn, distance = (
-                    arms[name][key] for key in (compared["accuracy"], "knn", compared["distance"])
-                )
-                cells = [
-                    arms[name]["name"],
-                    f"{accuracy['mean']:.1f} ± {accuracy['std']:.1f}",
-                    f"{knn['mean']:.1f} ± {knn['std']:.1f}",
-                    f"{before[compared['distance']]['mean']:.3f} → {distance['mean']:.3f} ± {distance['std']:.3f}",
-                ]
-                assert any(line[-len(cells) :] == cells or line[-len(cells) - 1 : -1] == cells for line in lines), cells
+        for arm in arms.values():
+            accuracy, knn = arm["top1" if "top1" in arm else "linear_probe"], arm["knn"]
+            cells = [arm["name"], " + ".join(str(count or "–") for count in arm["labels"].values())]
+            cells += [f"{value['mean']:.1f} ± {value['std']:.1f}" for value in (accuracy, knn)]
+            if len(RULERS[arm["group"]]) == 1:
+                name = f"{RULERS[arm['group']][0]}_distance"
+                cells.append(f"{before[name]['mean']:.3f} → {arm[name]['mean']:.3f} ± {arm[name]['std']:.3f}")
+            assert any(line[start : start + len(cells)] == cells for line in lines for start in (0, 1)), cells
+
+
+def test_labels_are_counted_equally(quick: Run) -> None:
+    """All that reach a student: its own, and those of its teachers, on which heads are chosen too."""
+    labels = {name: (arm["labels"]["own"], arm["labels"]["teachers"]) for name, arm in quick.summary["arms"].items()}
+    assert labels["labels"] == (128, 0) and labels["labels_all"] == (320, 0)
+    assert {labels[name] for name in labels if ARMS[name].group in ("Head-specific KD", "SSTA")} == {(128, 320)}
+    assert {labels[name] for name in labels if ARMS[name].group in ("AttnDistill", "Attention Probe")} == {(0, 320)}
+    for path in quick.directory.glob("importance-*.json"):
+        assert json.loads(path.read_text())["images"] == 320
+
+
+def test_every_seed_has_teachers_of_its_own(quick: Run) -> None:
+    for name in ("teacher", "assistant"):
+        first, second = quick.summary["teachers"][name]["linear_probe"]["values"]
+        assert first != second
+    teachers = [
+        json.loads(path.read_text())["teachers"]
+        for seed in (1, 2)
+        for path in quick.directory.glob(f"student-*-seed{seed}-*/settings.json")
+        if "teachers" in json.loads(path.read_text())
+    ]
+    assert len({json.dumps(each) for each in teachers if len(each) == 2}) == 2
 
 
 def test_scores_are_of_the_checkpoints_and_spreads_of_the_seeds(quick: Run) -> None:
     digits = load_digits(comparison.QUICK["train_size"], comparison.QUICK["test_size"])
-    assert len(quick.summary["checkpoints"]) == 3 + 2 * len(comparison.ARMS)
+    assert len(quick.summary["checkpoints"]) == 2 * (2 + len(ARMS))
     for name in quick.summary["checkpoints"]:
         match = re.match(r"student-(\w+)-seed(\d)", name)
         if match is None or "top1" not in quick.summary["arms"][match[1]]:
@@ -94,23 +141,30 @@ def test_scores_are_of_the_checkpoints_and_spreads_of_the_seeds(quick: Run) -> N
 
 
 def test_heads_come_from_the_search_and_images_from_the_selection(quick: Run) -> None:
-    heads = quick.summary["heads"]
     found = {
         kind: [json.loads(path.read_text()) for path in quick.directory.glob(f"importance-{kind}-*.json")]
         for kind in ("heads", "combinations")
     }
-    assert [len(found[kind]) for kind in ("heads", "combinations")] == [1, 2]
-    for block, counts in enumerate(found["heads"][0]["correct"]):
-        worst_kept = max(counts[head] for head in heads["head_kd"][block])
-        assert worst_kept <= min(count for head, count in enumerate(counts) if head not in heads["head_kd"][block])
-    for name in ("teacher", "assistant"):
-        best = [torch.tensor(search["correct"]).min().item() for search in found["combinations"]]
-        chosen = [torch.tensor(search["correct"])[tuple(heads[name])].item() for search in found["combinations"]]
-        assert any(a == b for a, b in zip(best, chosen, strict=True))
+    assert [len(found[kind]) for kind in ("heads", "combinations")] == [2, 4]
+
+    def is_best(heads: list[list[int]], counts: list[list[int]]) -> bool:
+        pairs = zip(heads, counts, strict=True)
+        return all(sorted(count)[:2] == sorted(count[head] for head in kept) for kept, count in pairs)
+
+    for heads in quick.summary["heads"]:
+        chosen = heads["importance"]
+        assert sum(is_best(chosen["head_kd"], search["correct"]) for search in found["heads"]) >= 1
+        for name in ("teacher", "assistant"):
+            searches = [torch.tensor(search["correct"]) for search in found["combinations"]]
+            assert any(search[tuple(chosen[name])] == search.min() for search in searches)
     for seed in (1, 2):
         (listed,) = quick.directory.glob(f"wild-*-seed{seed}/selected.txt")
         kept = sum(name.startswith("digits/") for name in listed.read_text().splitlines())
-        assert quick.summary["arms"]["probe"]["digits_kept"]["values"][seed - 1] == kept
+        assert quick.summary["arms"]["v"]["digits_kept"]["values"][seed - 1] == kept
+    for arm in ("vn", "va", "random"):
+        assert (
+            quick.summary["arms"][arm]["digits_kept"]["values"] != quick.summary["arms"]["v"]["digits_kept"]["values"]
+        )
 
 
 def test_a_second_run_reuses_everything_and_says_the_same(quick: Run) -> None:
@@ -170,8 +224,7 @@ def test_views_drawn_by_the_task_are_the_same_after_an_interruption(tmp_path: Pa
                 raise Stopped
 
         train(
-            task, digits.train_images, digits.train_labels, Recipe(3), seed=0, state_path=tmp_path / name, fingerprint="",
-            on_epoch=on_epoch,
+            task, digits.train_images, digits.train_labels, recipe(3), seed=0, path=tmp_path / name, fingerprint="", on_epoch=on_epoch,
         )  # fmt: skip
         return task.state_dict()
 
@@ -183,25 +236,9 @@ def test_views_drawn_by_the_task_are_the_same_after_an_interruption(tmp_path: Pa
     assert all(torch.equal(whole[name], continued[name]) for name in whole)
 
 
-def test_the_loop_tells_scheduled_weights_the_epoch_from_zero(tmp_path: Path) -> None:
-    class Task(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(()))
-            self.schedules = Schedules(beta=Schedule(1.0, stop=2))
-            self.set_epoch = self.schedules.set_epoch
-
-        def forward(self, images: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {"loss": self.weight**2, "beta_loss": torch.tensor(self.schedules["beta"])}
-
-    history = train(
-        Task(), torch.zeros(64, 1), torch.zeros(64), Recipe(4), seed=0, state_path=tmp_path / "s.pt", fingerprint=""
-    )
-    assert [record["beta_loss"] for record in history[1:]] == [1, 1, 0, 0]
-
-
 def test_the_page_shows_the_committed_run() -> None:
     summary = json.loads((DOCS / "results" / "methods.json").read_text(encoding="utf-8"))
     page = (DOCS / "methods" / "comparison.md").read_text(encoding="utf-8")
     assert comparison_report.markdown(summary) in page
-    assert summary["config"]["seeds"] >= 5 and summary["seconds"]["wall"] < 30 * 60
+    assert set(summary["arms"]) == set(ARMS) and len(summary["comparisons"]) == len(COMPARISONS)
+    assert summary["config"]["seeds"] >= 3 and summary["seconds"]["cpu"] < 2 * 30 * 60

@@ -310,11 +310,10 @@ def test_student_by_name_has_a_classifier():
 def test_digits_end_to_end(tmp_path):
     """A short run on real digits brings the student's attention nearer to the teacher's than class labels alone do."""
     from attnkd.demo.data import load_digits
-    from attnkd.demo.training import Recipe, train
+    from attnkd.demo.training import recipe, train
 
     digits = load_digits(320, 100)
     teacher = vit(4, dim=64, seed=1)
-    recipe = Recipe(epochs=3)
 
     def run(name, task):
         def evaluate():
@@ -325,9 +324,9 @@ def test_digits_end_to_end(tmp_path):
             task,
             digits.train_images,
             digits.train_labels,
-            recipe,
+            recipe(3),
             seed=0,
-            state_path=tmp_path / name,
+            path=tmp_path / name,
             fingerprint=name,
             evaluate=evaluate,
         )

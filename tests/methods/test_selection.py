@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from attnkd import files
 from attnkd.demo import models, wild
 from attnkd.demo.data import RandomAffine, load_digits
-from attnkd.demo.training import Recipe, train
+from attnkd.demo.training import recipe, train
 from attnkd.methods.probe_scores import ProbeScorer, cosine_to_uniform
 from attnkd.methods.selection import select_images
 
@@ -38,7 +38,7 @@ def world(tmp_path_factory, digits):
     teacher = models.create(models.COARSE_TEACHER, seed=0)
     task = ClassificationTask(teacher)
     train(
-        task, digits.train_images, digits.train_labels, Recipe(12), seed=0, state_path=folder / "state.pt", fingerprint="",
+        task, digits.train_images, digits.train_labels, recipe(12), seed=0, path=folder / "state.pt", fingerprint="",
         augment=RandomAffine(digits.background),
     )  # fmt: skip
     torch.set_num_threads(threads)

@@ -377,7 +377,7 @@ def test_digits_end_to_end(tmp_path):
     from timm.task import ClassificationTask
 
     from attnkd.demo.data import load_digits
-    from attnkd.demo.training import Recipe, train
+    from attnkd.demo.training import recipe, train
 
     digits = load_digits(320, 100)
     teacher, assistant, student = vit(3, seed=1), vit(3, seed=2), vit(2)
@@ -386,9 +386,9 @@ def test_digits_end_to_end(tmp_path):
             ClassificationTask(model, verbose=False),
             digits.train_images,
             digits.train_labels,
-            Recipe(epochs=3),
+            recipe(3),
             seed=index,
-            state_path=tmp_path / f"{index}.pt",
+            path=tmp_path / f"{index}.pt",
             fingerprint=str(index),
         )
     loader = [(digits.test_images, digits.test_labels)]
