@@ -110,6 +110,15 @@ _SPLIT: dict[tuple[str, str], Tile] = {  # no extras, 65 to 96 channels: 64 and 
     ("unit", "sm90"): Tile(64, 32, 32, 4, 3, split=96),
     ("dq", "sm90"): Tile(64, 64, 32, 4, 2, split=96),
     ("dk", "sm90"): Tile(64, 64, 32, 4, 3, split=96),
+    ("normaliser", "sm100"): Tile(64, 64, 32, 4, 2, split=96),
+    ("value", "sm100"): Tile(64, 64, 32, 4, 2, split=96),
+    ("unit", "sm100"): Tile(64, 32, 32, 4, 2, split=96),
+    ("dq", "sm100"): Tile(64, 64, 32, 4, 2, split=96),
+    ("dk", "sm100"): Tile(64, 32, 32, 4, 2, split=96),
+    ("normaliser", "gfx942"): Tile(64, 64, 32, 4, 2, split=96),
+    ("value", "gfx942"): Tile(64, 32, 32, 4, 2, split=96),
+    ("dq", "gfx942"): Tile(64, 32, 32, 4, 2, split=96),
+    ("dk", "gfx942"): Tile(64, 32, 32, 4, 2, split=96),
 }  # fmt: skip
 _HEAVY: dict[tuple[str, str], Pair] = {  # js or boolean masks of keys; and beyond 128 channels
     ("value", "sm80"): (Tile(64, 32, 32, 4, 2), Tile(64, 32, 32, 4, 2, whole=64)),
