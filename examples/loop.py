@@ -22,7 +22,7 @@ def train(task: nn.Module, batches: Iterable[tuple[Tensor, ...]], lr: float = 5e
     device = next(task.parameters()).device
     optimizer, losses = torch.optim.AdamW(task.parameters(), lr), []
     for batch in batches:
-        loss = task(*(tensor.to(device) for tensor in batch))["loss"]
+        loss = task(*(part.to(device) for part in batch))["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

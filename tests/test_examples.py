@@ -52,6 +52,36 @@ def open_clip_tower() -> nn.Module:
     return pytest.importorskip("open_clip").transformer.VisionTransformer(32, 8, 32, 3, 4, 2.0, output_dim=16)
 
 
+def swin(depth: int) -> nn.Module:
+    small = {
+        "img_size": 32,
+        "patch_size": 4,
+        "window_size": 4,
+        "embed_dim": 16,
+        "depths": (2, depth),
+        "num_heads": (2, 4),
+    }
+    return timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, **small)
+
+
+def text(kind: str, **sizes: int) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(**sizes, vocab_size=50, num_labels=5)
+    return getattr(transformers, f"{kind}ForSequenceClassification")(config)
+
+
+class Words(dict):
+    """What a tokenizer gives."""
+
+    def to(self, device: torch.device) -> Words:
+        return self
+
+
+def words() -> Words:
+    visible = torch.arange(7) < torch.tensor([[7], [4], [2], [7]])
+    return Words(input_ids=torch.randint(2, 50, (4, 7)) * visible, attention_mask=visible.long())
+
+
 def twins() -> tuple[nn.Module, nn.Module]:
     student = timm_vit()
     return student, copy.deepcopy(student)
@@ -73,6 +103,11 @@ PAIRS: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
         hugging_face("BeitForImageClassification", num_labels=5, use_relative_position_bias=True),
     ),
     "ema_self_distillation": twins,
+    "swin_to_swin": lambda: (swin(2), swin(6)),
+    "bert_to_distilbert": lambda: (
+        text("DistilBert", dim=32, n_layers=2, n_heads=4, hidden_dim=64),
+        text("Bert", hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64),
+    ),
 }
 
 
@@ -82,10 +117,10 @@ def test_a_pair_of_the_gallery(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.syspath_prepend(ROOT / "examples")
     before, taught = copied(student), copied(teacher)
     module = example(name)
-    batches = [(images(4), torch.arange(4)) for _ in range(2)]
+    batches: list = [(words() if "bert_" in name else images(4), torch.arange(4)) for _ in range(2)]
     losses = module.train(module.method(student, teacher), batches)
     assert len(losses) == 2 and all(0 < loss < 100 for loss in losses)
-    attention = [key for key in changed(before, student) if "qkv.weight" in key]
+    attention = [key for key in changed(before, student) if "qkv.weight" in key or "attention.q_lin" in key]
     assert attention
     assert bool(changed(taught, teacher)) == (name == "ema_self_distillation")
 

@@ -66,15 +66,57 @@ def pair_blocks(
     elif any(isinstance(block, str) for block in wanted):
         raise ValueError(f"{theirs}: needed when blocks are module paths, got None")
     else:
-        depth, teacher_depth = len(block_stack(student, "blocks")), len(block_stack(teacher, theirs))
-        teacher_wanted = [-(-(index + 1) * teacher_depth // depth) - 1 for index in _indices(depth, wanted, "blocks")]
+        depths = _depths(student, teacher, theirs)
+        teacher_wanted = [
+            _counterpart(index, depths) for index in _indices(sum(a for a, _ in depths), wanted, "blocks")
+        ]
     if len(teacher_wanted) != len(wanted):
         raise ValueError(f"{theirs}: expected {len(wanted)}, one for each of blocks, got {len(teacher_wanted)}")
     student_paths = [path for block in wanted for path in find(student, block, "blocks")]
     _check_once(student_paths, blocks, "blocks")
     teacher_paths = [path for block in teacher_wanted for path in find(teacher, block, theirs)]
+    if find is attention_paths:
+        for path, other in zip(student_paths, teacher_paths, strict=True):
+            _check_window(student, path, teacher, other, teacher_name)
     observed = list(dict.fromkeys(teacher_paths))
     return student_paths, observed, [(index, observed.index(path)) for index, path in enumerate(teacher_paths)]
+
+
+def _depths(student: nn.Module, teacher: nn.Module, theirs: str) -> list[tuple[int, int]]:
+    """(the student's, the teacher's) number of blocks, of each stage where both have the same number of stages."""
+    stages = [None if (one := find_adapter(model)) is None else one.stages(model) for model in (student, teacher)]
+    if stages[0] is not None and stages[1] is not None and len(stages[0]) == len(stages[1]):
+        return list(zip(*stages, strict=True))
+    return [(len(block_stack(student, "blocks")), len(block_stack(teacher, theirs)))]
+
+
+def _counterpart(index: int, depths: list[tuple[int, int]]) -> int:
+    """The teacher's block for a student's: in its stage, the last for the last."""
+    before = 0
+    for depth, teacher_depth in depths:
+        if index < depth:
+            break
+        index, before = index - depth, before + teacher_depth
+    return before - (-(index + 1) * teacher_depth // depth) - 1
+
+
+def _check_window(student: nn.Module, path: str, teacher: nn.Module, other: str, name: str) -> None:
+    """Refuse attentions that run over different parts of the tokens: equal numbers do not make equal tokens."""
+    ours, theirs = (
+        None if (adapter := find_adapter(model)) is None else adapter.window(model, at)
+        for model, at in ((student, path), (teacher, other))
+    )
+    if ours != theirs:
+        raise ValueError(
+            f"blocks, {name}_blocks: {path} of the student and {other} of the {name} attend over different tokens: {_window(ours)} and "
+            f"{_window(theirs)}; pair blocks with the same"
+        )
+
+
+def _window(window: object) -> str:
+    if isinstance(window, tuple):
+        return "grid {}x{}, windows of {}x{}, shifted by {}x{}".format(*(n for pair in window for n in pair))
+    return "all of them" if window is None else f"those within {window}"
 
 
 def block_path(path: str) -> str | None:
@@ -191,11 +233,11 @@ def block_stack(model: nn.Module, name: str = "blocks") -> list[str]:
     }
     stacks = [path for path in lists if path == "blocks"]
     stacks = stacks or [path for path in lists if path.split(".")[-1] == "blocks"]
-    stacks = stacks or [path for path, module in lists.items() if all(_attentions(block) for block in module)]
+    stacks = stacks or [path for path, module in lists.items() if all(attentions_of(block) for block in module)]
     if len(stacks) == 1:
         return [f"{stacks[0]}.{child}" for child in lists[stacks[0]]._modules]  # a shared block too
     found = f"its lists of blocks are {', '.join(stacks)}" if stacks else "it has none"
-    candidates = _attentions(model)
+    candidates = attentions_of(model)
     raise ValueError(
         f"{name}: indices need a model with one list of blocks, {type(model).__name__}: {found}; give module paths. Its "
         f"attentions are {_shortened(candidates) if candidates else NO_ATTENTION}"
@@ -212,7 +254,7 @@ def _shortened(paths: list[str]) -> str:
 def _attention_in(path: str, block: nn.Module) -> str:
     """The path of a block's one attention: a submodule, or the block itself (timm's ParallelScalingBlock)."""
     named = [(f"{path}.{name}" if name else path, module) for name, module in block.named_modules()]
-    found = [f"{path}.{name}" if name else path for name in _attentions(block)]
+    found = [f"{path}.{name}" if name else path for name in attentions_of(block)]
     if len(found) == 1:
         return found[0]
     if found:
@@ -226,7 +268,7 @@ def _attention_in(path: str, block: nn.Module) -> str:
     )
 
 
-def _attentions(module: nn.Module) -> list[str]:
+def attentions_of(module: nn.Module) -> list[str]:
     """Paths of the attentions inside a module that can be tapped: those with timm's flag, else those whose code says so."""
     named = list(module.named_modules())
     flagged = [name for name, part in named if hasattr(part, "fused_attn")]

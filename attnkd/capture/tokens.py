@@ -72,7 +72,10 @@ def patch_grid(model: nn.Module, size: Sequence[int], num_patches: int | None = 
     adapter = adapter_for(model)
     grid = adapter.grid(model, size)
     if grid is None:
-        raise TypeError(f"model: {type(model).__name__} has no patch_embed that tells its grid (dynamic_feat_size)")
+        raise TypeError(
+            f"model: {type(model).__name__} has no patch grid that is known, and the rows of its attentions run over none (a timm model "
+            "says it with patch_embed.dynamic_feat_size; windows and text have none). HeadKD compares whole maps"
+        )
     height, width = grid
     num_patches = height * width if num_patches is None else num_patches
     if height * width != num_patches or adapter.drops_patches(model):

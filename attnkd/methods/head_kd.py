@@ -17,6 +17,7 @@ from attnkd.attention.checks import check_choice
 from attnkd.attention.problem import DIVERGENCES
 from attnkd.attention.resample import MODES as RESAMPLE_MODES
 from attnkd.capture.adapters import adapter_for
+from attnkd.capture.adapters.text import is_text
 from attnkd.capture.blocks import Blocks, pair_blocks
 from attnkd.capture.models import num_classes, resolve_model
 from attnkd.capture.tap import AttentionTap, Wanted
@@ -128,7 +129,7 @@ class HeadKD(DistillTask):
             )
         student = build_student(student, criterion, num_classes)
         teacher = resolve_model(teacher, pretrained=True)
-        check_pair(student, "teacher", teacher)
+        check_pair(student, "teacher", teacher, text=True)
         check_student(student, criterion, impl, device, dtype)
         schedules = check_numbers(
             {"kd_weight": kd_weight},
@@ -181,7 +182,8 @@ class HeadKD(DistillTask):
         """One training step's losses.
 
         Args:
-            images: [B, C, H, W], normalised for the student.
+            images: [B, C, H, W], normalised for the student; for text encoders what their tokenizer gives, a dictionary with
+                input_ids [B, L] and attention_mask [B, L].
             targets: what ``criterion`` takes: [B] class indices, or [B, classes] probabilities.
 
         Returns:
@@ -206,9 +208,8 @@ class HeadKD(DistillTask):
         if taught and self.one_pass:
             target_output, teacher_calls = self.teachers["teacher"](images)
             if alpha < 1:
-                wanted = [
-                    self._wanted(pair, teacher_calls, images.shape[-2:], options) for pair in range(len(self.pairs))
-                ]
+                size = None if is_text(images) else images.shape[-2:]
+                wanted = [self._wanted(pair, teacher_calls, size, options) for pair in range(len(self.pairs))]
         output, _, student_calls, rows = self.run_student(images, teacher=wanted)
         if taught and not self.one_pass:
             target_output, teacher_calls = self.teachers["teacher"](images)
@@ -240,12 +241,12 @@ class HeadKD(DistillTask):
         return {"loss": self.total(parts), **result}
 
     def _wanted(
-        self, pair: int, teacher_calls: list[AttentionCall], size: Sequence[int], options: dict[str, Any]
+        self, pair: int, teacher_calls: list[AttentionCall], size: Sequence[int] | None, options: dict[str, Any]
     ) -> Wanted:
         """What the student's attention of a pair compares its rows with, see :meth:`attnkd.AttentionTap.distil`."""
         (_, t), (ours, theirs) = self.pairs[pair], self.heads[pair]
         teacher = teacher_calls[t]
-        grid = adapter_for(self.student).grid(self.student, size)
+        grid = None if size is None else adapter_for(self.student).grid(self.student, size)
         if self.mode != "head_to_head" and teacher.grid in (grid, None):  # all of the student's heads, and no resizing
             return take_heads(filled_in(teacher, self.layouts[1]), theirs), options | {"reduction": "none"}
 

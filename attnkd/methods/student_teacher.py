@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attnkd.attention.call import AttentionCall
 from attnkd.capture.adapters import adapter_for
+from attnkd.capture.adapters.text import is_text
 from attnkd.capture.models import final_tokens, input_stats, modes, parameter_dtype, restore_modes
 from attnkd.capture.tap import AttentionTap, Wanted
 from attnkd.capture.tokens import padded_patches, token_layout
@@ -113,7 +114,9 @@ class FrozenTeacher(nn.Module):
         return self.tap(images)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """The images in the teacher's own normalisation and dtype."""
+        """The images in the teacher's own normalisation and dtype; text as it is."""
+        if is_text(images):
+            return images
         if self.scale is not None and self.shift is not None:
             images = images * self.scale + self.shift
         return images.to(parameter_dtype(self.tap.model))

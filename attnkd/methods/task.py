@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attnkd.attention.checks import check_choice, check_device
 from attnkd.attention.dispatch import IMPLS
 from attnkd.capture.adapters import adapter_for
+from attnkd.capture.adapters.text import is_text
 from attnkd.capture.models import (
     TrainingTask,
     check_images,
@@ -108,11 +109,19 @@ class DistillTask(TrainingTask):
         Raises:
             ValueError: images of another rank or size than a model takes, missing targets.
         """
-        if not isinstance(images, Tensor) or images.ndim != 4:
+        words = adapter_for(self.student).vocabulary(self.student) is not None
+        if words and not (is_text(images) and "input_ids" in images):
+            raise ValueError(
+                "images: a text encoder takes what its tokenizer gives, a dictionary with input_ids [B, L] and attention_mask, got "
+                f"{type(images).__name__}"
+            )
+        if not words and (not isinstance(images, Tensor) or images.ndim != 4):
             got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"images: expected [B, C, H, W], got {got}; NaFlex batches of patches are not supported")
         if self.criterion is not None and targets is None:
             raise ValueError("targets: needed by criterion, got None (criterion=None trains without labels)")
+        if words:
+            return
         if len(images) == 0:
             raise ValueError(f"images: expected at least one, got shape {tuple(images.shape)}")
         check_images("student", self.student, images)
@@ -123,7 +132,8 @@ class DistillTask(TrainingTask):
         """What the trainable module returns for the images."""
         if not torch.compiler.is_compiling():
             self._check_wrapper()
-        return self.trainable_module(images.to(parameter_dtype(self.student)), **options)
+        images = images if is_text(images) else images.to(parameter_dtype(self.student))
+        return self.trainable_module(images, **options)
 
     def total(self, parts: Sequence[tuple[float, Tensor]]) -> Tensor:
         """Σ weight · loss over the parts that are on.
@@ -306,12 +316,15 @@ def check_student(
         )
 
 
-def check_pair(student: nn.Module, name: str, teacher: nn.Module, class_token: bool = False) -> None:
-    """Refuse models that cannot be compared on the same images.
+def check_pair(
+    student: nn.Module, name: str, teacher: nn.Module, class_token: bool = False, text: bool = False
+) -> None:
+    """Refuse models that cannot be compared on the same images, or the same text.
 
     Args:
         name: of the teacher, for messages.
         class_token: both must have one.
+        text: whether the method takes text encoders.
 
     Raises:
         TypeError: a model that no adapter speaks for.
@@ -325,6 +338,16 @@ def check_pair(student: nn.Module, name: str, teacher: nn.Module, class_token: b
                 f"(num_prefix_tokens = {token_layout(model).num_prefix_tokens}, cls_token is None); rows='mean' compares "
                 "without one (AttnDistill also 'pool' and 'all')"
             )
+    words = [adapter_for(model).vocabulary(model) for model in (student, teacher)]
+    if words != [None, None] and not text:
+        raise ValueError(
+            f"student and {name}: text encoders are compared by HeadKD only, got {_types(student, teacher)}"
+        )
+    if words[0] != words[1]:
+        raise ValueError(
+            f"student and {name} see the same tokens, but {_types(student, teacher)} know {words[0]} and {words[1]} words (None: images); "
+            "both need the same tokenizer"
+        )
     if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
         raise ValueError(f"{name}: shares parameters with student; freezing the teacher would freeze the student")
     channels = input_channels(student), input_channels(teacher)
@@ -339,3 +362,7 @@ def check_pair(student: nn.Module, name: str, teacher: nn.Module, class_token: b
             f"student and {name} see the same images, but student takes {sizes[0]} and {name} {sizes[1]} pixels only; "
             "build one of them with another img_size, or with dynamic_img_size=True"
         )
+
+
+def _types(student: nn.Module, teacher: nn.Module) -> str:
+    return f"{type(student).__name__} and {type(teacher).__name__}"

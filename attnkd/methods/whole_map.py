@@ -19,7 +19,10 @@ from attnkd.capture.tokens import TokenLayout, check_same_grid, filled_in, paddi
 def num_heads(model: nn.Module, path: str) -> int:
     """The number of heads of an attention, as its module says."""
     attention = model.get_submodule(path)
-    heads = integer(getattr(attention, "num_heads", getattr(attention, "num_attention_heads", None)))
+    names = ("num_heads", "num_attention_heads", "n_heads")
+    heads = integer(next((getattr(attention, name) for name in names if hasattr(attention, name)), None))
+    config = getattr(attention, "config", None)
+    heads = integer(getattr(config, "num_attention_heads", None)) if heads is None else heads  # ModernBERT
     if heads is None:
         raise TypeError(f"{path} ({plain_class(model.get_submodule(path)).__name__}): does not say its num_heads")
     return heads
@@ -104,6 +107,10 @@ def whole_map_divergence(
         padded = padding(student.mask, student.key.shape[2])
     reduction, row_weight = "mean", None if padded is None else (~padded).float()[:, None]
     if sample_weight is not None:
+        if (
+            len(sample_weight) != student.query.shape[0]
+        ):  # windows lie in the batch, those of an image one after the other
+            sample_weight = sample_weight.repeat_interleave(student.query.shape[0] // len(sample_weight))
         heads = student.query.shape[1] if merge is None else 1
         counted = heads * student.query.shape[2] if row_weight is None else heads * row_weight.mean(0).sum()
         row_weight = (sample_weight / counted)[:, None, None] * (1 if row_weight is None else row_weight)

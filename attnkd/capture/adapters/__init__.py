@@ -11,12 +11,14 @@ from attnkd.capture.adapters.base import Adapter, Grid, TokenLayout
 from attnkd.capture.adapters.dino_hub import DinoHub
 from attnkd.capture.adapters.hugging_face import HuggingFace
 from attnkd.capture.adapters.open_clip import OpenClip
+from attnkd.capture.adapters.swin import Swin
+from attnkd.capture.adapters.text import TextEncoder
 from attnkd.capture.adapters.timm_models import Timm
 from attnkd.capture.adapters.torchvision_models import Torchvision
 
 __all__ = ["Adapter", "Grid", "TokenLayout", "adapter_for", "find_adapter", "register_adapter"]
 
-_ADAPTERS: list[Adapter] = [HuggingFace(), Torchvision(), OpenClip(), DinoHub(), Timm()]
+_ADAPTERS: list[Adapter] = [HuggingFace(), Torchvision(), OpenClip(), DinoHub(), TextEncoder(), Swin(), Timm()]
 
 
 def register_adapter(adapter: Adapter) -> None:
@@ -49,6 +51,11 @@ def adapter_for(model: nn.Module, label: str = "model") -> Adapter:
     """
     adapter = find_adapter(model) if isinstance(model, nn.Module) else None
     if adapter is None:
+        if hasattr(model, "get_base_model"):  # peft
+            raise TypeError(
+                f"{label}: expected a Vision Transformer, got {type(model).__name__} around one; give {label}.get_base_model(), which has "
+                "the adapters' weights in it, and trains them alone"
+            )
         families = ", ".join(one.family for one in _ADAPTERS)
         raise TypeError(
             f"{label}: expected a Vision Transformer of a known family ({families}) or a timm name, got "

@@ -47,6 +47,18 @@ class Adapter:
         """The paths of the model's blocks in running order; None where they are its one list of modules with an attention each."""
         return None
 
+    def stages(self, model: nn.Module) -> list[int] | None:
+        """The numbers of blocks in the stages of a model whose grid shrinks on the way; None for one grid."""
+        return None
+
+    def window(self, model: nn.Module, path: str) -> Any:
+        """In which part of the tokens an attention runs: two maps are compared only where these are equal. None: in all of them."""
+        return None
+
+    def vocabulary(self, model: nn.Module) -> int | None:
+        """The number of words that a text encoder knows; None for a model that takes images."""
+        return None
+
     def layout(self, model: nn.Module) -> TokenLayout:
         """What the final tokens are, see :class:`TokenLayout`."""
         raise NotImplementedError
