@@ -25,6 +25,10 @@ COMMANDS = {
         "attnkd.commands.validate",
         "the implementations against a float64 oracle, the methods against the textbook, on this machine",
     ),
+    "models": (
+        "attnkd.commands.models",
+        "which models of the installed timm and transformers are captured exactly, as a table",
+    ),
     "select": (
         "attnkd.commands.select",
         "list the images of a folder on which a teacher should be distilled (Attention Probe)",

@@ -1,0 +1,46 @@
+"""`attnkd models`: :func:`attnkd.testing.census.census` on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import sys
+from collections import Counter
+from pathlib import Path
+
+from attnkd import files
+from attnkd.testing.census import STATUSES, WRONG, as_markdown, census
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Builds every Vision Transformer of the installed timm and transformers small, captures its last attention, and compares it with "
+        "the attention that the model computes with fused attention off. Nothing is downloaded. The exit status is 1 if any is wrong."
+    )
+    option = parser.add_argument
+    option("--sample", action="store_true", help="one model of every family (a minute) in place of all (half an hour)")
+    option("--contains", default="", metavar="TEXT", help="only models with this in their name")
+    option("--output", type=Path, metavar="FILE", help="write the table here, as Markdown")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status. What is wrong is raised, see :func:`attnkd.commands.cli.main`."""
+    if args.output is not None:
+        files.check_writable("output", args.output)
+    found = []
+    for one in census(args.sample, args.contains):
+        found.append(one)
+        print(f"{one.family:>28}  {one.name:<48} {one.status}{': ' * bool(one.why)}{one.why}", flush=True)
+    if not found:
+        raise ValueError(f"contains: no model has {args.contains!r} in its name")
+    counts = Counter(one.status for one in found)
+    print(f"{len(found)} models: " + ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status]))
+    if args.output is not None:
+        names = sorted({"torch"} | {one.library for one in found})
+        versions = {name: importlib.metadata.version(name) for name in names}
+        files.write_text(args.output, as_markdown(found, versions, str(datetime.date.today())))
+        print(f"wrote {args.output}")
+    if counts[WRONG]:
+        print("a captured attention is not the model's: please report it", file=sys.stderr)
+    return 1 if counts[WRONG] else 0
