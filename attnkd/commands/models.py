@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the attention that the model computes with fused attention off. Nothing is downloaded. The exit status is 1 if any is wrong."
     )
     option = parser.add_argument
-    option("--sample", action="store_true", help="one model of every family (a minute) in place of all (half an hour)")
+    option("--sample", action="store_true", help="one model of every family (a minute) in place of all")
     option("--contains", default="", metavar="TEXT", help="only models with this in their name")
     option("--output", type=Path, metavar="FILE", help="write the table here, as Markdown")
 
