@@ -20,7 +20,15 @@ def test_a_sample_of_every_family() -> None:
     assert all(one.why for one in found if one.status in (census.REFUSED, census.NOT_BUILT))
     by_family = {one.family: one for one in found if one.library == "timm"}
     assert len(by_family) > 40
-    for family in ("vision_transformer", "deit", "eva", "beit", "naflexvit", "vision_transformer_relpos", "swin_transformer"):
+    for family in (
+        "vision_transformer",
+        "deit",
+        "eva",
+        "beit",
+        "naflexvit",
+        "vision_transformer_relpos",
+        "swin_transformer",
+    ):
         assert by_family[family].status == census.EXACT, by_family[family]
     for family in ("cait", "xcit"):
         assert by_family[family].status == census.BY_PATH, by_family[family]
