@@ -261,7 +261,7 @@ def test_folders_lists_and_broken_images(experiment, tmp_path, caplog):
         ({"train__mixup": 0.5}, "train.mixup, train.cutmix: attn_distill has no class loss"),
         ({"assistant": "deit_tiny_patch16_224"}, "assistant: attn_distill has none"),
         ({"teacher": None}, "teacher: attn_distill needs one"),
-        ({"student": "no_model"}, "student: 'no_model' is no timm model"),
+        ({"student": "no_model"}, "student: 'no_model' is neither a timm model nor"),
         ({"method__merge": "sum"}, "merge: expected"),
     ],
 )
