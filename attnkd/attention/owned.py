@@ -28,6 +28,12 @@ def alone() -> tuple[int, ...]:
 
     Where this PyTorch cannot tell, no gradient is taken for unshared.
     """
+    if "torch._dynamo" in sys.modules:  # a frame that torch.compile looks at holds more references than an eager one
+        return torch.compiler.disable(_seen)()
+    return _seen()
+
+
+def _seen() -> tuple[int, ...]:
     seen: list[tuple[int, ...]] = []
 
     class Look(torch.autograd.Function):

@@ -101,3 +101,20 @@ def test_nothing_is_handed_out_without_a_gradient():
 
 def test_this_pytorch_can_tell_who_holds_a_gradient():
     assert len(alone()) == 3
+
+
+def test_the_first_look_may_come_from_a_compiled_frame():
+    """After a graph break a frame holds more than it shows; that count would be kept for the whole process."""
+    alone.cache_clear()
+    right = alone()
+    seen = []
+
+    def function(x):
+        torch._dynamo.graph_break()
+        seen.append(alone())
+        return x.sin()
+
+    torch._dynamo.reset()
+    alone.cache_clear()
+    torch.compile(function, backend="eager")(torch.ones(2))
+    assert seen == [right] and alone() == right
