@@ -19,14 +19,15 @@ help:
 	@echo "make lock      renew requirements.lock, the packages of make demo and make test"
 
 # Where Python comes without venv (Debian's python3), virtualenv steps in. Every package that follows, pip and the build
-# backend too, is the one in the lock: what works today works next year.
+# backend too, is the one in the lock: what works today works next year. Compiling all that comes takes as long as fetching it; Python
+# compiles what is imported, once.
 $(READY): requirements.lock pyproject.toml
 	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 10) or sys.exit("attnkd needs Python 3.10 or newer, $(PYTHON) is " \
 		+ sys.version.split()[0] + "; choose another with: make PYTHON=python3.12 ...")'
 	"$(PYTHON)" -m venv "$(VENV)" || { rm -rf "$(VENV)" && \
 		"$(PYTHON)" -m pip install --quiet --target "$(VENV)-bootstrap" virtualenv==21.15.11 && \
 		PYTHONPATH="$(VENV)-bootstrap" "$(PYTHON)" -m virtualenv --quiet "$(VENV)"; }
-	"$(BIN)/python" -m pip install --quiet --require-hashes --requirement requirements.lock
+	"$(BIN)/python" -m pip install --quiet --no-compile --require-hashes --requirement requirements.lock
 	"$(BIN)/python" -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch "$(READY)"
 
