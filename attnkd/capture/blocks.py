@@ -1,4 +1,4 @@
-"""Finds the blocks and attentions that a choice means, pairs two models' blocks, refuses attentions that q and k do not tell."""
+"""Finds the blocks and attentions that a choice means, refuses attentions that q and k do not tell."""
 
 from __future__ import annotations
 
@@ -39,86 +39,6 @@ def default_blocks(model: nn.Module, count: int) -> list[int]:
     return sorted({-(-k * depth // 3) - 1 for k in range(1, count + 1)})  # −(−a // b) is ⌈a / b⌉
 
 
-def pair_blocks(
-    student: nn.Module,
-    teacher: nn.Module,
-    blocks: Blocks,
-    teacher_blocks: Blocks | None = None,
-    find: Callable[[nn.Module, Blocks, str], list[str]] = attention_paths,
-    teacher_name: str = "teacher",
-) -> tuple[list[str], list[str], list[tuple[int, int]]]:
-    """Which student block learns from which teacher block.
-
-    Args:
-        blocks: of the student: index, sequence of indices, 'all', or module paths.
-        teacher_blocks: the same for the teacher, one for each student block, repeats allowed. None spreads the
-            student's blocks over the teacher's depth: block i of Ls learns from ⌈(i + 1)·Lt/Ls⌉ − 1, last from last.
-        find: :func:`attention_paths`, or :func:`block_paths` for the blocks themselves.
-        teacher_name: for messages.
-
-    Returns:
-        Paths to observe in the student, those in the teacher, and pairs (index into the first, index into the second).
-    """
-    theirs = f"{teacher_name}_blocks"
-    wanted = _listed(student, blocks, "blocks")
-    if teacher_blocks is not None:
-        teacher_wanted = _listed(teacher, teacher_blocks, theirs)
-    elif any(isinstance(block, str) for block in wanted):
-        raise ValueError(f"{theirs}: needed when blocks are module paths, got None")
-    else:
-        depths = _depths(student, teacher, theirs)
-        teacher_wanted = [
-            _counterpart(index, depths) for index in _indices(sum(a for a, _ in depths), wanted, "blocks")
-        ]
-    if len(teacher_wanted) != len(wanted):
-        raise ValueError(f"{theirs}: expected {len(wanted)}, one for each of blocks, got {len(teacher_wanted)}")
-    student_paths = [path for block in wanted for path in find(student, block, "blocks")]
-    _check_once(student_paths, blocks, "blocks")
-    teacher_paths = [path for block in teacher_wanted for path in find(teacher, block, theirs)]
-    if find is attention_paths:
-        for path, other in zip(student_paths, teacher_paths, strict=True):
-            _check_window(student, path, teacher, other, teacher_name)
-    observed = list(dict.fromkeys(teacher_paths))
-    return student_paths, observed, [(index, observed.index(path)) for index, path in enumerate(teacher_paths)]
-
-
-def _depths(student: nn.Module, teacher: nn.Module, theirs: str) -> list[tuple[int, int]]:
-    """(the student's, the teacher's) number of blocks, of each stage where both have the same number of stages."""
-    stages = [None if (one := find_adapter(model)) is None else one.stages(model) for model in (student, teacher)]
-    if stages[0] is not None and stages[1] is not None and len(stages[0]) == len(stages[1]):
-        return list(zip(*stages, strict=True))
-    return [(len(block_stack(student, "blocks")), len(block_stack(teacher, theirs)))]
-
-
-def _counterpart(index: int, depths: list[tuple[int, int]]) -> int:
-    """The teacher's block for a student's: in its stage, the last for the last."""
-    before = 0
-    for depth, teacher_depth in depths:
-        if index < depth:
-            break
-        index, before = index - depth, before + teacher_depth
-    return before - (-(index + 1) * teacher_depth // depth) - 1
-
-
-def _check_window(student: nn.Module, path: str, teacher: nn.Module, other: str, name: str) -> None:
-    """Refuse attentions that run over different parts of the tokens: equal numbers do not make equal tokens."""
-    ours, theirs = (
-        None if (adapter := find_adapter(model)) is None else adapter.window(model, at)
-        for model, at in ((student, path), (teacher, other))
-    )
-    if ours != theirs:
-        raise ValueError(
-            f"blocks, {name}_blocks: {path} of the student and {other} of the {name} attend over different tokens: {_window(ours)} and "
-            f"{_window(theirs)}; pair blocks with the same"
-        )
-
-
-def _window(window: object) -> str:
-    if isinstance(window, tuple):
-        return "grid {}x{}, windows of {}x{}, shifted by {}x{}".format(*(n for pair in window for n in pair))
-    return "all of them" if window is None else f"those within {window}"
-
-
 def block_path(path: str) -> str | None:
     """The path of the block that a module path lies in: 'blocks.3' of 'blocks.3.attn'. None outside a list 'blocks'."""
     parts = path.split(
@@ -157,7 +77,7 @@ def _paths(
     find: Callable[[str, nn.Module], str],
     check: Callable[[str, nn.Module], None],
 ) -> list[str]:
-    listed = _listed(model, blocks, name)
+    listed = listed_blocks(model, blocks, name)
     if all(isinstance(block, str) for block in listed):
         modules = dict(model.named_modules(remove_duplicate=False))
         for path in listed:
@@ -167,16 +87,16 @@ def _paths(
     else:
         stack = block_stack(model, name)
         paths = []
-        for index in sorted(_indices(len(stack), listed, name)):
+        for index in sorted(block_indices(len(stack), listed, name)):
             paths.append(find(stack[index], model.get_submodule(stack[index])))
             _check_shared(name, paths[-1], model, stack)
-    _check_once(paths, blocks, name)
+    check_once(paths, blocks, name)
     for path in paths:
         check(path, model.get_submodule(path))
     return paths
 
 
-def _check_once(paths: list[str], blocks: Blocks, name: str) -> None:
+def check_once(paths: list[str], blocks: Blocks, name: str) -> None:
     if len(set(paths)) != len(paths):
         raise ValueError(f"{name}: expected every block once, got {blocks!r}")
 
@@ -196,7 +116,7 @@ def _check_shared(name: str, path: str, model: nn.Module, stack: list[str]) -> N
         )
 
 
-def _listed(model: nn.Module, blocks: Blocks, name: str) -> list:
+def listed_blocks(model: nn.Module, blocks: Blocks, name: str) -> list:
     if isinstance(blocks, str) and blocks == "all":
         return list(range(len(block_stack(model, name))))
     given: Sequence = blocks if isinstance(blocks, Sequence) and not isinstance(blocks, str) else [blocks]
@@ -208,7 +128,7 @@ def _listed(model: nn.Module, blocks: Blocks, name: str) -> list:
     return listed
 
 
-def _indices(depth: int, listed: list, name: str) -> list[int]:
+def block_indices(depth: int, listed: list, name: str) -> list[int]:
     for index in listed:
         if not -depth <= index < depth:
             raise ValueError(f"{name}: expected indices in [{-depth}, {depth - 1}] for {depth} blocks, got {index}")

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from attnkd.attention.checks import check_choice
 from attnkd.capture.adapters import adapter_for
-from attnkd.capture.blocks import Blocks, block_paths, default_blocks, pair_blocks
+from attnkd.capture.blocks import Blocks, block_paths, default_blocks
 from attnkd.capture.models import resolve_model, unwrap_model
 from attnkd.capture.outputs import BlockOutputs, BlockTokens
+from attnkd.capture.pairs import pair_blocks
 from attnkd.capture.tokens import check_same_grid, filled_in, mean_token, token_layout
 from attnkd.methods.logits import kd_loss
 from attnkd.methods.noise_adaptation import NoiseAdaptation, noisy_cross_entropy

@@ -21,8 +21,9 @@ from attnkd.attention.merging import merge_attention
 from attnkd.attention.problem import MERGES
 from attnkd.attention.resample import MODES, resample_attention
 from attnkd.capture.adapters import adapter_for
-from attnkd.capture.blocks import Blocks, attention_paths, pair_blocks
+from attnkd.capture.blocks import Blocks, attention_paths
 from attnkd.capture.models import check_final_norm, resolve_model
+from attnkd.capture.pairs import pair_blocks
 from attnkd.capture.tap import AttentionTap
 from attnkd.capture.tokens import Grid, filled_in, padded_patches, patch_grid, token_layout
 from attnkd.methods.alignment import make_projector, resize_tokens

@@ -18,8 +18,9 @@ from attnkd.attention.problem import DIVERGENCES
 from attnkd.attention.resample import MODES as RESAMPLE_MODES
 from attnkd.capture.adapters import adapter_for
 from attnkd.capture.adapters.text import is_text
-from attnkd.capture.blocks import Blocks, pair_blocks
+from attnkd.capture.blocks import Blocks
 from attnkd.capture.models import num_classes, resolve_model
+from attnkd.capture.pairs import pair_blocks
 from attnkd.capture.tap import AttentionTap, Wanted
 from attnkd.capture.tokens import filled_in, token_layout
 from attnkd.methods.logits import KD_TEMPERATURE, check_classes, kd_loss

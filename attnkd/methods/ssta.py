@@ -17,8 +17,9 @@ from attnkd.attention.call import AttentionCall
 from attnkd.attention.checks import check_choice
 from attnkd.attention.problem import DIVERGENCES
 from attnkd.attention.resample import MODES as RESAMPLE_MODES
-from attnkd.capture.blocks import Blocks, pair_blocks
+from attnkd.capture.blocks import Blocks
 from attnkd.capture.models import resolve_model
+from attnkd.capture.pairs import pair_blocks
 from attnkd.capture.tap import AttentionTap
 from attnkd.capture.tokens import token_layout
 from attnkd.methods.head_kd import CROSS_ENTROPY

@@ -22,6 +22,7 @@ from attnkd.methods.attention_probe import AttentionProbe
 from attnkd.methods.attn_distill import AttnDistill
 from attnkd.methods.head_kd import HeadKD
 from attnkd.methods.ssta import SSTA
+from tests.stirred import stirred
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
 HUGGING_FACE: dict[str, tuple[str, str, dict, int, bool]] = {
@@ -48,15 +49,6 @@ HUGGING_FACE: dict[str, tuple[str, str, dict, int, bool]] = {
 
 def images(height: int = 32, width: int = 32) -> Tensor:
     return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
-
-
-def stirred(model: nn.Module) -> nn.Module:
-    """Zero biases and constant norms would hide mistakes."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model.eval()
 
 
 def hugging_face(name: str, attention: str = "sdpa", **more: Any) -> nn.Module:

@@ -13,7 +13,7 @@ from timm.task import TrainingTask
 from torch import nn
 from torch.nn import functional as F
 
-from attnkd.capture.blocks import pair_blocks
+from attnkd.capture.pairs import pair_blocks
 from attnkd.capture.tap import AttentionTap
 from attnkd.methods.attn_distill import AttnDistill, make_projector
 

@@ -14,6 +14,7 @@ from attnkd.capture.tap import AttentionTap
 from attnkd.methods.attn_distill import AttnDistill
 from attnkd.methods.head_kd import HeadKD
 from attnkd.methods.ssta import SSTA
+from tests.stirred import stirred
 
 TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}),
@@ -28,14 +29,6 @@ TEXT: dict[str, tuple[str, dict[str, Any]]] = {
          "local_attention": 4, "global_attn_every_n_layers": 2, "pad_token_id": 0},
     ),
 }  # fmt: skip
-
-
-def stirred(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model.eval()
 
 
 def text(
