@@ -91,16 +91,8 @@ def choose(
     if impl == "reference":
         return impl
     tensors = [tensor for tensor in (*inputs, *beside) if tensor is not None]
-    if any(_has_tangent(tensor) for tensor in tensors):
-        raise NotImplementedError(
-            f"impl={impl!r}: forward-mode automatic differentiation (torch.func.jvp, jacfwd) has no implementation but "
-            "impl='reference'"
-        )
-    if any(_is_transformed(tensor) for tensor in tensors):
-        raise NotImplementedError(
-            f"impl={impl!r}: gradients by torch.func (grad, jacrev, vmap of what requires grad) have no implementation but "
-            "impl='reference'; use torch.autograd.grad or backward"
-        )
+    if not torch.compiler.is_compiling():
+        _refuse_transforms(impl, tensors)
     if impl == "chunked":
         return impl
     device = tensors[0].device
@@ -115,13 +107,16 @@ def choose(
     return "chunked" if reason or device.type != "cuda" else "triton"
 
 
-def _has_tangent(tensor: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None
-
-
-def _is_transformed(tensor: Tensor) -> bool:
-    """Whether torch.func differentiates by the tensor, which hand-written backwards do not take part in."""
-    if torch.compiler.is_compiling():
-        return False
+def _refuse_transforms(impl: str, tensors: list[Tensor]) -> None:
+    """Hand-written backwards take part neither in forward-mode differentiation nor in torch.func's."""
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            f"impl={impl!r}: forward-mode automatic differentiation (torch.func.jvp, jacfwd) has no implementation but "
+            "impl='reference'"
+        )
     functorch = torch._C._functorch
-    return functorch.is_gradtrackingtensor(tensor) or (functorch.is_batchedtensor(tensor) and tensor.requires_grad)
+    if any(functorch.is_gradtrackingtensor(x) or (functorch.is_batchedtensor(x) and x.requires_grad) for x in tensors):
+        raise NotImplementedError(
+            f"impl={impl!r}: gradients by torch.func (grad, jacrev, vmap of what requires grad) have no implementation but "
+            "impl='reference'; use torch.autograd.grad or backward"
+        )

@@ -191,7 +191,7 @@ def _detached(side: Side) -> Side:
 
 
 def _cut(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
+    return tensor.detach() if tensor is not None and tensor.requires_grad else tensor
 
 
 def stored_mask(mask: Tensor) -> Tensor:

@@ -63,7 +63,9 @@ def total(rows: Tensor, factor: float | None) -> Tensor:
     as operations of their own, sum and product would put two more nodes into the graph and two more launches on the way back."""
     if factor is None:
         return rows
-    return rows.sum() if factor == 1.0 else rows.sum() * factor
+    if factor == 1.0:
+        return rows.sum()
+    return rows.mean() if factor * rows.numel() == 1.0 else rows.sum() * factor  # one launch where it can be
 
 
 def of_rows(grad: Tensor, factor: float | None, shape: tuple[int, ...]) -> Tensor:

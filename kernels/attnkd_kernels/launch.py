@@ -20,6 +20,7 @@ OPTIONS = {"enable_fp_fusion": True}
 
 _compiled: dict[tuple, tuple[CompiledKernel, list[Any]]] = {}
 _MOST_COMPILED = 4096
+_HIP = torch.version.hip is not None
 _HERE = contextlib.nullcontext()
 
 
@@ -66,9 +67,9 @@ def _describe(args: tuple, into: list[Any]) -> None:
     for arg in args:
         kind = type(arg)
         if kind is Operand:
-            _describe(arg[:1], into)
             into.append(arg[1:])  # the strides
-        elif kind is int or arg is None:
+            arg = arg[0]
+        if arg is None or kind is int:
             into.append(arg)
         elif kind is float:
             into.append(kind)
@@ -76,7 +77,7 @@ def _describe(args: tuple, into: list[Any]) -> None:
             _describe(arg, into)
         else:
             into += (arg.dtype, arg.data_ptr() % 16 == 0)
-            if torch.version.hip:  # its compiler has other instructions for tensors up to 2 GiB
+            if _HIP:  # its compiler has other instructions for tensors up to 2 GiB
                 into.append(arg.untyped_storage().nbytes() >> 31)
 
 
