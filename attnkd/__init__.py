@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from attnkd.methods.attn_distill import AttnDistill
     from attnkd.methods.head_importance import head_importance, select_heads
     from attnkd.methods.head_kd import HeadKD
+    from attnkd.methods.minilm import MiniLM
     from attnkd.methods.pos_embed import sincos_pos_embed_
     from attnkd.methods.recipes import AttnDistillRecipe
     from attnkd.methods.schedule import Schedule
@@ -37,6 +38,7 @@ __all__ = [
     "AttnDistill",
     "AttnDistillRecipe",
     "HeadKD",
+    "MiniLM",
     "Schedule",
     "attention_divergence",
     "attention_rows",
@@ -56,6 +58,7 @@ _LAZY = {
     "AttnDistill": "attnkd.methods.attn_distill",
     "AttnDistillRecipe": "attnkd.methods.recipes",
     "HeadKD": "attnkd.methods.head_kd",
+    "MiniLM": "attnkd.methods.minilm",
     "Schedule": "attnkd.methods.schedule",
     "load_weights": "attnkd.capture.weights",
     "head_importance": "attnkd.methods.head_importance",

@@ -34,7 +34,7 @@ def test_examples_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_there_are_examples_where_people_look() -> None:
     found = {path.relative_to(ROOT).as_posix() for path in PAGES}
-    methods = {f"docs/methods/{name}.md" for name in ("attn_distill", "head_kd", "ssta", "attention_probe")}
+    methods = {f"docs/methods/{name}.md" for name in ("attn_distill", "head_kd", "ssta", "attention_probe", "minilm")}
     assert {"README.md", "docs/capture.md"} | methods <= found
 
 

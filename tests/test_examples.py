@@ -104,6 +104,10 @@ PAIRS: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
     ),
     "ema_self_distillation": twins,
     "swin_to_swin": lambda: (swin(2), swin(6)),
+    "bert_to_minilm": lambda: (
+        text("DistilBert", dim=48, n_layers=2, n_heads=4, hidden_dim=64),
+        text("Bert", hidden_size=96, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64),
+    ),
     "bert_to_distilbert": lambda: (
         text("DistilBert", dim=32, n_layers=2, n_heads=4, hidden_dim=64),
         text("Bert", hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64),
@@ -117,7 +121,8 @@ def test_a_pair_of_the_gallery(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.syspath_prepend(ROOT / "examples")
     before, taught = copied(student), copied(teacher)
     module = example(name)
-    batches: list = [(words() if "bert_" in name else images(4), torch.arange(4)) for _ in range(2)]
+    labels = () if name == "bert_to_minilm" else (torch.arange(4),)
+    batches: list = [(words() if "bert_" in name else images(4), *labels) for _ in range(2)]
     losses = module.train(module.method(student, teacher), batches)
     assert len(losses) == 2 and all(0 < loss < 100 for loss in losses)
     attention = [key for key in changed(before, student) if "qkv.weight" in key or "attention.q_lin" in key]

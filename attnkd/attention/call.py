@@ -42,6 +42,8 @@ class AttentionCall(NamedTuple):
     it; None: unknown. It saves a whole-map loss a sweep over the keys. To be left out where anything above is replaced."""
     first_row: tuple[Tensor, Tensor] | None = None
     """(query, its first row [B, H, 1, D]): a row that sends its gradient back alone, for as long as ``query`` is that very tensor."""
+    value: Tensor | None = None
+    """[B, H, N, Dv], where the tap was asked for it. Views of some heads or keys leave it out."""
 
 
 def take_heads(call: AttentionCall, heads: Heads) -> AttentionCall:
@@ -60,7 +62,7 @@ def take_heads(call: AttentionCall, heads: Heads) -> AttentionCall:
     if mask is not None and mask.ndim >= 3 and mask.shape[-3] != 1:
         mask = take(mask, -3)
     lse = None if call.lse is None else take(call.lse, 1)
-    return call._replace(query=take(call.query, 1), key=take(call.key, 1), mask=mask, lse=lse)
+    return call._replace(query=take(call.query, 1), key=take(call.key, 1), mask=mask, lse=lse, value=None)
 
 
 def class_row(call: AttentionCall, num_prefix_tokens: int | None = None) -> AttentionCall:
@@ -165,7 +167,8 @@ def _leave_out(call: AttentionCall, prefix: int, keep_cls: bool, rows: bool) -> 
 
     query, key, mask, lse = call.query, call.key, call.mask, call.lse
     if prefix != kept:
-        lse = None  # of another set of keys
+        call = call._replace(value=None)  # it and the normalisers are of another set of keys
+        lse = None
         query, key = cut(query, 2) if rows else query, cut(key, 2)
         for dim in (-1, -2) if rows else (-1,):
             if mask is not None and mask.ndim >= -dim and mask.shape[dim] != 1:

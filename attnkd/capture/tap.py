@@ -49,6 +49,8 @@ class AttentionTap(nn.Module):
             'all', or a module path such as 'layers.11.attention' or a sequence of them, in the order wanted.
         stop: end the model's forward as soon as everything asked for is captured, before that block's softmax; the
             output is then None. The captured tensors are bit-identical to those of a full forward.
+        values: keep the values too, for losses on them (:mod:`attnkd.methods.minilm`). Not without such a loss: under
+            DistributedDataParallel everything captured must get a gradient.
 
     Raises:
         TypeError: not a module, or one that cannot be tapped from outside (compiled, data parallel).
@@ -61,13 +63,13 @@ class AttentionTap(nn.Module):
         output, (call,) = tap(images)       # call.query [B, H, N, D], call.key, call.mask, call.scale, call.grid
     """
 
-    def __init__(self, model: nn.Module, blocks: Blocks = -1, stop: bool = False) -> None:
+    def __init__(self, model: nn.Module, blocks: Blocks = -1, stop: bool = False, values: bool = False) -> None:
         super().__init__()
         _check_model(model)
         self.model = model
         self.paths = attention_paths(model, blocks)
         self.owners = {path: block_owner(model, path) for path in self.paths}
-        self.stop = stop
+        self.stop, self.values = stop, values
         self._switched_on: list[str] = []
         self._tap()
 
@@ -142,7 +144,9 @@ class AttentionTap(nn.Module):
             for index, (path, attention) in enumerate(zip(self.paths, attentions, strict=True)):
                 layout = functools.partial(self._with_layout, path, images=images)
                 compared = None if wanted is None else wanted[index]
-                attention._armed.slot = _Slot(calls, losses, index, self.stop, trains, path, layout, compared)
+                attention._armed.slot = _Slot(
+                    calls, losses, index, self.stop, self.values, trains, path, layout, compared
+                )
             output = function(*args, **kwargs)
         except _Stop:
             pass
@@ -228,6 +232,7 @@ class _Slot(NamedTuple):
     losses: list[Any]
     position: int
     stop: bool
+    values: bool
     trains: bool
     path: str
     layout: Callable[[AttentionCall], AttentionCall]
@@ -326,13 +331,14 @@ class _Tapped:
         if not inside:
             query, captured, row = hand_out(query)
             first_row = None if row is None else (captured, row)
-        call = slot.layout(AttentionCall(captured, key, attn_mask, softmax_scale, first_row=first_row))
+        kept = value if slot.values else None
+        call = slot.layout(AttentionCall(captured, key, attn_mask, softmax_scale, first_row=first_row, value=kept))
         slot.calls[slot.position] = call
         if slot.stop and all(call is not None for call in slot.calls):
             raise _Stop
         if not inside:
             output, lse = attention_and_lse(query, key, value, attn_mask, dropout_p, scale)
-            slot.calls[slot.position] = call = AttentionCall(*call[:7], lse, call.first_row)
+            slot.calls[slot.position] = call = AttentionCall(*call[:7], lse, *call[8:])
             if callable(teacher) and not hooked:
                 slot.losses[slot.position] = teacher(call)
             return output

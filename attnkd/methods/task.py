@@ -341,7 +341,7 @@ def check_pair(
     words = [adapter_for(model).vocabulary(model) for model in (student, teacher)]
     if words != [None, None] and not text:
         raise ValueError(
-            f"student and {name}: text encoders are compared by HeadKD only, got {_types(student, teacher)}"
+            f"student and {name}: text encoders are compared by HeadKD and MiniLM only, got {_types(student, teacher)}"
         )
     if words[0] != words[1]:
         raise ValueError(

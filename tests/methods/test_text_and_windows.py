@@ -92,9 +92,9 @@ def test_what_does_not_fit_together_is_refused() -> None:
         HeadKD(text("distilbert"), text("bert", vocab_size=60), verbose=False)
     with pytest.raises(ValueError, match="know None and 50 words .None: images."):
         HeadKD(vit, bert, verbose=False)
-    with pytest.raises(ValueError, match="text encoders are compared by HeadKD only, got"):
+    with pytest.raises(ValueError, match="text encoders are compared by HeadKD and MiniLM only, got"):
         AttnDistill(text("distilbert"), bert, rows="all", verbose=False)
-    with pytest.raises(ValueError, match="text encoders are compared by HeadKD only, got"):
+    with pytest.raises(ValueError, match="text encoders are compared by HeadKD and MiniLM only, got"):
         SSTA(text("distilbert"), bert, teacher_heads=[0, 0], verbose=False)
     with pytest.raises(ValueError, match="images: a text encoder takes what its tokenizer gives.*got Tensor"):
         HeadKD(text("distilbert"), bert, verbose=False)(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))

@@ -17,7 +17,7 @@ _KINDS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassifi
 class TextEncoder(Adapter):
     """An encoder, or one with a head. Every token is compared; those of padding are left out by the attention's own mask."""
 
-    family = f"text encoders of transformers ({', '.join(_TYPES)}; HeadKD only)"
+    family = f"text encoders of transformers ({', '.join(_TYPES)}; HeadKD and MiniLM)"
 
     def takes(self, model: nn.Module) -> bool:
         config: Any = getattr(model, "config", None)
