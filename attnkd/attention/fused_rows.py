@@ -17,7 +17,7 @@ from attnkd.operators import first_order_only, keep, kept, register
 from attnkd_kernels.row.backward import row_kl_add, row_kl_bwd
 from attnkd_kernels.row.kl import MAX_WIDTH, ONE_SWEEP, fits_whole, row_kl_fwd
 from attnkd_kernels.row.logits import row_logits_bwd, row_logits_fwd
-from attnkd_kernels.row.merge import MAX_KEYS, row_merge
+from attnkd_kernels.row.merge import KEYS_IN_REGISTERS, MAX_KEYS, row_merge
 
 
 def _row_kl_fwd_fake(qs, ks, ms, qt, kt, mt, probs, scale_s, scale_t, temperature, wide, divergence, need_grad):
@@ -276,9 +276,11 @@ def row_logits(side: Side, wide: bool, temperature: float) -> Tensor:
 
 
 def _one_sweep(problem: Problem) -> bool:
+    """Whether one sweep over the keys gives loss, coefficients and query gradient. Else the rows' logits come first: the keys are then read
+    once for all rows, and the student's once more in the backward."""
     if problem.merge not in (None, "logsum"):
         return False
-    if problem.divergence in ONE_SWEEP:
+    if problem.divergence in ONE_SWEEP and (problem.rows_shape[2] == 1 or problem.num_keys > KEYS_IN_REGISTERS):
         return True
     keys = []
     for side in (problem.student, problem.teacher):

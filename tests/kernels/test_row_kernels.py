@@ -1,6 +1,7 @@
 """The row kernels against the float64 oracle: outputs and every gradient.
 
-One head of 64 dims and 197 keys is handled whole, 300 keys or wide heads in splits; see kernels/attnkd_kernels/row/kl.py.
+One head of 64 dims and 197 keys is handled whole, one row of 300 keys or of wide heads in splits, several as finished rows; see
+kernels/attnkd_kernels/row/kl.py.
 """
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from attnkd import attention_divergence, attention_rows
 from attnkd.testing.proof import assert_proved, prove
+from attnkd_kernels.row.kl import row_kl_fwd
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "js", "cross_entropy", "mse", "logit_mse")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,17 +44,17 @@ def test_merged_heads(device, merge, dtype):
 
 @pytest.mark.parametrize("merge", [None, "logsum", "mean", "max", "min"])
 def test_masks_biases_and_dead_rows(device, merge):
-    for N in (21, 1100):
-        arguments = call(device, N=N, M=2, H=2)
-        visible = torch.rand(2, 1, 2, N, device=device) > 0.3
-        visible[0, :, 1] = False
+    for N, M in ((21, 2), (1100, 1), *([(1100, 2)] if merge in (None, "logsum") else [])):
+        arguments = call(device, N=N, M=M, H=2)
+        visible = torch.rand(2, 1, M, N, device=device) > 0.3
+        visible[0, :, -1] = False
         assert_proved("triton", **arguments, merge=merge, student_mask=visible, teacher_mask=visible)
         learned = torch.randn(2, 1, N, device=device)  # [H, 1, N], a relative position bias
         hiding = torch.where(visible, 0.0, -torch.inf)
         assert_proved("triton", **arguments, merge=merge, student_mask=learned, temperature=3.0)
         assert_proved("triton", **arguments, merge=merge, student_mask=learned + hiding, teacher_mask=hiding)
         hiding = hiding.repeat(1, 2, 1, 1)  # heads that see different keys; one of them nothing at all
-        hiding[:, 0, :, 2], hiding[1, 1, :, 4], hiding[1, 0, 1] = -torch.inf, -torch.inf, -torch.inf
+        hiding[:, 0, :, 2], hiding[1, 1, :, 4], hiding[1, 0, -1] = -torch.inf, -torch.inf, -torch.inf
         assert_proved("triton", **arguments, merge=merge, student_mask=learned + hiding, teacher_mask=hiding)
 
 
@@ -143,6 +145,19 @@ def test_impossible_and_nan_are_never_hidden(device):
         arguments["student_query"][0] = torch.nan
         loss = attention_divergence(**arguments)
         assert loss[0].isnan().all() and loss[1].isfinite().all(), divergence
+
+
+def test_several_rows_in_splits(device):
+    """Of more keys than finished rows take in registers, several rows are split too: each as if it were alone."""
+    given = call(device, H=2, M=3, N=1100)
+    names = "student_query", "student_key", "teacher_query", "teacher_key"
+
+    def split(rows):
+        q_s, k_s, q_t, k_t = (given[n][:, :, rows] if "query" in n else given[n] for n in names)
+        return row_kl_fwd(q_s, k_s, None, q_t, k_t, None, None, 0.3, 0.2, 1.5, False, "forward_kl", True)
+
+    for whole, *alone in zip(split(slice(3)), *(split(slice(m, m + 1)) for m in range(3)), strict=True):
+        torch.testing.assert_close(whole, torch.cat(alone, 2), rtol=1e-5, atol=1e-7)
 
 
 def test_infinite_upstream_and_unused_gradients(device):

@@ -56,13 +56,33 @@ def test_forward_reads_each_key_once_and_backward_none(merge, H, N, D, launches)
 
 
 @interpreter_only
-def test_a_few_rows_read_each_key_once():
-    given = inputs(1, 2, 5, 60, 64)
+@pytest.mark.parametrize(
+    ("merge", "divergence", "N", "again"),
+    [
+        (None, "forward_kl", 60, 0),
+        (
+            None,
+            "forward_kl",
+            577,
+            1,
+        ),  # beyond one tile the rows' logits come first: K_s again for dq, once for all rows
+        ("logsum", "cross_entropy", 197, 1),
+        (None, "js", 577, 1),
+        ("mean", "forward_kl", 60, 1),
+    ],
+)
+def test_a_few_rows_read_each_key_once(merge, divergence, N, again):
+    given = inputs(1, 6, 16, N, 64)
     leaves = [given[n].requires_grad_() for n in ("student_query", "student_key")]
-    with Meter(**given) as meter:
-        torch.autograd.grad(attention_divergence(**given, impl="triton"), leaves)
+    with Meter(**given) as forward:
+        loss = attention_divergence(**given, merge=merge, divergence=divergence, impl="triton")
     for name in ("student_key", "teacher_key"):
-        assert meter.loaded(name) == size(given[name]), name
+        assert forward.loaded(name) == size(given[name]), name
+    with Meter(**given) as backward:
+        torch.autograd.grad(loss, leaves)
+    assert backward.loaded("student_key") == again * size(given["student_key"])
+    assert backward.loaded("teacher_key") == 0
+    assert backward.stored("DK.pointer") == size(given["student_key"])
 
 
 @interpreter_only

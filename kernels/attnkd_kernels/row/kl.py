@@ -9,7 +9,8 @@ The forward leaves c (fp32, 4 bytes a key against 2·D for K) and the unit dq wh
 * whole (this file): a head's keys fit one tile. Any divergence; one launch. One program handles all query rows of a head, whose
   keys it holds.
 * split (kl_split.py): the keys of a row are cut in ranges. Forward KL and cross-entropy only, since the other coefficients are no
-  sums of e^{z_s} and e^{z_t} (see merge.py for those); two launches.
+  sums of e^{z_s} and e^{z_t} (see merge.py for those); two launches. Several rows would read the keys once each, so they go to merge.py
+  too, up to the keys that it takes without spilling.
 
 Saved: c [B, Ho, M, N], unit dq [B, H, M, D], both fp32. Any strides; fp16, bf16, fp32; fp32 accumulation.
 Limits: W = D (or H·D) ≤ 2048 for each side (a tile holds whole tokens).
@@ -132,7 +133,7 @@ def row_kl_fwd(
     dq_mul = student_scale / temperature
     BN = launch.padded(N)
     elements = BN * max(S.PADDED.value, T.PADDED.value)
-    lone = elements > SHARED_PROCESSOR and B * HO > WAVES * launch.num_processors(loss.device)
+    lone = M == 1 and elements > SHARED_PROCESSOR and B * HO > WAVES * launch.num_processors(loss.device)
     if not fits_whole(N, *keys) or (lone and divergence in ONE_SWEEP):
         assert divergence in ONE_SWEEP, divergence
         row_kl_split(student, teacher, loss, c_out, unit_dq_out, dq_mul, N, S, T, divergence)

@@ -6,7 +6,9 @@
 The first and last launches of everything that needs finished rows: attention_rows, mean/max/min merging, and the divergences
 whose coefficients are no sums of exponentials. ``wide`` sums the heads' scores (log-sum merging is one wide head).
 
-dk and dmask are what backward.py writes, with u for the coefficients; dq reads K a second time.
+dk and dmask are what backward.py writes, with u for the coefficients; dq reads K a second time, once for up to 16 rows: it is a product of
+all rows' u with a tile of keys, on the matrix units. 16-bit keys are exact in the tf32 of those units; u is cut in two parts that are
+(8 bits, and the rest), so that its rounding is 2⁻¹⁸ where that of one part would be 2⁻¹⁰. fp32 keys take IEEE products.
 Any strides; fp16, bf16, fp32; fp32 accumulation. Limits: W ≤ 2048.
 """
 
@@ -20,17 +22,17 @@ from torch import Tensor
 from attnkd_kernels import language, launch
 from attnkd_kernels.language import (
     at_head,
-    dim_exists,
     hidden,
     load_keys,
     load_query,
-    query_elements,
     row_logits,
 )
 from attnkd_kernels.row.backward import row_kl_bwd
 
 TILE = 8192  # elements of a K tile, forward
-DQ_TILE = 2048  # and in the dq sweep, which holds an accumulator of that size
+DQ_TILE, DQ_KEYS = 4096, 128  # and in the dq sweep, of at most so many keys
+DQ_ROWS = 16  # rows of a program there: the fewest that a product can have
+DQ_COLUMNS = 128  # dims of a program there, at most
 WARPS = 4
 
 
@@ -67,20 +69,33 @@ def _row_logits_dq_kernel(
     HO,
     K,  # Operand [B, H, N, D]
     SPEC: tl.constexpr,  # HeadSpec of the side
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BN: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)  # (b·Ho + h)·M + m
-    m = row % M
-    group = row // M
-    h = group % HO
-    b = group // HO
-    acc = tl.zeros([BN, SPEC.PADDED], tl.float32)
+    group = tl.program_id(0).to(tl.int64)  # b·Ho + h
+    w = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)  # dims of the (wide) head
+    m = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    keys = at_head(K, group // HO, group % HO)
+    dims = (w // SPEC.DIM).to(tl.int64) * K.head + (w % SPEC.DIM) * K.column
+    rows = U + (group * M + m)[:, None] * N
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, N, BN):
         n = start + tl.arange(0, BN)
-        u = tl.load(U + row * N + n, mask=n < N, other=0.0)
-        acc += load_keys(K, b, h, n, N, SPEC).to(tl.float32) * u[:, None]
-    dq = tl.sum(acc, 0) * dq_mul
-    tl.store(DQ + query_elements(group, m, M, SPEC), dq.to(DQ.dtype.element_ty), mask=dim_exists(SPEC))
+        exists = (n < N)[:, None]
+        if SPEC.WIDTH % COLUMNS != 0:
+            exists = exists & (w < SPEC.WIDTH)[None, :]
+        k = tl.load(keys.pointer + n.to(tl.int64)[:, None] * keys.row + dims[None, :], mask=exists, other=0.0)
+        u = tl.load(rows + n[None, :], mask=(m < M)[:, None] & (n < N)[None, :], other=0.0)
+        if K.pointer.dtype.element_ty == tl.float32 or tl.target_info.is_hip():
+            acc = tl.dot(u, k.to(tl.float32), acc, input_precision="ieee")
+        else:
+            first = u.to(tl.bfloat16).to(tl.float32)
+            k = k.to(tl.float32)
+            acc = tl.dot(first, k, acc, input_precision="tf32")
+            acc = tl.dot(u - first, k, acc, input_precision="tf32")
+    to = ((group * SPEC.HEADS + w // SPEC.DIM)[None, :] * M + m[:, None]) * SPEC.DIM + (w % SPEC.DIM)[None, :]
+    tl.store(DQ + to, (acc * dq_mul).to(DQ.dtype.element_ty), mask=(m < M)[:, None] & (w < SPEC.WIDTH)[None, :])
 
 
 def row_logits_fwd(
@@ -114,9 +129,11 @@ def row_logits_bwd(
     dq = torch.empty((B, H, M, D) if need_dq else (0,), dtype=query.dtype, device=grad.device)
     if dq.numel():
         SPEC = launch.head_spec(H if wide else 1, D, language.NO_MASK.value)
-        BN = max(min(DQ_TILE // SPEC.PADDED.value, launch.padded(N)), 1)
+        columns = min(SPEC.PADDED.value, DQ_COLUMNS)
+        BN = min(DQ_TILE // columns, DQ_KEYS, launch.padded(N))
         launch.run(
-            _row_logits_dq_kernel, (B * HO * M,),
-            grad, dq, scale / temperature, N, M, HO, launch.operand(key), SPEC=SPEC, BN=BN, num_warps=WARPS,
+            _row_logits_dq_kernel, (B * HO, launch.cdiv(SPEC.WIDTH.value, columns), launch.cdiv(M, DQ_ROWS)),
+            grad, dq, scale / temperature, N, M, HO, launch.operand(key),
+            SPEC=SPEC, ROWS=DQ_ROWS, COLUMNS=columns, BN=BN, num_warps=WARPS, num_stages=3,
         )  # fmt: skip
     return dq, dk, dmask

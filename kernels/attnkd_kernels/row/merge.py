@@ -23,6 +23,7 @@ from attnkd_kernels.divergences import row_divergence
 from attnkd_kernels.language import HIDDEN, LOG2E, at_head, hidden, log2_of_probs, shown
 
 MAX_KEYS = 65536
+KEYS_IN_REGISTERS = 16384  # beyond, a row spills
 KEYS_PER_WARP = 32
 
 
