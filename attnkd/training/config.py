@@ -24,7 +24,7 @@ METHODS = {"attn_distill": "AttnDistill", "head_kd": "HeadKD", "ssta": "SSTA", "
 GIVEN = ("student", "teacher", "assistant", "criterion", "num_classes", "input_norm", "device", "dtype", "verbose")
 """Arguments of the methods that the run itself makes."""
 POS_EMBED = ("timm", "sincos", "fixed_sincos")
-FREE = ("output", "resume", "device", "tensorboard", "data_root", "download", "run")
+FREE = ("output", "resume", "device", "tensorboard", "wandb", "figures", "data_root", "download", "run")
 """Settings that may change when a run continues: what it ends with does not depend on them, but for rounding."""
 
 
@@ -65,6 +65,8 @@ class TrainConfig:
         resume: 'auto' continues what is in the folder; 'never' refuses a folder with a run.
         device: a PyTorch device; None is a GPU if there is one.
         tensorboard: write TensorBoard files beside the log.
+        wandb: send the log to this project of Weights & Biases too.
+        figures: epochs between drawings of curves.png and attention.png (matplotlib); None for none.
     """
 
     output: str
@@ -95,6 +97,8 @@ class TrainConfig:
     resume: str = "auto"
     device: str | None = None
     tensorboard: bool = False
+    wandb: str | None = None
+    figures: int | None = None
 
     def __post_init__(self) -> None:
         if self.pos_embed not in POS_EMBED:
@@ -103,6 +107,8 @@ class TrainConfig:
             raise ValueError(f"resume: expected 'auto' or 'never', got {self.resume!r}")
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean, std: expected both or none")
+        if self.figures is not None and self.figures < 1:
+            raise ValueError(f"figures: expected at least 1 epoch, got {self.figures}")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 Key = tuple[int, int]
 """(epoch, index of an image)."""
+GRACE = 120
+"""Seconds that a worker goes on for after a SIGTERM."""
 
 
 @dataclass(frozen=True)
@@ -148,8 +150,15 @@ def reseed(*numbers: int) -> None:
 def _work_until_told(worker: int) -> None:
     """Signals reach all processes of a group; the main process decides, and tells its workers to end."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _work_on)
+
+
+def _work_on(number: int, frame: Any) -> None:
+    """The first SIGTERM may be the group's. A second is the main process's, which waits for its workers at its end; if it has only that
+    one to give, the time ends."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.alarm(GRACE)
 
 
 class Mixing:

@@ -25,6 +25,7 @@ from attnkd.methods.recipes import Recipe
 from attnkd.training import checkpoint
 from attnkd.training.data import AugmentedImages, Plan, Steps, loader, reseed
 from attnkd.training.distributed import World
+from attnkd.training.profile import STEP, Profile
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,6 +49,7 @@ class Carrying:
         save_steps: steps between checkpoints, besides; None for none.
         log_steps: steps between records of the log.
         nonfinite_limit: so many steps in a row whose gradient is not finite stop the run. Each is left out.
+        profile: so many steps are profiled: profile.json says what share of a step each part takes, trace.json.gz has all.
     """
 
     at_once: int | None = None
@@ -58,11 +60,12 @@ class Carrying:
     save_steps: int | None = None
     log_steps: int = 50
     nonfinite_limit: int = 20
+    profile: int | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
-        for name in ("at_once", "save_steps", "log_steps", "nonfinite_limit"):
+        for name in ("at_once", "save_steps", "log_steps", "nonfinite_limit", "profile"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -84,6 +87,36 @@ class Watcher:
 
     def saved(self, step: int) -> None:
         """The state after ``step`` steps is on the disk."""
+
+    def close(self) -> None:
+        """The run has ended, or stopped."""
+
+
+class Watchers(Watcher):
+    """Hands every report to several, in their order."""
+
+    def __init__(self, *watchers: Watcher) -> None:
+        self.watchers = watchers
+
+    def begin(self, step: int, steps: int, steps_per_epoch: int, batch_size: int) -> None:
+        for watcher in self.watchers:
+            watcher.begin(step, steps, steps_per_epoch, batch_size)
+
+    def step(self, step: int, parts: Mapping[str, float]) -> None:
+        for watcher in self.watchers:
+            watcher.step(step, parts)
+
+    def record(self, record: dict[str, Any]) -> None:
+        for watcher in self.watchers:
+            watcher.record(record)
+
+    def saved(self, step: int) -> None:
+        for watcher in self.watchers:
+            watcher.saved(step)
+
+    def close(self) -> None:
+        for watcher in self.watchers:
+            watcher.close()
 
 
 @dataclass
@@ -153,6 +186,7 @@ class Trainer:
             self.task.prepare_distributed(device_ids=[world.device.index] if world.device.type == "cuda" else None)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=carrying.precision == "fp16")
+        self.profile: Profile | None = None
 
     @property
     def trained(self) -> nn.Module:
@@ -214,10 +248,13 @@ class Trainer:
         saved = time.monotonic()
         self.task.train()
         while self.done < self.steps:
-            parts = self._step(batches)
-            watcher.step(self.done, parts)
+            with self._part(STEP):
+                parts = self._step(batches)
+            if self.profile is not None:
+                self.profile.step_done()
             if self.done % self.carrying.log_steps == 0 or self.done == self.steps:
                 watcher.record(self._record())
+            watcher.step(self.done, parts)
             due = time.monotonic() - saved > 60 * self.carrying.save_minutes
             if self.carrying.save_steps is not None and self.done % self.carrying.save_steps == 0:
                 due = True
@@ -243,19 +280,22 @@ class Trainer:
         factors = [factor for _, factor in self.plan.parts(step)]
         sums: dict[str, Tensor] = {}
         for number, factor in enumerate(factors):
-            images, targets = (part.to(self.world.device, non_blocking=True) for part in next(batches))
+            with self._part("data"):
+                images, targets = (part.to(self.world.device, non_blocking=True) for part in next(batches))
             reseed(self.seed, step, self.world.rank, number)
             if self.mix is not None:
                 images, targets = self.mix(images, targets)
             last = number == len(factors) - 1
             with contextlib.nullcontext() if last or self.world.size == 1 else self.task.no_sync():
-                with torch.autocast(
+                autocast = torch.autocast(
                     self.world.device.type,
                     PRECISIONS[self.carrying.precision],
                     enabled=self.carrying.precision != "fp32",
-                ):
+                )
+                with self._part("forward"), autocast:
                     result = self.task(images, targets)
-                self.scaler.scale(result["loss"] * factor).backward()
+                with self._part("backward"):
+                    self.scaler.scale(result["loss"] * factor).backward()
             for name, value in result.items():
                 if name == "loss" or name.endswith("_loss"):
                     sums[name] = sums.get(name, 0.0) + value.detach().float() * factor
@@ -265,8 +305,12 @@ class Trainer:
         # One transfer from the device for all numbers.
         *values, grad_norm = torch.stack([*sums.values(), norm.float()]).tolist()
         parts = dict(zip(sums, values, strict=True))
-        self._update(grad_norm, parts)
+        with self._part("update"):
+            self._update(grad_norm, parts)
         return parts
+
+    def _part(self, name: str) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.profile is None else self.profile.part(name)
 
     def _update(self, grad_norm: float, parts: Mapping[str, float]) -> None:
         """The optimizer's step, unless the gradient, the same on all processes, is not finite."""

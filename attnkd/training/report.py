@@ -1,10 +1,10 @@
-"""What a run shows and writes while it trains: a progress bar, a log of JSON lines, TensorBoard."""
+"""What a run shows and writes while it trains: a progress bar and a log of JSON lines, which others may get too."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from attnkd import files
 from attnkd.training.loop import Watcher
+from attnkd.training.trackers import Tracker
 
 LOG = "log.jsonl"
 
@@ -22,19 +23,11 @@ class Report(Watcher):
     Args:
         folder: of the run.
         device: whose memory is shown.
-        tensorboard: write its files too, below ``folder``/tensorboard.
+        trackers: get every record too.
     """
 
-    def __init__(self, folder: Path, device: torch.device, tensorboard: bool = False) -> None:
-        self.path, self.device, self.bar, self.writer = folder / LOG, device, None, None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ModuleNotFoundError(
-                    "tensorboard: needs the package of that name: pip install tensorboard"
-                ) from None
-            self.writer = SummaryWriter(str(folder / "tensorboard"))
+    def __init__(self, folder: Path, device: torch.device, trackers: Sequence[Tracker] = ()) -> None:
+        self.path, self.device, self.bar, self.trackers = folder / LOG, device, None, trackers
 
     def begin(self, step: int, steps: int, steps_per_epoch: int, batch_size: int) -> None:
         from tqdm.auto import tqdm
@@ -59,10 +52,8 @@ class Report(Watcher):
         record = {**record, "images_per_second": round(speed, 1), **self._memory()}
         with files.named(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        if self.writer is not None:
-            for name, value in record.items():
-                if name != "step":
-                    self.writer.add_scalar(name, value, step)
+        for tracker in self.trackers:
+            tracker.write({name: value for name, value in record.items() if name != "step"}, step)
         if self.bar is not None and self.bar.disable:  # no terminal: a line for each record
             left = (self.steps - step) * self.batch_size / speed
             shown = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k not in ("step", "images_per_second"))
@@ -71,8 +62,8 @@ class Report(Watcher):
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
+        for tracker in self.trackers:
+            tracker.close()
 
     def _memory(self) -> dict[str, float]:
         if self.device.type != "cuda":

@@ -17,13 +17,17 @@ import torch
 from torch import nn
 
 from attnkd import files
+from attnkd.capture.loading import image_transform
 from attnkd.capture.models import input_channels
 from attnkd.training import checkpoint, config, models, sources
 from attnkd.training.config import Experiment
 from attnkd.training.data import AugmentedImages, Mixing
 from attnkd.training.distributed import World, joined
-from attnkd.training.loop import Trainer, save_to
+from attnkd.training.figures import IMAGES, Figures
+from attnkd.training.loop import Trainer, Watcher, Watchers, save_to
+from attnkd.training.profile import Profile
 from attnkd.training.report import Report
+from attnkd.training.trackers import trackers
 
 WEIGHTS, DESCRIPTION, CONFIG = "model.safetensors", "model.json", "config.yaml"
 
@@ -58,7 +62,10 @@ def train(experiment: Experiment, device: torch.device, say: Callable[[str], Non
         trainer, student, description = prepare(experiment, run.world, say)
         if run.world.first:
             files.write_text(run.folder / CONFIG, config.as_yaml(settings))
-        finished = run.carry_out(trainer, state, settings, say, experiment.config.tensorboard)
+        report = None
+        if run.world.first and (state is None or state["done"] < trainer.steps):
+            report = reported(experiment, run, trainer, description, say)
+        finished = run.carry_out(trainer, state, settings, say, report)
         if finished and run.world.first:
             averaged: Any = trainer.averaged
             save_student(run.folder, student if averaged is None else averaged.model, description)
@@ -96,9 +103,12 @@ class Run(NamedTuple):
         state: dict[str, Any] | None,
         settings: dict[str, Any],
         say: Callable[[str], None] = lambda line: None,
-        tensorboard: bool = False,
+        report: Watcher | None = None,
     ) -> bool:
         """Train from ``state`` on, to the end or to a SIGTERM.
+
+        Args:
+            report: in place of the progress bar and the log alone.
 
         Returns:
             Whether the end was reached.
@@ -116,11 +126,15 @@ class Run(NamedTuple):
         if trainer.done:
             say(f"{self.folder}: continues after step {trainer.done} of {trainer.steps}")
         with ExitStack() as stack:
-            report = None
             if self.world.first and trainer.done < trainer.steps:
-                report = Report(self.folder, self.world.device, tensorboard)
+                report = report or Report(self.folder, self.world.device)
                 stack.callback(report.close)
+                if trainer.carrying.profile is not None:
+                    trainer.profile = Profile(trainer.task, self.world.device, trainer.carrying.profile, self.folder)
+                    stack.callback(trainer.profile.close)
             finished = trainer.run(save_to(self.folder, settings), report, lambda: self.stop.signal is not None)
+        if trainer.profile is not None:
+            say(str(trainer.profile))
         if not finished and self.stop.signal == signal.SIGINT:
             raise KeyboardInterrupt
         return finished
@@ -175,6 +189,25 @@ def prepare(
         task, images, len(source.images), recipe, world, settings.run, seed=settings.seed, mix=mix
     )  # fmt: skip
     return trainer, student, description
+
+
+def reported(
+    experiment: Experiment, run: Run, trainer: Trainer, description: dict[str, Any], say: Callable[[str], None]
+) -> Watcher:
+    """All that the experiment wants to be told of."""
+    settings = experiment.config
+    told = trackers(run.folder, experiment.settings(), settings.tensorboard, settings.wandb)
+    watchers: list[Watcher] = [Report(run.folder, run.world.device, told)]
+    if settings.figures is not None:
+        overlay, source = description["pretrained_cfg_overlay"], trainer.images.images
+        size, stats = trainer.images[0, 0][0].shape, (tuple(overlay["mean"]), tuple(overlay["std"]))
+        plain = image_transform(
+            {"input_size": tuple(size), "interpolation": "bicubic", "crop_pct": 1.0}
+            | {"mean": (0.0,) * size[0], "std": (1.0,) * size[0]}
+        )
+        pictures = torch.stack([plain(source[index][0]) for index in range(min(IMAGES, len(source)))])
+        watchers.append(Figures(run.folder, settings.figures, trainer.task, pictures, *stats, say))
+    return Watchers(*watchers)
 
 
 def _check_labels(source: sources.Source, num_classes: int, experiment: Experiment) -> None:

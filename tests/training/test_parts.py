@@ -1,6 +1,8 @@
 """The parts of training: which images come when, checkpoints, settings, named rows."""
 
 import dataclasses
+import os
+import signal
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from attnkd import Schedule
 from attnkd.methods.recipes import Recipe
 from attnkd.training import checkpoint, config
-from attnkd.training.data import AugmentedImages, Mixing, Plan, Steps
+from attnkd.training.data import AugmentedImages, Mixing, Plan, Steps, loader
 from attnkd.training.rows import ROWS
 
 
@@ -53,6 +55,20 @@ def test_augmentation_belongs_to_the_image_and_the_epoch():
     images[0, 3], images[1, 2]
     assert torch.equal(images[0, 2][0], first) and not torch.equal(images[1, 2][0], first)
     assert not torch.equal(AugmentedImages(images.images, noisy, seed=4)[0, 2][0], first)
+
+
+def test_a_worker_outlives_one_sigterm_and_not_two():
+    """The first may be its group's; a main process whose worker ignores it at its end would wait for ever."""
+    images = AugmentedImages([(torch.full((1, 2, 2), float(i)), i) for i in range(40)], None, seed=0)
+    batches = iter(loader(images, Steps(Plan(40, 4, True, 0), 0, 10), workers=1, pin=False))
+    seen = [next(batches)[1].tolist()]
+    worker = batches._workers[0]
+    os.kill(worker.pid, signal.SIGTERM)
+    seen += [next(batches)[1].tolist() for _ in range(8)]
+    assert len({label for labels in seen for label in labels}) == 36 and worker.is_alive()
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(30)
+    assert worker.exitcode == -signal.SIGTERM
 
 
 def test_mixing_takes_any_number_of_images():

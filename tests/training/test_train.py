@@ -1,5 +1,7 @@
 """Training runs from settings to folder: all methods, exact continuation, what is refused."""
 
+import gzip
+import importlib.util
 import json
 
 import pytest
@@ -141,6 +143,49 @@ def test_the_result_does_not_depend_on_workers_parts_and_the_smaller_last_step(e
     one, parts = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "parts"))
     for name, value in one.items():
         torch.testing.assert_close(parts[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_run_that_is_drawn_and_profiled_is_the_same_run(experiment, tmp_path):
+    pytest.importorskip("matplotlib")
+    for method in ("head_kd", "attention_probe"):
+        changes = {"train__epochs": 4, "run__workers": 1}
+        train(experiment(method, output=f"{method}-plain", **changes))
+        train(experiment(method, output=method, figures=3, run__profile=4, **changes))
+        assert weights(tmp_path / method) == weights(tmp_path / f"{method}-plain")
+        for name in ("curves.png", "attention.png"):
+            with Image.open(tmp_path / method / name) as picture:
+                assert min(picture.size) > 100 and len(picture.convert("L").getcolors()) > 20
+        found = json.loads((tmp_path / method / "profile.json").read_text())
+        shares = found["shares"]
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-3) and min(shares.values()) >= 0
+        assert min(shares[name] for name in ("teacher", "student", "losses", "backward", "update")) > 0
+        assert 0 < found["attention_loss"] < shares["losses"] + shares["backward"]
+        trace = json.loads(gzip.open(tmp_path / method / "trace.json.gz").read())
+        assert sum(event.get("name") == "step" for event in trace["traceEvents"]) == found["steps"] == 4
+
+
+def test_figures_of_models_without_class_token_are_curves_alone(experiment, tmp_path):
+    pytest.importorskip("matplotlib")
+    said = []
+    small = config.ROWS["head_kd_digits"].defaults["student_kwargs"]
+    changes = {"train__epochs": 1, "train__warmup_epochs": 0}
+    made = experiment(
+        "head_kd", figures=1, student_kwargs={**small, "class_token": False, "global_pool": "avg"}, **changes
+    )
+    run.train(made, CPU, say=said.append)
+    assert any("attention.png is not drawn (" in line for line in said), said
+    assert {path.name for path in (tmp_path / "run").glob("*.png")} == {"curves.png"}
+
+
+@pytest.mark.parametrize(("option", "package"), [({"tensorboard": True}, "tensorboard"), ({"wandb": "p"}, "wandb")])
+def test_records_go_to_trackers_too(option, package, experiment, tmp_path, monkeypatch):
+    if importlib.util.find_spec(package) is None:
+        with pytest.raises(ModuleNotFoundError, match=f"{package}: needs the package"):
+            train(experiment(**option))
+        return
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    train(experiment(**option))
+    assert any((tmp_path / "run" / package).rglob("*events*" if package == "tensorboard" else "*.wandb"))
 
 
 def test_another_seed_is_another_run(experiment, tmp_path):

@@ -1,0 +1,74 @@
+"""Draws class-token attention over images; needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from attnkd.capture.class_maps import ClassMaps, upsample
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def draw_class_maps(
+    names: Sequence[str],
+    pictures: Tensor,
+    shown: dict[str, ClassMaps],
+    per_head: Tensor | None,
+    merged_kl: Tensor,
+    merge: str,
+) -> Figure:
+    """Two rows an image, teacher above student: the image, every head, merged, rollout; maps upsampled over the image.
+
+    Args:
+        names: of the images. pictures: [B, C, H, W], values 0 to 1.
+        shown: the maps of 'teacher' and 'student'.
+        per_head, merged_kl: as :func:`attnkd.capture.class_maps.class_kl` returns them, written over the student's maps.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    heads = max(maps.rows.shape[1] for maps in shown.values())
+    extra = 1 if shown["teacher"].rollout is None else 2
+    columns, size = 1 + heads + extra, (pictures.shape[-2], pictures.shape[-1])
+    figure = Figure(figsize=(1.25 * columns + 0.8, 2.75 * len(names) + 0.7), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)  # draws without a display and leaves pyplot's global state alone
+    grid = figure.subplots(2 * len(names), columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.set_frame_on(False)
+    for index, name in enumerate(names):
+        pixels = pictures[index].permute(1, 2, 0).squeeze(-1).clamp(0, 1).cpu().numpy()
+        for row, (who, maps) in enumerate(shown.items()):
+            line = grid[2 * index + row]
+            line[0].imshow(pixels, cmap="gray", vmin=0, vmax=1)
+            line[0].set_ylabel(who, fontsize=9)
+            if row == 0:
+                line[0].set_title(name, fontsize=8)
+            cells = [
+                (f"head {head}", maps.heads_map[index, head], line[1 + head]) for head in range(maps.rows.shape[1])
+            ]
+            cells.append((f"{merge} of heads", maps.merged_map[index], line[1 + heads]))
+            if maps.rollout_map is not None:
+                cells.append(("rollout", maps.rollout_map[index], line[2 + heads]))
+            for column, (title, values, axes) in enumerate(cells):
+                kl = None
+                if who == "student" and title.startswith("head") and per_head is not None:
+                    kl = per_head[index, column]
+                elif who == "student" and title.endswith("of heads"):
+                    kl = merged_kl[index]
+                heat = upsample(values, size).cpu().numpy()
+                if pixels.ndim == 2:  # strokes would shine through and be read as attention: outline them instead
+                    axes.imshow(heat, cmap="inferno", vmin=0)
+                    axes.contour(pixels, levels=[0.5], colors="deepskyblue", linewidths=0.9)
+                else:
+                    axes.imshow(pixels)
+                    axes.imshow(heat, cmap="inferno", alpha=0.65, vmin=0)
+                axes.set_title(title if kl is None else f"{title}\nKL {kl.item():.3f}", fontsize=8)
+    figure.suptitle(
+        "Attention of the class token over the patches; every map from 0 (dark) to its own maximum (bright)", fontsize=9
+    )
+    return figure
