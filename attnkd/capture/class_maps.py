@@ -31,7 +31,7 @@ class ClassMaps:
     rows: Tensor
     """[B, H, 1, 1 + h·w] probabilities: class token, then patches."""
     merged: Tensor
-    """[B, 1, 1, 1 + h·w]."""
+    """[B, T, 1, 1 + h·w]: one for each temperature."""
     rollout: Tensor | None
     """[B, h·w]: shares of the patches, sum 1; None when not asked for."""
     grid: tuple[int, int]
@@ -43,8 +43,8 @@ class ClassMaps:
 
     @property
     def merged_map(self) -> Tensor:
-        """[B, h, w]."""
-        return self.merged[:, 0, 0, 1:].unflatten(-1, self.grid)
+        """[B, T, h, w]."""
+        return self.merged[:, :, 0, 1:].unflatten(-1, self.grid)
 
     @property
     def rollout_map(self) -> Tensor | None:
@@ -54,7 +54,13 @@ class ClassMaps:
 
 @torch.no_grad()
 def class_maps(
-    model: nn.Module, images: Tensor, block: int = -1, merge: str = "mean", rollout: bool = True, impl: str = "auto"
+    model: nn.Module,
+    images: Tensor,
+    block: int = -1,
+    merge: str = "mean",
+    rollout: bool = True,
+    temperatures: Sequence[float] = (1.0,),
+    impl: str = "auto",
 ) -> ClassMaps:
     """The class token's attention in one block, per head and merged, and the rollout of all blocks.
 
@@ -64,6 +70,7 @@ def class_maps(
         block: index of the block; negative counts from the end.
         merge: 'mean', 'logsum', 'max' or 'min' of the heads.
         rollout: compute it too; then every block must be one that can be tapped, and [B, 1, N, N] maps fit in memory.
+        temperatures: of the merged maps, see :func:`attnkd.attention.merging.merge_attention` (AttnDistill, Fig. 3).
 
     Raises:
         ValueError: no class token, or a block that does not exist.
@@ -80,7 +87,8 @@ def class_maps(
     rows = attention_rows(call, rows="cls", impl=impl)
     grid = patch_grid(model, images.shape[-2:], rows.shape[-1] - 1)
     rolled = attention_rollout(calls, layout, impl) if rollout else None
-    return ClassMaps(call, rows, merge_attention(rows, merge), rolled, grid)
+    merged = torch.cat([merge_attention(rows, merge, temperature) for temperature in temperatures], 1)
+    return ClassMaps(call, rows, merged, rolled, grid)
 
 
 @torch.no_grad()
@@ -114,13 +122,15 @@ def attention_rollout(calls: Sequence[AttentionCall], layout: TokenLayout, impl:
 
 
 @torch.no_grad()
-def class_kl(student: ClassMaps, teacher: ClassMaps, merge: str = "mean") -> tuple[Tensor | None, Tensor]:
+def class_kl(
+    student: ClassMaps, teacher: ClassMaps, merge: str = "mean", temperatures: Sequence[float] = (1.0,)
+) -> tuple[Tensor | None, Tensor]:
     """KL(teacher ‖ student) of the class token's attention, in nats.
 
     A teacher on another grid is resized to the student's first, head by head.
 
     Returns:
-        [B, H] head by head (None when the numbers of heads differ) and [B] after merging.
+        [B, H] head by head (None when the numbers of heads differ) and [B, T] after merging.
     """
     rows = resample_attention(teacher.rows, teacher.grid, student.grid)
     call = student.call
@@ -132,14 +142,18 @@ def class_kl(student: ClassMaps, teacher: ClassMaps, merge: str = "mean") -> tup
             teacher_probs=rows,
             reduction="none",
         )[..., 0]
-    merged = attention_divergence(
-        call,
-        rows="cls",
-        teacher_probs=merge_attention(rows, merge),
-        merge=merge,
-        reduction="none",
-    )
-    return per_head, merged[:, 0, 0]
+    merged = [
+        attention_divergence(
+            call,
+            rows="cls",
+            teacher_probs=merge_attention(rows, merge, temperature),
+            merge=merge,
+            temperature=temperature,
+            reduction="none",
+        )[:, 0]
+        for temperature in temperatures
+    ]
+    return per_head, torch.cat(merged, 1)
 
 
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:

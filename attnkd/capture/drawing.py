@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -20,6 +20,8 @@ def draw_class_maps(
     per_head: Tensor | None,
     merged_kl: Tensor,
     merge: str,
+    temperatures: Sequence[float] = (1.0,),
+    captions: Mapping[str, Sequence[str]] | None = None,
 ) -> Figure:
     """Two rows an image, teacher above student: the image, every head, merged, rollout; maps upsampled over the image.
 
@@ -27,13 +29,16 @@ def draw_class_maps(
         names: of the images. pictures: [B, C, H, W], values 0 to 1.
         shown: the maps of 'teacher' and 'student'.
         per_head, merged_kl: as :func:`attnkd.capture.class_maps.class_kl` returns them, written over the student's maps.
+        temperatures: of the merged maps.
+        captions: for 'teacher', 'student' or both, a line below each image.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     heads = max(maps.rows.shape[1] for maps in shown.values())
-    extra = 1 if shown["teacher"].rollout is None else 2
-    columns, size = 1 + heads + extra, (pictures.shape[-2], pictures.shape[-1])
+    tempered = [f"{merge} of heads" + ("" if t == 1 else f", T = {t:g}") for t in temperatures]
+    extra = 0 if shown["teacher"].rollout is None else 1
+    columns, size = 1 + heads + len(tempered) + extra, (pictures.shape[-2], pictures.shape[-1])
     figure = Figure(figsize=(1.25 * columns + 0.8, 2.75 * len(names) + 0.7), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display and leaves pyplot's global state alone
     grid = figure.subplots(2 * len(names), columns, squeeze=False)
@@ -48,18 +53,18 @@ def draw_class_maps(
             line[0].set_ylabel(who, fontsize=9)
             if row == 0:
                 line[0].set_title(name, fontsize=8)
-            cells = [
-                (f"head {head}", maps.heads_map[index, head], line[1 + head]) for head in range(maps.rows.shape[1])
-            ]
-            cells.append((f"{merge} of heads", maps.merged_map[index], line[1 + heads]))
+            if captions is not None and who in captions:
+                line[0].set_xlabel(captions[who][index], fontsize=7)
+            cells = []  # title, map, KL, axes
+            for head, values in enumerate(maps.heads_map[index]):
+                kl = None if per_head is None or who == "teacher" else per_head[index, head]
+                cells.append((f"head {head}", values, kl, line[1 + head]))
+            for place, (title, values) in enumerate(zip(tempered, maps.merged_map[index], strict=True)):
+                kl = None if who == "teacher" else merged_kl[index, place]
+                cells.append((title, values, kl, line[1 + heads + place]))
             if maps.rollout_map is not None:
-                cells.append(("rollout", maps.rollout_map[index], line[2 + heads]))
-            for column, (title, values, axes) in enumerate(cells):
-                kl = None
-                if who == "student" and title.startswith("head") and per_head is not None:
-                    kl = per_head[index, column]
-                elif who == "student" and title.endswith("of heads"):
-                    kl = merged_kl[index]
+                cells.append(("rollout", maps.rollout_map[index], None, line[-1]))
+            for title, values, kl, axes in cells:
                 heat = upsample(values, size).cpu().numpy()
                 if pixels.ndim == 2:  # strokes would shine through and be read as attention: outline them instead
                     axes.imshow(heat, cmap="inferno", vmin=0)

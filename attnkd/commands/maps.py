@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from attnkd import files
+from attnkd.attention.checks import check_temperature
 from attnkd.attention.problem import MERGES
+from attnkd.capture.adapters import adapter_for
 from attnkd.capture.class_maps import ClassMaps, class_kl, class_maps
 from attnkd.capture.drawing import draw_class_maps
 from attnkd.capture.loading import image_config, image_transform, load_model, load_saved
-from attnkd.capture.models import input_channels, input_stats
+from attnkd.capture.models import evaluating, input_channels, input_stats, num_classes
 from attnkd.commands.options import choose_device, require
 from attnkd.methods.image_stream import open_image
 from attnkd.methods.task import check_pair
@@ -24,6 +28,8 @@ EXTRA = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "safetensors": "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from timm.utils import ParseKwargs
+
     parser.description = (
         "Draws the class token's attention over each image: teacher and student, every head, the heads merged, and the "
         "attention rollout through all blocks; prints KL(teacher || student). Without arguments: models and images of the "
@@ -50,10 +56,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="FILE",
             help=f"weights for the --{name} named; the classifier of a timm model may differ or be missing",
         )
+        option(
+            f"--{name}-kwargs",
+            nargs="*",
+            default={},
+            action=ParseKwargs,
+            metavar="K=V",
+            help=f"arguments of the --{name}",
+        )
     option("--run", type=Path, default=Path("runs/demo"), metavar="DIR", help="a demo's results (default: runs/demo)")
     option("--block", type=int, default=-1, help="the student's block (default: the last)")
     option("--teacher-block", type=int, default=-1, help="the teacher's block (default: the last)")
     option("--merge", choices=MERGES[1:], default="mean", help="how heads are merged (default: mean)")
+    option(
+        "--temperature",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        metavar="T",
+        help="of the merged maps, one map for each (default: 1; AttnDistill's Figure 3 is --merge logsum --temperature 1 10)",
+    )
+    option(
+        "--labels",
+        action="store_true",
+        help="write below each image what the models predict, and above it the folder that it is in, which is its class in an image folder",
+    )
     option("--no-rollout", action="store_true", help="leave the attention rollout out")
     option(
         "--output", type=Path, default=Path("attention_maps.png"), metavar="FILE", help="default: attention_maps.png"
@@ -68,44 +95,85 @@ def run(args: argparse.Namespace) -> int:
     files.make_folder("output", args.output.parent)
     files.check_writable("output", args.output)
     _check_format(args.output)
-    teacher = find_model("teacher", args.teacher, args.teacher_checkpoint, args.run).to(device)
-    student = find_model("student", args.student, args.student_checkpoint, args.run).to(device)
+    for temperature in args.temperature:
+        check_temperature(temperature)
+    given = vars(args)
+    teacher, student = (
+        find_model(role, given[role], given[f"{role}_checkpoint"], given[f"{role}_kwargs"], args.run).to(device)
+        for role in ("teacher", "student")
+    )
     check_pair(student, "teacher", teacher)
     own = sorted((args.run / "images").glob("*.png")) if args.teacher is None else []
     names, pictures, inputs = load_pictures(args.files or own, teacher, student)
     shown = {
-        role: class_maps(model, images.to(device), block, args.merge, not args.no_rollout)
+        role: class_maps(model, images.to(device), block, args.merge, not args.no_rollout, args.temperature)
         for role, model, images, block in zip(
             ("teacher", "student"), (teacher, student), inputs, (args.teacher_block, args.block), strict=True
         )
     }
-    per_head, merged = class_kl(shown["student"], shown["teacher"], args.merge)
+    per_head, merged = class_kl(shown["student"], shown["teacher"], args.merge, args.temperature)
+    captions = None
+    if args.labels:
+        captions = {
+            role: predicted(model, images.to(device))
+            for role, model, images in zip(("teacher", "student"), (teacher, student), inputs, strict=True)
+        }
+        if args.files:
+            names = [f"{name}\nin {file.resolve().parent.name}" for name, file in zip(names, args.files, strict=True)]
     print("KL(teacher || student) of the class token's attention, nats")
     for index, name in enumerate(names):
         heads = "" if per_head is None else "  heads " + " ".join(f"{kl:.3f}" for kl in per_head[index].tolist())
-        print(f"  {name}:  {args.merge} of heads {merged[index].item():.3f}{heads}")
+        kls = " ".join(f"{kl:.3f}" for kl in merged[index].tolist())
+        print(f"  {name}:  {args.merge} of heads {kls}{heads}")
     if per_head is None:
         print(f"  heads: not compared one by one, teacher and student have {_heads(shown)}")
-    files.write_figure(args.output, draw_class_maps(names, pictures, shown, per_head, merged, args.merge))
+    files.write_figure(
+        args.output, draw_class_maps(names, pictures, shown, per_head, merged, args.merge, args.temperature, captions)
+    )
     print(f"wrote {args.output}")
     return 0
 
 
-def find_model(role: str, name: str | None, checkpoint: Path | None, run: Path) -> nn.Module:
-    """The model asked for, see :func:`attnkd.capture.loading.load_model`; without a name the newest in a run's results.
+def predicted(model: nn.Module, images: Tensor) -> list[str]:
+    """The most probable class of each image [B, C, H, W], by name where timm knows ImageNet's, and its probability."""
+    with torch.no_grad(), evaluating(model):
+        _, output = adapter_for(model).run(model, images, True)
+    if output is None or output.ndim != 2 or (num_classes(model) or 0) < 2:
+        return ["no classifier"] * len(images)
+    probability, index = output.float().softmax(-1).max(-1)
+    name: Callable[[int], str] = str
+    if output.shape[1] == 1000:
+        from timm.data import ImageNetInfo
+
+        name = ImageNetInfo().index_to_description
+    return [f"{name(i)[:24]} ({p:.2f})" for i, p in zip(index.tolist(), probability.tolist(), strict=True)]
+
+
+def find_model(role: str, name: str | None, checkpoint: Path | None, kwargs: dict[str, Any], run: Path) -> nn.Module:
+    """The model asked for, see :func:`attnkd.capture.loading.load_model`; without a name the newest student in a run's results, or the
+    teacher that it learned from.
 
     Raises:
         ValueError: nothing found in ``run``, or nothing that can be loaded.
     """
     if name is not None:
-        return load_model(role, name, checkpoint)
-    if checkpoint is not None:
-        raise ValueError(f"{role}_checkpoint: needs the model it belongs to, --{role} NAME")
-    pattern = "teacher-*" if role == "teacher" else "student-pa_ag-*"
-    found = sorted(run.glob(f"{pattern}/model.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not found:
+        return load_model(role, name, checkpoint, **kwargs)
+    if checkpoint is not None or kwargs:
+        given = "checkpoint" if checkpoint is not None else "kwargs"
+        raise ValueError(f"{role}_{given}: needs the model it belongs to, --{role} NAME")
+    found = _newest(run, "student-pa_ag-*")
+    if role == "teacher":
+        seed = (
+            re.search(r"-seed\d+-", found.parent.name) if found else None
+        )  # `attnkd demo --all` has a teacher for each
+        found = _newest(run, f"teacher{seed[0]}*" if seed else "teacher-*") or _newest(run, "teacher-*")
+    if found is None:
         raise ValueError(f"{role}: no {role} in {run}; run `attnkd demo` first, or name a timm model")
-    return load_saved(found[-1])
+    return load_saved(found)
+
+
+def _newest(run: Path, pattern: str) -> Path | None:
+    return max(run.glob(f"{pattern}/model.safetensors"), key=lambda path: path.stat().st_mtime, default=None)
 
 
 def load_pictures(

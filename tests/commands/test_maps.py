@@ -1,5 +1,7 @@
 """`attnkd maps`: the numbers behind the figure, and the command on digits, photographs and image files."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -41,7 +43,7 @@ def test_class_maps_are_the_class_tokens_rows(images):
     shown = class_maps(model, images, block=1)
     torch.testing.assert_close(shown.rows[:, :, 0], rows)
     torch.testing.assert_close(shown.heads_map, rows[..., 1:].unflatten(-1, (4, 4)))
-    torch.testing.assert_close(shown.merged_map, rows.mean(1)[..., 1:].unflatten(-1, (4, 4)))
+    torch.testing.assert_close(shown.merged_map[:, 0], rows.mean(1)[..., 1:].unflatten(-1, (4, 4)))
     assert not model.training and class_maps(model.train(), images, rollout=False).rollout is None and model.training
 
 
@@ -67,7 +69,14 @@ def test_kl_per_head_and_merged(images):
     per_head, merged = class_kl(shown[1], shown[0])
     t, s = (attention(model, images)[-1][:, :, 0] for model in (teacher, student))
     torch.testing.assert_close(per_head, F.kl_div(s.log(), t, reduction="none").sum(-1))
-    torch.testing.assert_close(merged, F.kl_div(s.mean(1).log(), t.mean(1), reduction="none").sum(-1))
+    torch.testing.assert_close(merged, F.kl_div(s.mean(1).log(), t.mean(1), reduction="none").sum(-1)[:, None])
+    temperatures = [1.0, 5.0]
+    shown = [class_maps(model, images, -1, "logsum", False, temperatures) for model in (teacher, student)]
+    t, s = ([(x.log().sum(1) / T).softmax(-1) for T in temperatures] for x in (t, s))
+    torch.testing.assert_close(shown[0].merged[:, :, 0], torch.stack(t, 1))
+    _, merged = class_kl(shown[1], shown[0], "logsum", temperatures)
+    expected = torch.stack([F.kl_div(a.log(), b, reduction="none").sum(-1) for a, b in zip(s, t, strict=True)], 1)
+    torch.testing.assert_close(merged, expected)
 
 
 @torch.no_grad()
@@ -75,9 +84,9 @@ def test_kl_with_other_heads_and_another_grid(images):
     teacher, student = vit(4, seed=1, patch_size=2), vit(2)
     shown = class_maps(teacher, images), class_maps(student, images)
     per_head, merged = class_kl(shown[1], shown[0], "logsum")
-    assert per_head is None and merged.shape == (2,) and (merged > 0).all()
+    assert per_head is None and merged.shape == (2, 1) and (merged > 0).all()
     _, itself = class_kl(shown[1], shown[1], "logsum")
-    torch.testing.assert_close(itself, torch.zeros(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(itself, torch.zeros(2, 1), atol=1e-6, rtol=0)
 
 
 def test_upsampling_keeps_constants_and_order():
@@ -123,6 +132,32 @@ def test_newest_demo_on_its_pictures(results, capsys):
     )
     size, colours = picture_of(output)
     assert size[0] > 600 and size[1] > 500 and colours > 100
+
+
+def test_temperatures_and_labels(results, capsys):
+    output, digits = results / "maps.png", sorted((results / "images").glob("*.png"))
+    assert command("--run", results, "--output", output, *digits) == 0
+    plain = picture_of(output)
+    words = ["--run", results, "--output", output, "--merge", "logsum", "--temperature", 1, 10, "--labels", "--"]
+    assert command(*words, *digits) == 0
+    assert len(re.findall(r"logsum of heads \d\.\d{3} \d\.\d{3}$", capsys.readouterr().out, re.M)) == 2
+    assert picture_of(output)[0][0] > plain[0][0], "a column more"
+    model = load_saved(results / "teacher-new" / "model.safetensors")
+    _, _, (images, _) = maps.load_pictures(digits, model, model)
+    probability, index = model(images).softmax(-1).max(-1)
+    expected = [f"{i} ({p:.2f})" for i, p in zip(index.tolist(), probability.tolist(), strict=True)]
+    assert maps.predicted(model, images) == expected
+    assert command("--run", results, "--output", output, "--temperature", 0) == 2
+    assert "--temperature: expected a finite number above 0" in capsys.readouterr().err
+
+
+def test_the_teacher_is_that_of_the_student(tmp_path):
+    for seed, name in enumerate(("teacher-seed1-a", "teacher-seed2-a", "student-pa_ag-seed1-b")):
+        (tmp_path / name).mkdir()
+        models.save(models.create(models.STUDENT, seed), models.STUDENT, tmp_path / name / "model.safetensors")
+    found = maps.find_model("teacher", None, None, {}, tmp_path)
+    first = load_saved(tmp_path / "teacher-seed1-a" / "model.safetensors")
+    assert torch.equal(found.pos_embed, first.pos_embed)
 
 
 def test_grey_images_are_normalised_as_the_saved_model_says(results):
