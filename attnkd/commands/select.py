@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
 
 from attnkd import files
 from attnkd.capture.loading import image_config, image_transform, load_model
-from attnkd.commands.options import choose_device
-from attnkd.methods.selection import select_images
+from attnkd.capture.models import input_channels
+from attnkd.commands.options import choose_device, require
+from attnkd.evaluation.embedding import draw_points, sampled, tsne
+from attnkd.evaluation.features import batches, extract
+from attnkd.methods.image_stream import ENCODING, open_image
+from attnkd.methods.selection import Selection, select_images
+from attnkd.training.sources import open_source
+
+DRAWN = 300
+"""Images of each kind in a picture, at most."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +79,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--workers", type=int, default=4, metavar="N", help="processes that decode images (default: 4)")
     option("--device", metavar="NAME", help="a PyTorch device (default: cuda if there is one, else cpu)")
     option("--amp", action="store_true", help="run the teacher in bfloat16 autocast")
+    option(
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="draw the teacher's features of selected and rejected images by t-SNE (Attention Probe's Figure 3)",
+    )
+    option(
+        "--original",
+        metavar="SPEC",
+        help="draw those of the original training images too: a folder of images by class, 'digits', torch/NAME or hfds/NAME",
+    )
     option("--restart", action="store_true", help="forget earlier scores and list the folder again")
 
 
@@ -74,9 +100,15 @@ def run(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     files.make_folder("out", args.out.parent)
     files.check_writable("out", args.out)  # before a model is downloaded
+    if args.picture is not None:
+        require({"sklearn": "scikit-learn", "matplotlib": "matplotlib"})
+        files.check_writable("picture", args.picture)
+    elif args.original is not None:
+        raise ValueError("original: needs the --picture that its images go into")
     kwargs = {**args.model_kwargs, **({} if args.num_classes is None else {"num_classes": args.num_classes})}
     teacher = load_model("teacher", args.teacher, args.checkpoint, **kwargs)
     data = ("img_size", "mean", "std", "crop_pct", "interpolation")
+    original = None if args.original is None else open_source(args.original, "train", mode=_mode(teacher))
     config = image_config(teacher, **{name: getattr(args, name) for name in data})
     names = ("scores", "blocks", "attn_weight", "output_weight", "batch_size", "workers", "amp", "restart")
     done = select_images(
@@ -95,4 +127,48 @@ def run(args: argparse.Namespace) -> int:
         print(f"{done.skipped} images were left out: their names have line breaks", file=sys.stderr)
     if done.unreadable:
         print(f"{done.unreadable} could not be read; their errors are in {done.scores}", file=sys.stderr)
+    if args.picture is not None:
+        draw_selection(args, teacher.to(device), image_transform(config), done, original)
+        print(f"wrote {args.picture}")
     return 0
+
+
+def draw_selection(
+    args: argparse.Namespace, teacher: nn.Module, transform: Callable[[Any], Tensor], done: Selection, original: Any
+) -> None:
+    """At most :data:`DRAWN` images of each kind, by their class tokens after the teacher's last normalisation."""
+
+    def named(selected: str) -> list[str]:
+        with done.scores.open(**{**ENCODING, "newline": ""}) as file:
+            rows = csv.DictReader(file)
+            return sampled((row["path"] for row in rows if row["selected"] == selected and not row["error"]), DRAWN)
+
+    mode = _mode(teacher)
+    kinds: dict[str, Any] = {
+        "selected": _Files(args.data, named("1"), mode),
+        "original": None if original is None else Subset(original.images, sampled(range(len(original.images)), DRAWN)),
+        "rejected": _Files(args.data, named("0"), mode),
+    }
+    found = {
+        name: extract(teacher, batches(images, transform, args.batch_size, args.workers)).values
+        for name, images in kinds.items()
+        if images is not None and len(images)
+    }
+    files.write_figure(args.picture, draw_points(tsne(found), f"t-SNE of the features of {args.teacher}"))
+
+
+class _Files(Dataset):
+    """Images of a folder by name, without labels."""
+
+    def __init__(self, folder: Path, names: Sequence[str], mode: str) -> None:
+        self.folder, self.names, self.mode = folder, names, mode
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return open_image(self.folder / self.names[index], self.mode), 0
+
+
+def _mode(teacher: nn.Module) -> str:
+    return "L" if input_channels(teacher) == 1 else "RGB"

@@ -7,6 +7,7 @@ from PIL import Image
 
 from attnkd.commands import cli
 from attnkd.demo import models
+from attnkd.evaluation.embedding import sampled, tsne
 
 
 @pytest.fixture
@@ -38,6 +39,32 @@ def test_lists_the_images_and_reports_what_it_could_not_read(folder, capsys):
     assert "5 of 13 images listed in list.txt, all scores in list.csv" in said.out
     assert "1 could not be read" in said.err and "1 images were left out: their names have line breaks" in said.err
     assert len((folder / "list.txt").read_text().splitlines()) == 5
+
+
+def test_a_picture_of_selected_original_and_rejected_images(folder, capsys):
+    (folder / "wild" / "broken.png").write_text("no image")
+    (folder / "train" / "a").mkdir(parents=True)
+    for index in range(3):
+        Image.radial_gradient("L").convert("RGB").rotate(index * 30).save(folder / "train" / "a" / f"{index}.png")
+    assert select("--picture", "points.png", "--original", str(folder)) == 0
+    assert "wrote points.png" in capsys.readouterr().out
+    with Image.open("points.png") as picture:
+        assert min(picture.size) > 400 and len(picture.convert("RGB").getcolors(1 << 20)) > 50
+    assert select("--original", str(folder)) == 2
+    assert "--original: needs the --picture" in capsys.readouterr().err
+
+
+def test_embedding_keeps_clusters_and_sampling_is_fair():
+    generator = torch.Generator().manual_seed(0)
+    clouds = {name: torch.randn(40, 8, generator=generator) + 12 * shift for shift, name in enumerate("abc")}
+    points = tsne(clouds)
+    centres = {name: places.mean(0) for name, places in points.items()}
+    for name, places in points.items():
+        nearest = [min(centres, key=lambda other: ((place - centres[other]) ** 2).sum()) for place in places]
+        assert len(places) == 40 and nearest.count(name) >= 38
+    assert sampled(range(5), 9) == [0, 1, 2, 3, 4]
+    counts = torch.bincount(torch.tensor([i for seed in range(400) for i in sampled(range(20), 5, seed)]), minlength=20)
+    assert counts.sum() == 2000 and counts.min() > 60 and counts.max() < 140  # 100 each, 4.3 standard deviations
 
 
 def test_a_saved_model_is_a_teacher(folder, capsys):
