@@ -16,6 +16,8 @@ from attnkd.capture.libraries import library_of
 from attnkd.capture.loading import load_saved
 from attnkd.capture.models import evaluating
 from attnkd.training.config import METHODS
+from attnkd.training.onnx_export import NAME as ONNX
+from attnkd.training.onnx_export import require_onnx, write_onnx
 from attnkd.training.rows import ROWS
 from attnkd.training.run import CONFIG, DESCRIPTION, WEIGHTS
 
@@ -69,7 +71,7 @@ KEPT = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "classifier", "
 """What timm's description of a pretrained model says of the student, whose weights are others."""
 
 
-def export(run: Path, folder: Path) -> str:
+def export(run: Path, folder: Path, onnx: bool = False) -> str:
     """Write the student of a finished run so that its own library loads it.
 
     A timm student becomes a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads, a Hugging Face one what
@@ -80,6 +82,7 @@ def export(run: Path, folder: Path) -> str:
         run: the run's folder.
         folder: gets model.safetensors, config.json (model.json for other libraries) and README.md, the model card with the run's
             method, teacher, recipe and the results of `attnkd eval` in its folder.
+        onnx: write model.onnx too, see :mod:`attnkd.training.onnx_export`.
 
     Returns:
         The Python code that loads it.
@@ -92,6 +95,8 @@ def export(run: Path, folder: Path) -> str:
 
     if not (run / WEIGHTS).is_file() or not (run / CONFIG).is_file():
         raise ValueError(f"run: expected the folder of a finished run, with {WEIGHTS} and {CONFIG}, got {run}")
+    if onnx:
+        require_onnx()
     files.make_folder("output", folder)
     model: Any = load_saved(run / WEIGHTS)
     arguments = json.loads((run / DESCRIPTION).read_text(encoding="utf-8"))
@@ -109,7 +114,10 @@ def export(run: Path, folder: Path) -> str:
         files.write_bytes(folder / WEIGHTS, (run / WEIGHTS).read_bytes())
     files.write_text(folder / "README.md", card(settings, run, model, library, use))
     use = use.replace(PATH, json.dumps(str(folder))[1:-1])
-    _check(model, use, folder, (1, arguments.get("in_chans", arguments.get("num_channels", 3)), *size))
+    shape = (arguments.get("in_chans", arguments.get("num_channels", 3)), *size)
+    _check(model, use, folder, (1, *shape))
+    if onnx:
+        write_onnx(model, folder / ONNX, shape)
     return use
 
 
