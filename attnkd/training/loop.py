@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnkd.capture.checkpointing import recompute_blocks
 from attnkd.capture.models import unwrap_model
 from attnkd.methods.recipes import Recipe
+from attnkd.methods.student_teacher import TrainedStudent
 from attnkd.training import checkpoint
 from attnkd.training.data import AugmentedImages, Plan, Steps, loader, reseed
 from attnkd.training.distributed import World
@@ -45,6 +47,8 @@ class Carrying:
         workers: processes that read and augment images, for each training process.
         precision: 'fp32', 'bf16' or 'fp16' autocast.
         compile: compile student and teachers.
+        checkpointing: the student keeps each block's input alone for the backward, and runs the block again there: less memory,
+            more time, the same gradients.
         save_minutes: time between checkpoints.
         save_steps: steps between checkpoints, besides; None for none.
         log_steps: steps between records of the log.
@@ -56,6 +60,7 @@ class Carrying:
     workers: int = 4
     precision: str = "fp32"
     compile: bool = False
+    checkpointing: bool = False
     save_minutes: float = 10.0
     save_steps: int | None = None
     log_steps: int = 50
@@ -178,6 +183,11 @@ class Trainer:
         self.steps, self.done, self.tally = recipe.epochs * self.plan.steps_per_epoch, 0, Tally()
         if recipe.ema_decay is not None:
             self.task.setup_ema(decay=recipe.ema_decay)
+        if carrying.checkpointing:
+            trained = self.trained
+            recompute_blocks(
+                trained.model if isinstance(trained, TrainedStudent) else trained, "run.checkpointing: student"
+            )
         self.optimizer = recipe.optimizer(task, layer_decay=layer_decay)
         self.scheduler = recipe.scheduler(self.optimizer, self.plan.steps_per_epoch)
         if carrying.compile:
