@@ -84,6 +84,8 @@ def finetune(
     classes = train.num_classes
     if classes is None or not train.labelled or not val.labelled:
         raise ValueError("data: expected images with labels, of a known number of classes")
+    if carrying.shard:
+        raise ValueError("carrying: shard is for attnkd train; a fine-tuned model is whole on every process")
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay: expected a number above 0, at most 1, got {layer_decay}")
     if not hasattr(model, "reset_classifier") or not hasattr(model, "group_matcher"):

@@ -71,17 +71,17 @@ class Plan:
         """This process's images in a step, as positions in the epoch's order, in parts, each with the factor of its mean loss.
 
         The factor is the part's share of the step's images, times the number of processes: gradients are averaged over the
-        processes, and their sum is the gradient of the mean over all images of the step. A process for which no image is
-        left computes one with factor 0, because the others wait for its gradients.
+        processes, and their sum is the gradient of the mean over all images of the step. All processes have the same number of
+        parts, because they wait for each other: where images are missing, a part is one image with factor 0.
         """
         start = (step % self.steps_per_epoch) * self.batch_size
         end = min(start + self.batch_size, self.images)
         mine = list(range(start + self.rank, end, self.size))
-        if not mine:
-            return [([start], 0.0)]
-        at_once = self.at_once or len(mine)
+        most = math.ceil((end - start) / self.size)
+        at_once = self.at_once or most
         split = [mine[i : i + at_once] for i in range(0, len(mine), at_once)]
-        return [(part, len(part) * self.size / (end - start)) for part in split]
+        parts = [(part, len(part) * self.size / (end - start)) for part in split]
+        return parts + [([start], 0.0)] * (math.ceil(most / at_once) - len(parts))
 
 
 class Steps(Sampler[list[Key]]):

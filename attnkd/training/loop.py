@@ -24,7 +24,7 @@ from attnkd.capture.checkpointing import recompute_blocks
 from attnkd.capture.models import unwrap_model
 from attnkd.methods.recipes import Recipe
 from attnkd.methods.student_teacher import TrainedStudent
-from attnkd.training import checkpoint
+from attnkd.training import checkpoint, sharding
 from attnkd.training.data import AugmentedImages, Plan, Steps, loader, reseed
 from attnkd.training.distributed import World
 from attnkd.training.profile import STEP, Profile
@@ -47,6 +47,8 @@ class Carrying:
         workers: processes that read and augment images, for each training process.
         precision: 'fp32', 'bf16' or 'fp16' autocast.
         compile: compile student and teachers.
+        shard: each of several processes keeps a share of the student's weights, gradients and optimizer state in place of all of
+            them (FSDP2).
         checkpointing: the student keeps each block's input alone for the backward, and runs the block again there: less memory,
             more time, the same gradients.
         save_minutes: time between checkpoints.
@@ -60,6 +62,7 @@ class Carrying:
     workers: int = 4
     precision: str = "fp32"
     compile: bool = False
+    shard: bool = False
     checkpointing: bool = False
     save_minutes: float = 10.0
     save_steps: int | None = None
@@ -74,6 +77,8 @@ class Carrying:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+        if self.shard and self.compile:
+            raise ValueError("shard, compile: not both; a compiled student cannot be spread over processes yet")
         if self.workers < 0 or not self.save_minutes > 0:
             raise ValueError(f"workers, save_minutes: expected >= 0 and > 0, got {self.workers}, {self.save_minutes}")
 
@@ -182,17 +187,21 @@ class Trainer:
         self.plan = Plan(count, recipe.batch_size, recipe.drop_last, seed, world.rank, world.size, carrying.at_once)
         self.steps, self.done, self.tally = recipe.epochs * self.plan.steps_per_epoch, 0, Tally()
         if recipe.ema_decay is not None:
-            self.task.setup_ema(decay=recipe.ema_decay)
+            self.task.setup_ema(
+                decay=recipe.ema_decay, foreach=not carrying.shard
+            )  # shares and whole buffers do not mix
         if carrying.checkpointing:
             trained = self.trained
             recompute_blocks(
                 trained.model if isinstance(trained, TrainedStudent) else trained, "run.checkpointing: student"
             )
+        if carrying.shard:
+            sharding.shard(task, world)
         self.optimizer = recipe.optimizer(task, layer_decay=layer_decay)
         self.scheduler = recipe.scheduler(self.optimizer, self.plan.steps_per_epoch)
         if carrying.compile:
             self.task.compile()
-        if world.size > 1:
+        if world.size > 1 and not carrying.shard:
             self.task.prepare_distributed(device_ids=[world.device.index] if world.device.type == "cuda" else None)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=carrying.precision == "fp16")
@@ -210,9 +219,9 @@ class Trainer:
         return None if ema is None else unwrap_model(ema.module)
 
     def state(self) -> dict[str, Any]:
-        """All that the rest of the run depends on."""
+        """All that the rest of the run depends on. With ``shard`` all processes must call it; what the first one gets is whole."""
         tally = self.tally
-        return {
+        state = {
             "done": self.done,
             "tally": [tally.sums, tally.steps, tally.nonfinite, tally.in_row],
             "trained": self.trained.state_dict(),
@@ -220,14 +229,15 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
+        return sharding.whole(state, self.world.first) if self.carrying.shard else state
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state`."""
         self.done, self.tally = state["done"], Tally(*state["tally"])
-        self.trained.load_state_dict(state["trained"])
-        if self.averaged is not None:
-            self.averaged.load_state_dict(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for name, module in (("trained", self.trained), ("averaged", self.averaged)):
+            if module is not None:
+                module.load_state_dict(sharding.shares(state[name], module.state_dict()))
+        self.optimizer.load_state_dict(sharding.optimizer_shares(state["optimizer"], self.parameters))
         self.scaler.load_state_dict(state["scaler"])
 
     def run(
@@ -270,8 +280,10 @@ class Trainer:
                 due = True
             stopping, due = (bool(x) for x in self.world.largest([stop(), due]))
             if due or stopping or self.done == self.steps:
-                if save is not None and self.world.first:
-                    save(self.state())
+                if save is not None and (self.world.first or self.carrying.shard):
+                    state = self.state()
+                    if self.world.first:
+                        save(state)
                 watcher.saved(self.done)
                 saved = time.monotonic()
             if stopping and self.done < self.steps:
@@ -311,7 +323,7 @@ class Trainer:
                     sums[name] = sums.get(name, 0.0) + value.detach().float() * factor
         self.scaler.unscale_(self.optimizer)
         limit = self.recipe.clip_grad
-        norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
+        norm = sharding.number(nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit))
         # One transfer from the device for all numbers.
         *values, grad_norm = torch.stack([*sums.values(), norm.float()]).tolist()
         parts = dict(zip(sums, values, strict=True))

@@ -27,6 +27,7 @@ from attnkd.training.figures import IMAGES, Figures
 from attnkd.training.loop import Trainer, Watcher, Watchers, save_to
 from attnkd.training.profile import Profile
 from attnkd.training.report import Report
+from attnkd.training.sharding import whole
 from attnkd.training.trackers import trackers
 
 WEIGHTS, DESCRIPTION, CONFIG = "model.safetensors", "model.json", "config.yaml"
@@ -66,9 +67,9 @@ def train(experiment: Experiment, device: torch.device, say: Callable[[str], Non
         if run.world.first and (state is None or state["done"] < trainer.steps):
             report = reported(experiment, run, trainer, description, say)
         finished = run.carry_out(trainer, state, settings, say, report)
-        if finished and run.world.first:
+        if finished:
             averaged: Any = trainer.averaged
-            save_student(run.folder, student if averaged is None else averaged.model, description)
+            save_student(run.folder, student if averaged is None else averaged.model, description, run.world)
     return Ended(finished, trainer.done, trainer.steps, trainer.tally.nonfinite, run.folder)
 
 
@@ -225,11 +226,19 @@ def open_split(experiment: Experiment, split: str, mode: str) -> sources.Source:
     )  # fmt: skip
 
 
-def save_student(folder: Path, student: nn.Module, description: dict[str, Any]) -> None:
-    """The student as `attnkd maps`, `attnkd select` and other runs take it."""
+def save_student(folder: Path, student: nn.Module, description: dict[str, Any], world: World | None = None) -> None:
+    """The student as `attnkd maps`, `attnkd select` and other runs take it.
+
+    Args:
+        world: all its processes call this, and the first one writes; None is this process alone.
+    """
     from safetensors.torch import save as to_bytes
 
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
+    first = world is None or world.first
+    state = whole(student.state_dict(), first)
+    if not first:
+        return
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     files.write_json(folder / DESCRIPTION, description)
     files.write_bytes(folder / WEIGHTS, to_bytes(weights, metadata={"format": "pt"}))
 

@@ -1,5 +1,7 @@
-"""Two processes train like one, up to rounding: uneven shares, the smaller last step, continuing on another number of processes."""
+"""Two processes train like one, up to rounding: uneven shares, the smaller last step, continuing on another number of processes; the
+same with the student spread over them (FSDP2)."""
 
+import json
 import multiprocessing
 
 import pytest
@@ -12,15 +14,19 @@ pytest.importorskip("sklearn")
 
 from attnkd import files
 from attnkd.training import config, run, sources
-from attnkd.training.loop import Trainer
+from attnkd.training.distributed import World
+from attnkd.training.loop import Carrying, Trainer
+from attnkd.training.sharding import shard
 
 pytestmark = pytest.mark.skipif(
     "forkserver" not in multiprocessing.get_all_start_methods(), reason="the two processes are forks"
 )
 CPU = torch.device("cpu")
+SPREAD = {"shard": True, "checkpointing": True}
+FP16 = {"shard": True, "precision": "fp16"}
 
 
-def experiment(folder, teacher, method):
+def experiment(folder, teacher, method, **carrying):
     """The last step of an epoch has one image, which is none for the second process. SGD does not enlarge rounding as Adam does."""
     row = config.ROWS[f"{method}_digits"].defaults
     settings = {**row, "output": str(folder), "teacher": teacher}
@@ -33,8 +39,15 @@ def experiment(folder, teacher, method):
         "base_lr": 0.05,
     }
     settings["train"] |= {"drop_last": False, "ema_decay": 0.7}
-    settings["run"] = {"workers": 0, "save_steps": 1, "log_steps": 1, "at_once": 8}
+    settings["run"] = {"workers": 0, "save_steps": 1, "log_steps": 1, "at_once": 8, **carrying}
     settings["method"] = dict(row.get("method", {}))
+    if method == "attn_distill":
+        # The attention alone: the forward stops in the last block. A frozen parameter, and a norm that is cut.
+        settings |= {"pos_embed": "fixed_sincos"}
+        settings["method"] |= {"pa_weight": 0.0, "attn_weight": 1.0}
+        settings["train"] |= {"clip_grad": 0.1}
+    if "precision" in carrying:
+        settings["train"] |= {"opt": "adamw", "base_lr": 1e-3}
     return config.build(settings, method)
 
 
@@ -58,12 +71,23 @@ def worker(rank, folder, teacher):
             raise AssertionError("the second process writes")
 
         files.replacing = files.write_bytes = files.make_folder = written
+
+    def train(name, method, **carrying):
+        return run.train(experiment(folder / name, teacher, method, **carrying), CPU, say=lambda line: None)
+
     for method in ("head_kd", "attention_probe"):
-        assert run.train(experiment(folder / method, teacher, method), CPU, say=lambda line: None).finished
+        assert train(method, method).finished
+    for method in ("head_kd", "attn_distill"):
+        assert train(f"{method}_spread", method, **SPREAD).finished
+    assert train("fp16", "head_kd", **FP16).finished
     trained = Trainer.run
     Trainer.run = lambda self, save, watcher, stop: trained(self, save, watcher, lambda: rank == 1 and self.done >= 2)
-    ended = run.train(experiment(folder / "half", teacher, "head_kd"), CPU, say=lambda line: None)
-    assert not ended.finished and ended.steps == 2, "all stop when one is asked to"
+    for name, carrying in {"half": {}, "half_spread": SPREAD, "half_fp16": FP16}.items():
+        ended = train(name, "head_kd", **carrying)
+        assert not ended.finished and ended.steps == 2, "all stop when one is asked to"
+    Trainer.run = trained
+    torch.distributed.barrier()  # the first process writes the checkpoint that both read
+    assert train("half_fp16", "head_kd", **FP16).finished
     torch.distributed.destroy_process_group()
 
 
@@ -73,21 +97,49 @@ def test_two_processes_train_like_one(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_digits", sources._digits)  # put back at the end
     arguments = {"model_name": "vit_tiny_patch16_224", "img_size": 16, "in_chans": 1, "patch_size": 4, "depth": 3}
     arguments |= {"embed_dim": 24, "num_heads": 4, "num_classes": 10}
-    run.save_student(tmp_path, timm.create_model(**arguments), arguments)
+    model = timm.create_model(**arguments)
+    with torch.no_grad():
+        for block in model.blocks:  # attention that is not uniform
+            block.attn.qkv.weight.mul_(8)
+    run.save_student(tmp_path, model, arguments)
     teacher = str(tmp_path / "model.safetensors")
     multiprocessing.set_forkserver_preload(["attnkd.training.run", "sklearn.datasets", "timm", "pytest"])
     torch.multiprocessing.start_processes(worker, (tmp_path / "two", teacher), nprocs=2, start_method="forkserver")
     few_digits()
-    for method in ("head_kd", "attention_probe"):
-        run.train(experiment(tmp_path / "one" / method, teacher, method), CPU, say=lambda line: None)
-    assert run.train(experiment(tmp_path / "two" / "half", teacher, "head_kd"), CPU, say=lambda line: None).steps == 6
-    for found, wanted in (
-        ("two/head_kd", "one/head_kd"),
-        ("two/attention_probe", "one/attention_probe"),
-        ("two/half", "one/head_kd"),
-    ):
-        one, two = (load_file(tmp_path / name / "model.safetensors") for name in (wanted, found))
-        for name, value in one.items():
-            torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5, msg=f"{found}: {name}")
-        logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in (wanted, found)]
+
+    def train(name, method):
+        return run.train(experiment(tmp_path / name, teacher, method), CPU, say=lambda line: None)
+
+    for method in ("head_kd", "attention_probe", "attn_distill"):
+        train(f"one/{method}", method)
+    for name in ("half", "half_spread"):
+        assert train(f"two/{name}", "head_kd").steps == 6
+    pairs = [("two/attention_probe", "one/attention_probe"), ("two/attn_distill_spread", "one/attn_distill")]
+    pairs += [(f"two/{name}", "one/head_kd") for name in ("head_kd", "head_kd_spread", "half", "half_spread")]
+    for found, wanted in pairs:
+        for file in ("model.safetensors", "checkpoint.safetensors"):
+            one, two = (load_file(tmp_path / name / file) for name in (wanted, found))
+            assert one.keys() == two.keys()
+            for name, value in one.items():
+                torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5, msg=f"{found}, {file}: {name}")
+        logs = [records(tmp_path / name) for name in (wanted, found)]
         assert len(logs[0]) == len(logs[1]) == 6
+        for one, two in zip(*logs, strict=True):
+            assert two == pytest.approx(one, rel=1e-3), found
+    whole, parts = ((tmp_path / "two" / name / "model.safetensors").read_bytes() for name in ("fp16", "half_fp16"))
+    assert parts == whole, "two processes continue exactly"
+    one, two = (records(tmp_path / name)[0] for name in ("one/head_kd", "two/fp16"))
+    assert [two[name] for name in ("loss", "grad_norm")] == pytest.approx([one["loss"], one["grad_norm"]], rel=0.02)
+
+
+def records(folder):
+    """The log without speeds."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+
+
+def test_what_cannot_be_spread_is_named(tmp_path):
+    with pytest.raises(ValueError, match="shard, compile: not both"):
+        Carrying(shard=True, compile=True)
+    with pytest.raises(ValueError, match="run.shard: .* this one is alone; start it with torchrun"):
+        shard(torch.nn.Linear(2, 2), World(CPU))

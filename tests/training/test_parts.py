@@ -31,6 +31,7 @@ def test_every_image_comes_once_an_epoch_and_counts_the_same(images, batch, size
     steps = plans[0].steps_per_epoch
     for step in range(steps):
         parts = [part for plan in plans for part in plan.parts(step)]
+        assert len({len(plan.parts(step)) for plan in plans}) == 1, "processes wait for each other in every part"
         assert all(at_once is None or len(positions) <= at_once for positions, _ in parts)
         counted = {position: factor / len(where) for where, factor in parts if factor for position in where}
         expected = range(step * batch, min((step + 1) * batch, images))
