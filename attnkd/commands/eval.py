@@ -17,12 +17,13 @@ from attnkd import files
 from attnkd.capture.loading import image_config, image_transform, load_model, load_saved
 from attnkd.commands.options import choose_device
 from attnkd.evaluation.agreement import alignment, look, overlap
-from attnkd.evaluation.features import Features, batches, extract
+from attnkd.evaluation.features import Features, batches, extract_together
 from attnkd.evaluation.finetune import LAYER_DECAY, RECIPE, finetune
 from attnkd.evaluation.knn import KS, TEMPERATURE, knn
 from attnkd.evaluation.linear import RATES, linear_probe
 from attnkd.evaluation.results import as_text, compared
 from attnkd.methods.recipes import Recipe
+from attnkd.training.distributed import World, joined
 from attnkd.training.loop import PRECISIONS, Carrying
 from attnkd.training.run import CONFIG, DESCRIPTION, WEIGHTS
 from attnkd.training.sources import Source, open_source, subset
@@ -106,12 +107,17 @@ def run(args: argparse.Namespace) -> int:
         return _compare(args)
     if args.how == "agree":
         return _agree(args)
+    with joined(choose_device(args.device)) as world:
+        return _evaluate(args, world)
+
+
+def _evaluate(args: argparse.Namespace, world: World) -> int:
+    """knn, linear or finetune, on one process or on several."""
     asked = _asked(args, args.model)
-    device = choose_device(args.device)
     outputs = [
         path for path in (asked.folder and asked.folder / f"eval_{args.how}{asked.suffix}.json", args.json) if path
     ]
-    for path in outputs:
+    for path in outputs if world.first else ():
         files.check_writable("json", path)
     model = _load(args, asked)
     config = image_config(model, img_size=args.img_size, mean=args.mean, std=args.std)
@@ -125,16 +131,17 @@ def run(args: argparse.Namespace) -> int:
         "precision": args.precision,
         "seed": args.seed,
     }
-    print(
-        f"{asked.name}: {result['val_images']} images of {asked.data['data']}, learnt from {result['train_images']}",
-        flush=True,
-    )
+    if world.first:
+        print(
+            f"{asked.name}: {result['val_images']} images of {asked.data['data']}, learnt from {result['train_images']}",
+            flush=True,
+        )
     if args.how == "finetune":
-        found = _finetune(args, asked, model, config, train, val, device)
-        if found is None:
-            return 0
+        found = _finetune(args, asked, model, config, train, val, world.device)
     else:
-        found = _frozen(args, model.to(device), config, train, val, device)
+        found = _frozen(args, model.to(world.device), config, train, val, world)
+    if found is None:
+        return 0
     for path in outputs:
         files.write_json(path, result | found)
         print(f"wrote {path}")
@@ -238,31 +245,42 @@ def _source(args: argparse.Namespace, data: dict[str, Any], split: str, config: 
 
 
 def _frozen(
-    args: argparse.Namespace, model: nn.Module, config: dict[str, Any], train: Source, val: Source, device: torch.device
-) -> dict[str, Any]:
-    """k-NN or linear probe of the model's features."""
-    transform, values = image_transform(config), {}
+    args: argparse.Namespace, model: nn.Module, config: dict[str, Any], train: Source, val: Source, world: World
+) -> dict[str, Any] | None:
+    """k-NN or linear probe of the model's features; None on another process than the first."""
+    values = {}
     for part, source in (("train", train), ("val", val)):
-        seen = _with_progress(batches(source.images, transform, args.batch_size, args.workers), part)
-        values[part] = extract(
-            model, seen, last_blocks=args.last_blocks, device=device, precision=PRECISIONS[args.precision]
-        )  # fmt: skip
+        values[part] = extract_together(
+            model,
+            source.images,
+            image_transform(config),
+            world,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            seen=lambda data, part=part: _with_progress(data, part) if world.first else data,
+            last_blocks=args.last_blocks,
+            precision=PRECISIONS[args.precision],
+        )
     how = _knn if args.how == "knn" else _linear
-    return {"last_blocks": args.last_blocks, **how(args, values, device)}
+    found = how(args, values, world)
+    return {"last_blocks": args.last_blocks, **found} if world.first else None
 
 
-def _knn(args: argparse.Namespace, values: dict[str, Features], device: torch.device) -> dict[str, Any]:
-    scores = knn(values["train"], values["val"], args.k, args.temperature, device=device)
-    print(f"{'k':>6}{'top-1 %':>10}{'top-5 %':>10}")
-    for k, found in scores.items():
-        print(f"{k:>6}{found['top1']:>10.2f}" + (f"{found['top5']:>10.2f}" if "top5" in found else ""))
+def _knn(args: argparse.Namespace, values: dict[str, Features], world: World) -> dict[str, Any]:
+    scores = knn(values["train"], values["val"], args.k, args.temperature, device=world.device, world=world)
+    if world.first:
+        print(f"{'k':>6}{'top-1 %':>10}{'top-5 %':>10}")
+        for k, found in scores.items():
+            print(f"{k:>6}{found['top1']:>10.2f}" + (f"{found['top5']:>10.2f}" if "top5" in found else ""))
     return {"temperature": args.temperature, "scores": {str(k): score for k, score in scores.items()}}
 
 
-def _linear(args: argparse.Namespace, values: dict[str, Features], device: torch.device) -> dict[str, Any]:
+def _linear(args: argparse.Namespace, values: dict[str, Features], world: World) -> dict[str, Any]:
+    if not world.first:  # the probe is small: one process trains it
+        return {}
     hold_out, epochs = 0.1 if len(args.lr) > 1 else 0.0, args.epochs or 100
     probe = linear_probe(
-        values["train"], values["val"], epochs=epochs, rates=args.lr, hold_out=hold_out, seed=args.seed, device=device
+        values["train"], values["val"], epochs=epochs, rates=args.lr, hold_out=hold_out, seed=args.seed, device=world.device
     )  # fmt: skip
     print(f"{'lr':>10}{'held out, top-1 %':>20}")
     for rate, score in probe.held_out.items() if hold_out else ():

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from attnkd.capture.adapters import adapter_for
 from attnkd.capture.models import cls_features, evaluating, parameter_dtype
 from attnkd.capture.tokens import token_layout
+from attnkd.training.distributed import World
 
 
 class Features(NamedTuple):
@@ -45,6 +46,31 @@ def batches(images: Any, transform: Callable[[Any], Tensor], batch_size: int, wo
     return DataLoader(_Images(images, transform), batch_size, num_workers=workers)
 
 
+def extract_together(
+    model: nn.Module,
+    images: Any,
+    transform: Callable[[Any], Tensor],
+    world: World,
+    *,
+    batch_size: int,
+    workers: int,
+    seen: Callable[[Iterable[Any]], Iterable[Any]] = lambda data: data,
+    **options: Any,
+) -> Features:
+    """The features of all images, on every process; each of them runs the model on its share. All must call it.
+
+    Args:
+        images: index → (image, label), with a length.
+        transform: image → [C, H, W].
+        world: the processes; the model runs on its device.
+        seen: wraps this process's batches, for a progress bar.
+        options: of :func:`extract`.
+    """
+    share = Subset(images, world.share(len(images)))
+    own = extract(model, seen(batches(share, transform, batch_size, workers)), device=world.device, **options)
+    return Features(*(world.together(part, len(images)) for part in own))
+
+
 @torch.no_grad()
 def extract(
     model: nn.Module,
@@ -73,7 +99,7 @@ def extract(
     with evaluating(model.to(device)), torch.autocast(device.type, precision, enabled=precision is not None):
         for images, targets in data:
             images = images.to(device, parameter_dtype(model))
-            values.append(_class_tokens(model, images, last_blocks).float().cpu())
+            values.append(class_tokens(model, images, last_blocks).float().cpu())
             labels.append(targets.long().cpu())
     if not values:
         raise ValueError("data: no images")
@@ -83,8 +109,8 @@ def extract(
     return found
 
 
-def _class_tokens(model: Any, images: Tensor, last_blocks: int) -> Tensor:
-    """[b, last_blocks · D]; the last block's come last."""
+def class_tokens(model: Any, images: Tensor, last_blocks: int = 1) -> Tensor:
+    """The normalised class tokens [b, last_blocks · D] of the last blocks for images [b, C, H, W]; the last block's come last."""
     if last_blocks == 1:
         return cls_features(model, adapter_for(model).tokens(model, images))
     if not hasattr(model, "forward_intermediates"):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attnkd.evaluation.features import Features
+from attnkd.training.distributed import World
 
 KS, TEMPERATURE = (10, 20, 100, 200), 0.07
 BLOCK = (512, 65536)
@@ -24,6 +25,7 @@ def knn(
     *,
     device: torch.device | None = None,
     block: tuple[int, int] = BLOCK,
+    world: World | None = None,
 ) -> dict[int, dict[str, float]]:
     """Accuracy in percent for every k.
 
@@ -36,6 +38,7 @@ def knn(
         temperature: of the votes.
         device: where to compute; None is the CPU.
         block: (test, training) images at a time.
+        world: processes that share the test images; each has all features, and gets all scores. None is this process alone.
 
     Returns:
         {k: {'top1': …, 'top5': …}}; 'top5' only for more than five classes.
@@ -49,8 +52,10 @@ def knn(
         raise ValueError(f"test: expected features [m, {train.values.shape[1]}], got {tuple(test.values.shape)}")
     classes = int(max(train.labels.max(), test.labels.max())) + 1
     most = min(max(ks), len(train.values))
-    correct = {k: torch.zeros(2) for k in ks}
-    for values, labels in zip(test.values.split(block[0]), test.labels.split(block[0]), strict=True):
+    correct = {k: torch.zeros(2, dtype=torch.float64) for k in ks}
+    world = world or World(torch.device("cpu"))
+    mine = slice(world.rank, None, world.size)
+    for values, labels in zip(test.values[mine].split(block[0]), test.labels[mine].split(block[0]), strict=True):
         cosines, found = _nearest(values.to(device), train, most, block[1])
         votes = (cosines / temperature).exp()
         for k in ks:
@@ -58,7 +63,7 @@ def knn(
             order = tally.argsort(dim=1, descending=True, stable=True)
             hits = (order == labels.to(order.device)[:, None]).cpu()
             correct[k] += torch.stack([hits[:, :1].sum(), hits[:, :5].sum()])
-    scores = {k: (100 * hits / len(test.values)).tolist() for k, hits in correct.items()}
+    scores = {k: [100 * hits / len(test.values) for hits in world.sum(own.tolist())] for k, own in correct.items()}
     return {k: {"top1": one, **({"top5": five} if classes > 5 else {})} for k, (one, five) in scores.items()}
 
 
