@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from attnkd import files
 from attnkd.capture.blocks import Blocks, attention_paths, block_path, plain_class
 from attnkd.capture.models import evaluating
-from attnkd.methods.silence import silenced
+from attnkd.methods.silence import copies, silenced
 from attnkd.methods.whole_map import num_heads
 
 SELECTIONS = ("importance", "average", "random")
@@ -59,8 +59,15 @@ class HeadImportance:
         One tensor [H1, H2, …] with combinations (entry [i, j, …]: head i of the first block, j of the second, … silenced
         together), one tensor [H] a block without. Negative where the model is better without.
         """
-        counts = [self.correct] if self.combinations else self.correct
-        return [(self.full - torch.tensor(count, dtype=torch.float64)) / self.images for count in counts]
+        return [(self.full - count.double()) / self.images for count in self.counts()]
+
+    def counts(self) -> list[Tensor]:
+        """``correct`` as int64 tensors of the same shapes."""
+        return [torch.tensor(count) for count in ([self.correct] if self.combinations else self.correct)]
+
+    def set_counts(self, counts: Sequence[Tensor]) -> None:
+        """Replace ``correct``."""
+        self.correct = counts[0].tolist() if self.combinations else [count.tolist() for count in counts]
 
     def best(self) -> list[int]:
         """The head to choose in every block: the combination whose loss costs most, the first one of equals."""
@@ -92,6 +99,8 @@ def head_importance(
     *,
     combinations: bool = True,
     classifier: Callable[[Tensor], Tensor] | None = None,
+    forward: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    distributed: bool = False,
     path: str | os.PathLike | None = None,
     max_batch: int = 1024,
     progress: bool = True,
@@ -104,11 +113,17 @@ def head_importance(
 
     Args:
         model: timm Vision Transformer on the loader's device; put in evaluation mode, otherwise unchanged.
-        loader: (images [B, C, H, W], class indices [B]) in an order that does not change from run to run.
+        loader: (images [B, C, H, W], class indices [B]) in an order that does not change from run to run. Of any length: it is
+            read once, batch by batch.
         blocks: index, sequence of indices, 'all', or module paths of attentions inside ``model.blocks``.
         combinations: one head a block silenced at a time in all combinations; False silences one head alone.
         classifier: from the model's output to class scores [B, classes], for a model without classifier (a linear
             probe). None takes the output as scores.
+        forward: (model, images [B, C, H, W]) → the output, in place of ``model(images)``: for a classifier that reads something
+            else, such as the class tokens of four blocks (:func:`attnkd.evaluation.features.class_tokens`).
+        distributed: every process of the default group calls this with its own share of the images, each of which must be in one
+            share only (``DistributedSampler`` repeats some), and gets the sum over all. With ``path`` a process keeps its
+            own share's counts in a file beside it, and the first one writes the sum.
         path: JSON file for the result. It is rewritten after every batch; an unfinished one is continued, a finished one
             of the same model and settings is returned.
         max_batch: most images, copies included, that run through a block at once.
@@ -126,14 +141,63 @@ def head_importance(
     if owners != running:
         raise ValueError(f"blocks: expected at most one attention a block, in running order, got {paths}")
     heads = [num_heads(model, name) for name in paths]
-    result = _start(model, paths, heads, combinations, path)
+    if not distributed:
+        return _search(
+            model,
+            loader,
+            _start(model, paths, heads, combinations, path),
+            classifier,
+            forward,
+            path,
+            max_batch,
+            progress,
+        )
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    total = _start(model, paths, heads, combinations, path)
+    device = next(model.parameters()).device
+    if _summed([int(total.complete)], device) == [size]:
+        return total
+    share = None if path is None else Path(f"{os.fspath(path)}.{rank}of{size}")
+    own = _start(model, paths, heads, combinations, share)
+    own = _search(model, loader, own, classifier, forward, share, max_batch, progress and rank == 0, may_be_empty=True)
+    counts = own.counts()
+    numbers = _summed([own.images, own.full, own.batches, *(int(x) for c in counts for x in c.flatten())], device)
+    total.images, total.full, total.batches = numbers[:3]
+    parts = torch.tensor(numbers[3:]).split([c.numel() for c in counts])
+    total.set_counts([part.view(count.shape) for part, count in zip(parts, counts, strict=True)])
+    total.complete = True
+    if total.images == 0:
+        raise ValueError("loader: expected images, got none on any process")
+    if path is not None and rank == 0:
+        total.save(path)
+    return total
+
+
+def _summed(numbers: list[int], device: torch.device) -> list[int]:
+    """Every number's sum over all processes."""
+    values = torch.tensor(numbers, dtype=torch.int64, device=device)
+    torch.distributed.all_reduce(values)
+    return values.tolist()
+
+
+def _search(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    result: HeadImportance,
+    classifier: Callable[[Tensor], Tensor] | None,
+    forward: Callable[[nn.Module, Tensor], Tensor] | None,
+    path: str | os.PathLike | None,
+    max_batch: int,
+    progress: bool,
+    may_be_empty: bool = False,
+) -> HeadImportance:
+    """Count on, from what ``result`` has, to the end of the loader."""
     if result.complete:
         return result
-    counts = [torch.tensor(c) for c in ([result.correct] if combinations else result.correct)]
-    searches = [paths] if combinations else [[name] for name in paths]
-    classify = (lambda output: output) if classifier is None else classifier
+    counts = result.counts()
+    searches = [result.paths] if result.combinations else [[name] for name in result.paths]
     device = next(model.parameters()).device
-    count_right = _Counter(model, classify, max_batch)
+    count_right = _Counter(model, forward, classifier, max_batch)
     crc, bar = 0, _progress(progress, loader)
     with evaluating(model):
         for index, (images, targets) in enumerate(bar):
@@ -146,17 +210,17 @@ def head_importance(
                     )
                 continue
             images, targets = images.to(device), targets.to(device)
-            result.full += int((classify(model(images)).argmax(-1) == targets).sum())
+            result.full += int((count_right.scores(images).argmax(-1) == targets).sum())
             for search, count in zip(searches, counts, strict=True):
                 size = max(1, max_batch // math.prod(count.shape[_first_spread(count.shape, max_batch) :]))
                 for chunk, labels in zip(images.split(size), targets.split(size), strict=True):
                     count += count_right(chunk, labels, search, count.shape)
             result.images += len(images)
             result.batches, result.targets_crc = index + 1, crc
-            result.correct = counts[0].tolist() if combinations else [count.tolist() for count in counts]
+            result.set_counts(counts)
             if path is not None:
                 result.save(path)
-    if result.images == 0:
+    if result.images == 0 and not may_be_empty:
         raise ValueError("loader: expected images, got none")
     result.complete = True
     if path is not None:
@@ -206,9 +270,8 @@ def _start(
     for parameter in model.state_dict().values():
         crc = zlib.crc32(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), crc)
     shapes = [heads] if combinations else [[count] for count in heads]
-    zeros = [torch.zeros(shape, dtype=torch.int64).tolist() for shape in shapes]
     fresh = HeadImportance(plain_class(model).__name__, paths, heads, combinations, weights_crc=crc)
-    fresh.correct = zeros[0] if combinations else zeros
+    fresh.set_counts([torch.zeros(shape, dtype=torch.int64) for shape in shapes])
     if path is None or not Path(path).exists():
         return fresh
     found = HeadImportance.load(path)
@@ -232,9 +295,20 @@ def _first_spread(shape: Sequence[int], max_batch: int) -> int:
 class _Counter:
     """Counts right images with every combination of heads silenced."""
 
-    def __init__(self, model: nn.Module, classify: Callable[[Tensor], Tensor], max_batch: int) -> None:
-        self.model, self.classify, self.max_batch = model, classify, max_batch
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Callable[[nn.Module, Tensor], Tensor] | None,
+        classifier: Callable[[Tensor], Tensor] | None,
+        max_batch: int,
+    ) -> None:
+        self.model, self.forward, self.classifier, self.max_batch = model, forward, classifier, max_batch
         self.at_once = False
+
+    def scores(self, images: Tensor) -> Tensor:
+        """Class scores [B, classes] of the model as it is now."""
+        output = self.model(images) if self.forward is None else self.forward(self.model, images)
+        return output if self.classifier is None else self.classifier(output)
 
     def __call__(self, images: Tensor, targets: Tensor, search: Sequence[str], shape: Sequence[int]) -> Tensor:
         """[H1, H2, …]: how many of the images are right with that combination of heads silenced."""
@@ -250,15 +324,15 @@ class _Counter:
         if not self.at_once:
             try:
                 with silenced(self.model, heads):
-                    return self.classify(self.model(images))
+                    return self.scores(images)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:
-                # A model that puts outputs of several blocks together cannot run with batches that grow from block to
+                # What puts outputs of several blocks together cannot run with batches that grow from block to
                 # block. If that is not the reason, the next lines raise the same error.
                 self.at_once = True
         with silenced(self.model, heads, at_once=True):
-            return self.classify(self.model(images))
+            return self.scores(images.repeat_interleave(copies(self.model, heads), 0))
 
 
 def _progress(show: bool, loader: Iterable[tuple[Tensor, Tensor]]) -> Iterable[tuple[Tensor, Tensor]]:

@@ -25,8 +25,8 @@ def silenced(model: nn.Module, heads: dict[str, int | None], at_once: bool = Fal
         heads: for every attention path the head to silence, or None for each in turn: there the batch [B, …] becomes
             [B·H, …], copy h of an image with head h silenced. The outputs of several such blocks are ordered
             [B, H of the first, H of the second, …]. At most one attention a block, in running order.
-        at_once: multiply the batch before the model and not block by block: the same outputs, for a model that uses the
-            outputs of several blocks together, whose batches would differ otherwise.
+        at_once: the model gets images of which each is there :func:`copies` times, one after the other, and no block multiplies
+            them: the same outputs, where outputs of several blocks are put together, whose batches would differ otherwise.
     """
     mode, handles, switched = _Silence(), [], []
     device = next(model.parameters()).device
@@ -47,8 +47,6 @@ def silenced(model: nn.Module, heads: dict[str, int | None], at_once: bool = Fal
                 handles.append(block.register_forward_pre_hook(mode.here(_spread(spread[path]))))
             handles.append(attention.register_forward_pre_hook(mode.here(mode.arm(keep))))
             handles.append(attention.register_forward_hook(mode.here(mode.check(path))))
-        if at_once:
-            handles.append(model.register_forward_pre_hook(mode.here(_spread(math.prod(spread.values())))))
         with mode:
             yield
     finally:
@@ -56,6 +54,11 @@ def silenced(model: nn.Module, heads: dict[str, int | None], at_once: bool = Fal
             handle.remove()
         for attention in switched:
             attention.fused_attn = False
+
+
+def copies(model: nn.Module, heads: dict[str, int | None]) -> int:
+    """How many copies of an image :func:`silenced` makes of it: the product of the numbers of heads that take turns."""
+    return math.prod(num_heads(model, path) for path, head in heads.items() if head is None)
 
 
 class _Silence(TorchFunctionMode):

@@ -1,5 +1,6 @@
 """All four tasks under DistributedDataParallel and FSDP2, with one_pass and without, and attentions that yield their divergence on the way
-(``AttentionTap.distil``) by themselves: two processes with half a batch each have the loss and the gradients of one with all of it."""
+(``AttentionTap.distil``) by themselves: two processes with half a batch each have the loss and the gradients of one with all of it. Head
+importance over two shares of the images is that over all of them."""
 
 import functools
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from attnkd import SSTA, AttentionProbe, AttentionTap, AttnDistill, HeadKD
 from attnkd.attention.dispatch import interpreting
+from attnkd.methods.head_importance import head_importance
 from attnkd.methods.task import DistillTask
 from attnkd.testing import interpreter
 
@@ -89,6 +91,15 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(4, 1, 16, 16), torch.arange(4)
 
 
+def teacher() -> torch.nn.Module:
+    return vit(2, 32, 4)
+
+
+def held_out() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(5)
+    return [(torch.randn(count, 1, 16, 16), torch.randint(0, 5, (count,))) for count in (20, 11, 6)]
+
+
 def gradients(task: Any) -> dict[str, torch.Tensor]:
     grads = {name: p.grad for name, p in task.student.named_parameters() if p.grad is not None}
     return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
@@ -124,14 +135,26 @@ def worker(rank: int, store: str, out: str) -> None:
     for loss, _ in found.values():
         torch.distributed.all_reduce(loss)
         loss /= 2
+    # Of three batches the first process has two; of one it has it, and the second none.
+    importance = {}
+    for count in (3, 1):
+        path, held = f"{out}.{count}.json", held_out()[:count]
+        result = head_importance(teacher(), held[rank::2], (0, 1), distributed=True, path=path, progress=False)
+        assert result == head_importance(teacher(), [], (0, 1), distributed=True, path=path, progress=False)
+        importance[count] = result.images, result.full, result.correct
     if rank == 0:
         torch.save(found, out)
+        torch.save(importance, f"{out}.importance")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(worker, (str(tmp_path / "store"), str(tmp_path / "gradients.pt")), nprocs=2)
     found = torch.load(tmp_path / "gradients.pt")
+    for count, importance in torch.load(tmp_path / "gradients.pt.importance").items():
+        one = head_importance(teacher(), held_out()[:count], (0, 1), progress=False)
+        assert importance == (one.images, one.full, one.correct)
+        assert len({number for row in one.correct for number in row}) > 1
     assert {kind for _, kind in found} == {"DDP", "DDP, one pass", "FSDP2, one pass", "FSDP2"}
     makers: dict[str, Callable[[], Any]] = {**tasks(), **drop_ins()}
     want = {name: step(make().train(), *batch()) for name, make in makers.items()}

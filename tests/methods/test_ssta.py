@@ -1,5 +1,6 @@
 """SSTA: textbook restatement of its loss, early stop, head importance against brute force, refusals, and a run on digits."""
 
+import functools
 import itertools
 import json
 
@@ -8,6 +9,7 @@ import timm
 import torch
 from torch.nn import functional as F
 
+from attnkd.evaluation.features import class_tokens
 from attnkd.methods.head_importance import HeadImportance, head_importance, select_heads
 from attnkd.methods.silence import silenced
 from attnkd.methods.ssta import SSTA
@@ -332,6 +334,20 @@ def test_a_classifier_that_reads_several_blocks(held_out):
     found = head_importance(model, loader, blocks=(-2, -1), max_batch=30, progress=False)
     for first, second in [(0, 2), (1, 1), (2, 0)]:
         assert found.correct[first][second] == right_without(model, {2: first, 3: second}, images, targets)
+
+
+def test_a_classifier_of_the_class_tokens_of_several_blocks(held_out):
+    """Of a plain model, whose own output is another."""
+    model, images, targets, loader = held_out
+    probe = torch.nn.Linear(3 * 36, 10)
+    forward = functools.partial(class_tokens, last_blocks=3)
+    found = head_importance(
+        model, loader, blocks=(-2, -1), classifier=probe, forward=forward, max_batch=30, progress=False
+    )
+    assert found.full == int((probe(forward(model, images)).argmax(-1) == targets).sum())
+    for first, second in [(0, 2), (2, 1)]:
+        with silenced(model, {"blocks.2.attn": first, "blocks.3.attn": second}), torch.no_grad():
+            assert found.correct[first][second] == int((probe(forward(model, images)).argmax(-1) == targets).sum())
 
 
 def test_attentions_out_of_order_are_refused(held_out):
