@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -257,7 +258,7 @@ def _frozen(
             world,
             batch_size=args.batch_size,
             workers=args.workers,
-            seen=lambda data, part=part: _with_progress(data, part) if world.first else data,
+            seen=functools.partial(_with_progress, part=part, show=world.first),
             last_blocks=args.last_blocks,
             precision=PRECISIONS[args.precision],
         )
@@ -347,7 +348,8 @@ def _show(top1: float, top5: float | None) -> None:
     print(f"top-1 {top1:.2f} %" + ("" if top5 is None else f", top-5 {top5:.2f} %"))
 
 
-def _with_progress(data: Any, part: str) -> Any:
+def _with_progress(data: Any, part: str, show: bool = True) -> Any:
     from tqdm.auto import tqdm
 
-    return tqdm(data, desc=f"{part} features", unit="batch", leave=False, disable=None, file=sys.stderr)
+    hide = None if show else True  # None: only where standard error is no terminal
+    return tqdm(data, desc=f"{part} features", unit="batch", leave=False, disable=hide, file=sys.stderr)

@@ -53,7 +53,7 @@ def whole(value: Any, keep: bool = True) -> Any:
         keep: False: this process helps the others, and gets empty tensors in place of those.
     """
     if isinstance(value, DTensor):
-        gathered = value.detach().full_tensor()
+        gathered = value.full_tensor().detach()
         return gathered.cpu() if keep else gathered.new_empty(0)
     if isinstance(value, dict):
         return {name: whole(item, keep) for name, item in value.items()}
@@ -83,6 +83,6 @@ def optimizer_shares(state: dict[str, Any], parameters: Sequence[Tensor]) -> dic
     return {**state, "state": own}
 
 
-def number(value: Tensor) -> Tensor:
+def number(value: Any) -> Tensor:
     """A scalar that all processes know whole."""
     return value.full_tensor() if isinstance(value, DTensor) else value
