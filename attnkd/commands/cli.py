@@ -34,6 +34,7 @@ COMMANDS = {
         "list the images of a folder on which a teacher should be distilled (Attention Probe)",
     ),
     "train": ("attnkd.commands.train", "train a student by one of the methods, from published recipes"),
+    "cache": ("attnkd.commands.cache", "run a teacher once on every training image, and keep what a run needs of it"),
     "eval": ("attnkd.commands.eval", "k-NN, linear probe and fine-tuning of a run's student or another model"),
     "export": (
         "attnkd.commands.export",

@@ -16,7 +16,7 @@ those of this machine with --run. `attnkd train --recipes` lists the recipes. Th
 it. `torchrun --nproc-per-node 8 -m attnkd train ...` uses eight GPUs.
 
 options of every method, among others: --teacher --student --assistant (each with _kwargs and _checkpoint, as --student_kwargs and --teacher_checkpoint),
---data --data_root --download --mean --std --img_size --seed --resume --device --tensorboard
+--data --data_root --download --mean --std --img_size --seed --resume --device --tensorboard --teacher_cache
 """
 
 

@@ -7,7 +7,7 @@ BMVC 2022 (arXiv:2210.00944). The formulas, and where the authors' published cod
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from attnkd.methods.guided_rows import guided_divergence
 from attnkd.methods.schedule import Schedule
 from attnkd.methods.student_teacher import FeatureTeacher, TappedStudent
 from attnkd.methods.task import DistillTask, check_numbers, check_pair, check_student
+from attnkd.methods.taught import compared
 from attnkd.methods.whole_map import num_heads
 
 _logger = logging.getLogger(__name__)
@@ -178,12 +179,15 @@ class AttnDistill(DistillTask):
         assert isinstance(teacher, FeatureTeacher)
         return teacher
 
-    def forward(self, images: Tensor, targets: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, targets: Tensor | None = None, taught: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """One training step's losses.
 
         Args:
             images: [B, C, H, W], normalised for the student.
             targets: what ``criterion`` takes; unused without one.
+            taught: what :func:`attnkd.methods.taught.teach` gave for these images; the teacher then does not run.
 
         Returns:
             loss: what to call backward on. pa_loss, patch_loss, attn_loss, task_loss: its unweighted parts, those that are
@@ -202,15 +206,20 @@ class AttnDistill(DistillTask):
         guided = any(weights[part] for part in ("pa_loss", "patch_loss", "attn_loss"))
         target_features: Any = None
         teacher_calls: list[AttentionCall] = []
-        wanted = None
-        if guided and self.one_pass:
+        wanted: list[Any] | None = None
+        if taught is not None:
+            target_features = taught.get("features")
+            wanted = compared(self, taught) if weights["attn_loss"] else None
+        elif guided and self.one_pass:
             target_features, teacher_calls = self.teacher(images, patches)
             if weights["attn_loss"]:
                 grid = patch_grid(self.student, size)
                 heads = [num_heads(self.student, path) for path in self.student_tap.paths]
                 wanted = [self.target(teacher_calls[t], size, grid, heads[s]) for s, t in self.pairs]
-        output, features, student_calls, losses = self.run_student(images, patches=patches, teacher=wanted)
-        if guided and not self.one_pass:
+        output, features, student_calls, losses = self.run_student(
+            images, patches=patches, teacher=wanted if self.one_pass else None
+        )
+        if guided and not self.one_pass and taught is None:
             target_features, teacher_calls = self.teacher(images, patches)
 
         result: dict[str, Tensor] = {}
@@ -220,7 +229,11 @@ class AttnDistill(DistillTask):
             padded = padded_patches(student_calls[0], self.student_layout)
             result["patch_loss"] = self.patch_loss(features[:, 1:], target_features[:, 1:], size, padded)
         if weights["attn_loss"]:
-            if wanted is None:
+            if wanted is not None and not self.one_pass:
+                losses = [
+                    self._compared(student_calls[s], *kept) for (s, _), kept in zip(self.pairs, wanted, strict=True)
+                ]
+            elif wanted is None:
                 losses = [self.attention_loss(student_calls[s], teacher_calls[t], size) for s, t in self.pairs]
             result["attn_loss"] = torch.stack(losses).mean()
         if self.criterion is not None:
@@ -271,6 +284,10 @@ class AttnDistill(DistillTask):
         if student.has_cls is False:
             raise ValueError(f"student: {_NO_CLASS_TOKEN}")
         target, options = self.target(teacher, size, grid, student.query.shape[1])
+        return self._compared(student, target, options)
+
+    def _compared(self, student: AttentionCall, target: AttentionCall | Tensor, options: dict[str, Any]) -> Tensor:
+        """The divergence of a student's attention from what :meth:`target` gave."""
         student = filled_in(student, self.student_layout)
         if isinstance(target, AttentionCall):
             return attention_divergence(student, target, **options)
@@ -290,12 +307,12 @@ class AttnDistill(DistillTask):
             if call.key.shape[2] != expected[0] * expected[1]:  # an attention pooling may leave the prefix tokens out
                 expected = patch_grid(model, size, call.key.shape[2] - call.num_prefix_tokens)
             calls.append(call._replace(grid=expected))
-        merge, temperature = self._merging(student.query.shape[1], teacher.query.shape[1])
+        merge, temperature = self.merging(student.query.shape[1], teacher.query.shape[1])
         return guided_divergence(
             calls[0], calls[1], self.rows, merge=merge, temperature=temperature, mode=self.resample_mode, impl=self.impl
         )
 
-    def _merging(self, heads: int, teacher_heads: int) -> tuple[str | None, float]:
+    def merging(self, heads: int, teacher_heads: int) -> tuple[str | None, float]:
         """How heads are merged, and the temperature."""
         merge = self.merge
         if merge == "auto":
@@ -306,7 +323,7 @@ class AttnDistill(DistillTask):
         return merge, temperature
 
     def target(
-        self, teacher: AttentionCall, size: Sequence[int], grid: Grid, heads: int
+        self, teacher: AttentionCall, size: Sequence[int], grid: Grid, heads: int, as_rows: bool = False
     ) -> tuple[AttentionCall | Tensor, dict[str, Any]]:
         """What a student's attention is compared with: the teacher's call, or its row of probabilities, resized; and the options
         of :func:`attnkd.attention_divergence`.
@@ -316,29 +333,33 @@ class AttnDistill(DistillTask):
             size: (height, width) of the images in pixels.
             grid: (height, width) of the student in patches.
             heads: number of the student's heads.
+            as_rows: give probabilities also where the grids are the same.
         """
         layout = self.teacher_layout
         teacher_grid = patch_grid(self.teacher.tap.model, size, teacher.key.shape[2] - layout.num_prefix_tokens)
         if teacher.has_cls is False:
             raise ValueError(f"teacher: {_NO_CLASS_TOKEN}")
         teacher = filled_in(teacher, layout)
-        merge, temperature = self._merging(heads, teacher.query.shape[1])
-        options: dict[str, Any] = {
-            "rows": "cls",
-            "merge": merge,
-            "temperature": temperature,
-            "reduction": "batchmean",
-            "impl": self.impl,
-        }
-        if grid == teacher_grid:
+        merge, temperature = self.merging(heads, teacher.query.shape[1])
+        options = self.comparison(merge, temperature)
+        if grid == teacher_grid and not as_rows:
             return teacher, options
         with torch.no_grad():
+            if grid == teacher_grid:
+                return attention_rows(
+                    teacher, rows="cls", merge=merge, temperature=temperature, impl=self.impl
+                ), options
             rows_temperature = temperature if merge is None else 1.0  # merging applies it to the finished rows
             rows = attention_rows(teacher, rows="cls", temperature=rows_temperature, impl=self.impl)
             rows = resample_attention(rows, teacher_grid, grid, self.resample_mode)
             if merge is not None:
                 rows = merge_attention(rows, merge, temperature)
         return rows, options
+
+    def comparison(self, merge: str | None, temperature: float) -> dict[str, Any]:
+        """The options of :func:`attnkd.attention_divergence`."""
+        options = {"rows": "cls", "merge": merge, "temperature": temperature}
+        return {**options, "reduction": "batchmean", "impl": self.impl}
 
     def leaves_parameters_unused(self) -> bool:
         changing = any(not self.schedules.numbers[name].constant for name in ("pa_weight", "patch_weight"))

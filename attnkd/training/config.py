@@ -24,7 +24,18 @@ METHODS = {"attn_distill": "AttnDistill", "head_kd": "HeadKD", "ssta": "SSTA", "
 GIVEN = ("student", "teacher", "assistant", "criterion", "num_classes", "input_norm", "device", "dtype", "verbose")
 """Arguments of the methods that the run itself makes."""
 POS_EMBED = ("timm", "sincos", "fixed_sincos")
-FREE = ("output", "resume", "device", "tensorboard", "wandb", "figures", "data_root", "download", "run")
+FREE = (
+    "output",
+    "resume",
+    "device",
+    "tensorboard",
+    "wandb",
+    "figures",
+    "data_root",
+    "download",
+    "run",
+    "teacher_cache",
+)
 """Settings that may change when a run continues: what it ends with does not depend on them, but for rounding."""
 
 
@@ -67,6 +78,7 @@ class TrainConfig:
         tensorboard: write TensorBoard files beside the log.
         wandb: send the log to this project of Weights & Biases too.
         figures: epochs between drawings of curves.png and attention.png (matplotlib); None for none.
+        teacher_cache: folder that `attnkd cache` made with the settings of this run; is read in place of running the teacher.
     """
 
     output: str
@@ -99,6 +111,7 @@ class TrainConfig:
     tensorboard: bool = False
     wandb: str | None = None
     figures: int | None = None
+    teacher_cache: str | None = None
 
     def __post_init__(self) -> None:
         if self.pos_embed not in POS_EMBED:
@@ -107,6 +120,10 @@ class TrainConfig:
             raise ValueError(f"resume: expected 'auto' or 'never', got {self.resume!r}")
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean, std: expected both or none")
+        if self.figures is not None and self.run.shard:
+            raise ValueError(
+                "figures: not with run.shard; the first process draws the student's attention, but has only a share of its weights"
+            )
         if self.figures is not None and self.figures < 1:
             raise ValueError(f"figures: expected at least 1 epoch, got {self.figures}")
 

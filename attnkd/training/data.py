@@ -107,17 +107,25 @@ class AugmentedImages(Dataset):
         images: index → (PIL image or tensor, label).
         transform: image → [C, H, W]; draws from ``random``, NumPy's or PyTorch's global generator.
         seed: of those.
+        beside: (key, transformed image) → tensors by name that come with the image, as a third part.
     """
 
-    def __init__(self, images: Any, transform: Callable[[Any], Tensor] | None, seed: int) -> None:
-        self.images, self.transform, self.seed = images, transform, seed
+    def __init__(
+        self,
+        images: Any,
+        transform: Callable[[Any], Tensor] | None,
+        seed: int,
+        beside: Callable[[Key, Tensor], dict[str, Tensor]] | None = None,
+    ) -> None:
+        self.images, self.transform, self.seed, self.beside = images, transform, seed, beside
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+    def __getitem__(self, key: Key) -> tuple[Any, ...]:
         image, label = self.images[key[1]]
         if self.transform is not None:
             reseed(self.seed, *key)
             image = self.transform(image)
-        return image, int(label)
+        found = (image, int(label))
+        return found if self.beside is None else (*found, self.beside(key, image))
 
 
 def loader(images: AugmentedImages, steps: Steps, workers: int, pin: bool) -> DataLoader:

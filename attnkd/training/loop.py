@@ -157,7 +157,7 @@ class Trainer:
     Args:
         task: ``forward(images [B, C, H, W], targets [B])`` → dict with the scalar ``loss`` and its parts, named ..._loss. All
             losses are means over images. A ``timm.task.TrainingTask``, or any module.
-        images: the training set.
+        images: the training set; what comes beside an image and its label is the task's third argument.
         count: number of images in it.
         recipe: the numbers of the run.
         world: this process and the others; the task is on its device.
@@ -303,7 +303,7 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         for number, factor in enumerate(factors):
             with self._part("data"):
-                images, targets = (part.to(self.world.device, non_blocking=True) for part in next(batches))
+                images, targets, *beside = _moved(next(batches), self.world.device)
             reseed(self.seed, step, self.world.rank, number)
             if self.mix is not None:
                 images, targets = self.mix(images, targets)
@@ -315,7 +315,7 @@ class Trainer:
                     enabled=self.carrying.precision != "fp32",
                 )
                 with self._part("forward"), autocast:
-                    result = self.task(images, targets)
+                    result = self.task(images, targets, *beside)
                 with self._part("backward"):
                     self.scaler.scale(result["loss"] * factor).backward()
             for name, value in result.items():
@@ -369,6 +369,15 @@ class Trainer:
             **dict(zip(means, shared, strict=True)),
             "nonfinite_steps": skipped,
         }
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    """Nested tensors on the device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {name: _moved(value, device) for name, value in batch.items()}
+    return [_moved(value, device) for value in batch]
 
 
 def save_to(folder: Path, settings: dict[str, Any]) -> Callable[[dict[str, Any]], None]:

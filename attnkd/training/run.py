@@ -19,7 +19,8 @@ from torch import nn
 from attnkd import files
 from attnkd.capture.loading import image_transform
 from attnkd.capture.models import input_channels
-from attnkd.training import checkpoint, config, models, sources
+from attnkd.methods.task import DistillTask
+from attnkd.training import checkpoint, config, models, sources, teacher_cache
 from attnkd.training.config import Experiment
 from attnkd.training.data import AugmentedImages, Mixing
 from attnkd.training.distributed import World, joined
@@ -157,6 +158,31 @@ def prepare(
     experiment: Experiment, world: World, say: Callable[[str], None] = lambda line: None
 ) -> tuple[Trainer, nn.Module, dict[str, Any]]:
     """The trainer of an experiment, the student in it, and the student's name and arguments."""
+    made, settings = build(experiment, world, say), experiment.config
+    images, count, recipe = made.images, len(made.images.images), settings.train
+    if settings.teacher_cache is not None:
+        teacher_cache.check_still(recipe)
+        description = teacher_cache.describe(made.task, count, made.inputs.size, settings.run.precision)
+        cache = teacher_cache.TeacherCache(Path(settings.teacher_cache), description)
+        cache.check(images, count)
+        images = AugmentedImages(images.images, images.transform, images.seed, cache.row)
+    trainer = Trainer(made.task, images, count, recipe, world, settings.run, seed=settings.seed, mix=made.mix)
+    return trainer, made.task.student, made.description
+
+
+class Built(NamedTuple):
+    """The parts of a run."""
+
+    task: DistillTask
+    description: dict[str, Any]
+    """The student's name and arguments."""
+    images: AugmentedImages
+    inputs: models.Inputs
+    mix: Mixing | None
+
+
+def build(experiment: Experiment, world: World, say: Callable[[str], None] = lambda line: None) -> Built:
+    """Models, training task and images of an experiment."""
     settings = experiment.config
     teachers = models.build_teachers(experiment)
     channels = input_channels(next(iter(teachers.values()))) or 3
@@ -186,10 +212,7 @@ def prepare(
     )
     transform = recipe.transform_for(inputs.size, inputs.mean, inputs.std)
     images = AugmentedImages(source.images, transform, settings.seed)
-    trainer = Trainer(
-        task, images, len(source.images), recipe, world, settings.run, seed=settings.seed, mix=mix
-    )  # fmt: skip
-    return trainer, student, description
+    return Built(task, description, images, inputs, mix)
 
 
 def reported(

@@ -141,5 +141,7 @@ def records(folder):
 def test_what_cannot_be_spread_is_named(tmp_path):
     with pytest.raises(ValueError, match="shard, compile: not both"):
         Carrying(shard=True, compile=True)
+    with pytest.raises(ValueError, match="figures: not with run.shard"):
+        config.TrainConfig("folder", "student", figures=1, run=Carrying(shard=True))
     with pytest.raises(ValueError, match="run.shard: .* this one is alone; start it with torchrun"):
         shard(torch.nn.Linear(2, 2), World(CPU))
