@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         if world.first:
             files.make_folder("output", folder)
             stack.enter_context(files.locked(folder / ".lock"))
+        world.largest([0])  # the folder is there
         made = training.build(experiment, world, print if world.first else lambda line: None)
         teacher_cache.write(
             folder,
@@ -64,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
                 numbers, desc="cache", unit="file", disable=None if world.first else True, file=sys.stderr
             ),
         )
+        world.largest([0])  # all have written
     if world.first:
         print(f"{folder}: finished; attnkd train {experiment.method} --teacher_cache {folder} reads it")
     return 0

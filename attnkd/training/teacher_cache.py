@@ -121,6 +121,7 @@ def write(
         if not torch.equal(images[0, index][0], images[1, index][0]):
             raise ValueError(f"teacher_cache: image {index} has other pixels in the second epoch than in the first")
     missing = [number for number in range(math.ceil(count / SHARD)) if not (folder / _file(number)).exists()]
+    mine = [number for number in missing if number % world.size == world.rank]  # by number: others write meanwhile
     sample = _taught(task, images[0, 0][0][None], world, carrying.precision)
     each = 8 + sum(value[0].numel() for value in sample.values()) * DTYPES[dtype].itemsize
     needed = each * sum(min(SHARD, count - number * SHARD) for number in missing)
@@ -131,7 +132,7 @@ def write(
     if world.first:
         files.write_json(folder / NAME, description)
     at_once = carrying.at_once or 64
-    for number in progress(missing[world.rank :: world.size]):
+    for number in progress(mine):
         keys = [(0, index) for index in range(number * SHARD, min((number + 1) * SHARD, count))]
         parts: dict[str, list[Tensor]] = {CRC: []}
         sampler = [keys[start : start + at_once] for start in range(0, len(keys), at_once)]

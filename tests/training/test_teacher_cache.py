@@ -12,7 +12,8 @@ import torch
 from attnkd import Schedule
 from attnkd.commands import cache, cli
 from attnkd.methods.student_teacher import FeatureTeacher
-from attnkd.training import sources, teacher_cache
+from attnkd.training import run, sources, teacher_cache
+from attnkd.training.distributed import World
 from tests.training.test_train import experiment as plain  # noqa: F401  fixture
 from tests.training.test_train import log, teachers, train  # noqa: F401  fixtures
 
@@ -40,8 +41,14 @@ def make(experiment, tmp_path, monkeypatch):
     """Fills the folder 'kept', four files of 150 images; returns it."""
     monkeypatch.setattr(teacher_cache, "SHARD", 40)
 
-    def made(dtype="float32", method="attn_distill", **changes):
+    def made(dtype="float32", method="attn_distill", world=None, **changes):
         found = experiment(method, "kept", **{**STILL, **changes})
+        if world is not None:
+            built = run.build(found, world)
+            teacher_cache.write(
+                tmp_path / "kept", built.task, built.images, 150, built.inputs.size, world, found.config.run
+            )
+            return tmp_path / "kept"
         words = collections.namedtuple("Words", "experiment dtype device")
         assert cache.run(words(found, dtype, "cpu")) == 0
         return tmp_path / "kept"
@@ -64,6 +71,12 @@ def test_what_was_stopped_is_continued_to_the_same_bytes(make, capsys, monkeypat
     )
     make()
     assert bytes_of(folder) == whole and sum(seen) == 40 + 1, "one file, and an image for the sizes"
+    for number in range(4):
+        (folder / f"images-{number:06d}.safetensors").unlink()
+    for rank in (1, 0):  # a process after the other: what one has written does not change what the other writes
+        make(world=World(torch.device("cpu"), rank, 2))
+        assert len(bytes_of(folder)) == {1: 3, 0: 5}[rank]
+    assert bytes_of(folder) == whole
 
 
 @pytest.mark.parametrize(
