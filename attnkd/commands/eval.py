@@ -24,8 +24,8 @@ from attnkd.evaluation.knn import KS, TEMPERATURE, knn
 from attnkd.evaluation.linear import RATES, linear_probe
 from attnkd.evaluation.results import as_text, compared
 from attnkd.methods.recipes import Recipe
+from attnkd.training.carrying import PRECISIONS, Carrying
 from attnkd.training.distributed import World, joined
-from attnkd.training.loop import PRECISIONS, Carrying
 from attnkd.training.run import CONFIG, DESCRIPTION, WEIGHTS
 from attnkd.training.sources import Source, open_source, subset
 

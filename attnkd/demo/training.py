@@ -17,9 +17,10 @@ from torch.utils.data import TensorDataset
 
 from attnkd.methods.recipes import Recipe
 from attnkd.training import checkpoint
+from attnkd.training.carrying import Carrying
 from attnkd.training.data import AugmentedImages
 from attnkd.training.distributed import World
-from attnkd.training.loop import Carrying, Trainer, Watcher
+from attnkd.training.loop import Trainer, Watcher
 
 Record = dict[str, float]
 Augment = Callable[[Tensor, torch.Generator], Tensor]

@@ -14,8 +14,9 @@ from attnkd.capture.loading import image_transform
 from attnkd.capture.models import evaluating, parameter_dtype
 from attnkd.evaluation.features import batches
 from attnkd.methods.recipes import Recipe
+from attnkd.training.carrying import PRECISIONS, Carrying
 from attnkd.training.data import AugmentedImages, Mixing
-from attnkd.training.loop import PRECISIONS, Carrying, Trainer
+from attnkd.training.loop import Trainer
 from attnkd.training.models import class_loss
 from attnkd.training.run import opened, save_student
 from attnkd.training.sources import Source

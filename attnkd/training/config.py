@@ -16,7 +16,7 @@ from typing import Any
 import attnkd
 from attnkd.methods.recipes import Recipe
 from attnkd.methods.schedule import Schedule
-from attnkd.training.loop import Carrying
+from attnkd.training.carrying import Carrying
 from attnkd.training.rows import ROWS, Row
 
 METHODS = {"attn_distill": "AttnDistill", "head_kd": "HeadKD", "ssta": "SSTA", "attention_probe": "AttentionProbe"}

@@ -24,9 +24,9 @@ from attnkd import files
 from attnkd.methods.recipes import Recipe
 from attnkd.methods.task import DistillTask
 from attnkd.methods.taught import teach, teacher_needs
+from attnkd.training.carrying import PRECISIONS, Carrying
 from attnkd.training.data import AugmentedImages, Key
 from attnkd.training.distributed import World
-from attnkd.training.loop import PRECISIONS, Carrying
 
 NAME, SHARD, CRC = "cache.json", 1024, "pixels_crc"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

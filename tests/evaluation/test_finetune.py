@@ -16,7 +16,8 @@ from attnkd.evaluation.features import batches
 from attnkd.evaluation.finetune import RECIPE, accuracy, finetune
 from attnkd.evaluation.results import as_text, compared
 from attnkd.training import sources
-from attnkd.training.loop import Carrying, Trainer
+from attnkd.training.carrying import Carrying
+from attnkd.training.loop import Trainer
 
 MODEL = {"img_size": 16, "in_chans": 1, "patch_size": 4, "depth": 2, "embed_dim": 24, "num_heads": 2}
 CPU = torch.device("cpu")

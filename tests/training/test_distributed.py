@@ -14,8 +14,9 @@ pytest.importorskip("sklearn")
 
 from attnkd import files
 from attnkd.training import config, run, sources
+from attnkd.training.carrying import Carrying
 from attnkd.training.distributed import World
-from attnkd.training.loop import Carrying, Trainer
+from attnkd.training.loop import Trainer
 from attnkd.training.sharding import shard
 
 pytestmark = pytest.mark.skipif(
