@@ -30,7 +30,7 @@ from attnkd import files
 from attnkd.commands import cli
 from attnkd.demo import command
 from attnkd.methods.head_importance import head_importance
-from attnkd.training import checkpoint, run, sources
+from attnkd.training import checkpoint, run, sources, teacher_cache
 
 pytestmark = pytest.mark.skipif(
     "forkserver" not in multiprocessing.get_all_start_methods(), reason="commands are killed in forks"
@@ -416,3 +416,44 @@ def test_a_lock_ends_with_its_process_and_names_the_file(tmp_path, monkeypatch):
     finish(holder)
     with files.locked(tmp_path / "lock"):
         pass
+
+
+def cache_few_digits(words):
+    teacher_cache.SHARD = 3
+    return train_on_few_digits(words)
+
+
+def kept(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+def test_cache_killed_at_random_moments_twice_at_once_and_on_a_full_disk(tmp_path):
+    arguments = {"model_name": "vit_tiny_patch16_224", "img_size": 16, "in_chans": 1, "patch_size": 4, "depth": 3}
+    arguments |= {"embed_dim": 16, "num_heads": 2, "num_classes": 10}
+    run.save_student(tmp_path, timm.create_model(**arguments), arguments)
+    words = [
+        "cache",
+        "attn_distill",
+        "--recipe",
+        "attn_distill_digits",
+        "--teacher",
+        str(tmp_path / "model.safetensors"),
+    ]
+    words += ["--device", "cpu", "--train.crop_scale", "[1, 1]", "--run.workers", "0", "--method.patch_weight", "1"]
+
+    def command(name, **limits):
+        return start(cache_few_digits, [*words, "--output", str(tmp_path / name)], **limits)
+
+    statuses = kill_until_done(command, seed=6, kills=10)
+    assert -signal.SIGKILL in statuses
+    whole = kept(tmp_path / "undisturbed")
+    assert len(whole) == 11 and kept(tmp_path / "killed") == whole
+
+    status, last = last_line(functools.partial(command, "full"), tmp_path / "said", file_limit=2_000)
+    assert status == 1 and last.startswith(f"attnkd cache: {tmp_path / 'full'}") and last.endswith("File too large"), (
+        last
+    )
+    assert not list((tmp_path / "full").glob("*.safetensors")) and not list((tmp_path / "full").glob(".*.tmp"))
+    both = [command("full") for _ in range(2)]
+    assert sorted(finish(process) for process in both) in ([0, 0], [0, 1])  # the second waits, or is refused
+    assert kept(tmp_path / "full") == whole

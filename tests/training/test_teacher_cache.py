@@ -57,7 +57,7 @@ def make(experiment, tmp_path, monkeypatch):
 
 
 def bytes_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
 
 
 def test_what_was_stopped_is_continued_to_the_same_bytes(make, capsys, monkeypatch):
