@@ -79,12 +79,6 @@ def _check_window(student: nn.Module, path: str, teacher: nn.Module, other: str,
     )
     if ours != theirs:
         raise ValueError(
-            f"blocks, {name}_blocks: {path} of the student and {other} of the {name} attend over different tokens: {_window(ours)} and "
-            f"{_window(theirs)}; pair blocks with the same"
+            f"blocks, {name}_blocks: {path} of the student and {other} of the {name} attend over different tokens: {ours or 'all of them'} and "
+            f"{theirs or 'all of them'}; pair blocks with the same"
         )
-
-
-def _window(window: object) -> str:
-    if isinstance(window, tuple):
-        return "grid {}x{}, windows of {}x{}, shifted by {}x{}".format(*(n for pair in window for n in pair))
-    return "all of them" if window is None else f"those within {window}"

@@ -294,17 +294,18 @@ class _Tapped:
         enable_gqa: bool = False,
     ) -> Tensor:
         who, reason = f"{slot.path} ({plain_class(self).__name__})", None
+        windows = query.ndim == key.ndim == 5 and attn_mask is None and getattr(self, "use_mask_unit_attn", False)
         if slot.calls[slot.position] is not None:
             reason = (
                 "it calls scaled_dot_product_attention more than once in a forward, or the model runs it more than once"
             )
         elif is_causal:
             reason = "is_causal=True is not supported"
-        elif query.ndim != 4 or key.ndim != 4:
+        elif (query.ndim != 4 or key.ndim != 4) and not windows:
             reason = f"expected [B, H, N, D] query and key, got {tuple(query.shape)} and {tuple(key.shape)}"
         elif enable_gqa or query.shape[1] != key.shape[1]:
             reason = f"grouped-query attention ({query.shape[1]} query and {key.shape[1]} key heads) is not supported"
-        elif num_tokens is not None and num_tokens not in (query.shape[2], key.shape[2]):
+        elif num_tokens is not None and num_tokens not in (query.shape[2:-1].numel(), key.shape[2:-1].numel()):
             reason = (
                 f"neither query {tuple(query.shape)} nor key {tuple(key.shape)} runs over its {num_tokens} input tokens"
             )
@@ -326,18 +327,24 @@ class _Tapped:
         softmax_scale = query.shape[-1] ** -0.5 if scale is None else scale
         teacher, options = (None, {}) if slot.compared is None else slot.compared
         hooked = saved_tensors_are_hooked()
-        inside = slot.compared is not None and not callable(teacher) and not hooked
+        inside = slot.compared is not None and not callable(teacher) and not hooked and not windows
         captured, first_row = query, None
-        if not inside:
+        if not inside and not windows:
             query, captured, row = hand_out(query)
             first_row = None if row is None else (captured, row)
-        kept = value if slot.values else None
-        call = slot.layout(AttentionCall(captured, key, attn_mask, softmax_scale, first_row=first_row, value=kept))
+        tokens: tuple[Any, ...] = (captured, key, value if slot.values else None)
+        if windows:  # [B, H, W, N, D] in Hiera: they go into the batch, those of an image one after the other
+            tokens = tuple(None if x is None else x.transpose(1, 2).flatten(0, 1) for x in tokens)
+        queries, keys, values = tokens
+        call = slot.layout(AttentionCall(queries, keys, attn_mask, softmax_scale, first_row=first_row, value=values))
         slot.calls[slot.position] = call
         if slot.stop and all(call is not None for call in slot.calls):
             raise _Stop
         if not inside:
-            output, lse = attention_and_lse(query, key, value, attn_mask, dropout_p, scale)
+            if windows:
+                output, lse = F.scaled_dot_product_attention(query, key, value, None, dropout_p, scale=scale), None
+            else:
+                output, lse = attention_and_lse(query, key, value, attn_mask, dropout_p, scale)
             slot.calls[slot.position] = call = AttentionCall(*call[:7], lse, *call[8:])
             if callable(teacher) and not hooked:
                 slot.losses[slot.position] = teacher(call)

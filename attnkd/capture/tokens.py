@@ -53,30 +53,32 @@ def block_layout(model: nn.Module, images: Tensor | None, batch: int, count: int
     prefix, has_cls = layout.num_prefix_tokens, layout.has_cls
     if adapter.drops_patches(model):  # the patches that are left are no grid, whatever their number
         return BlockLayout(prefix, has_cls)
-    grid = adapter.grid(model, images.shape[-2:])
-    if grid is None:
+    grids = adapter.grids(model, images.shape[-2:])
+    for grid in reversed(grids):
+        if count == grid[0] * grid[1]:
+            return BlockLayout(0, False, grid)
+        if count == prefix + grid[0] * grid[1]:
+            return BlockLayout(prefix, has_cls, grid)
+    if (
+        not grids or adapter.stages(model) is not None
+    ):  # in another order: the adapter's window says which tokens those are
         return BlockLayout()
-    patches = grid[0] * grid[1]
-    if count == patches:
-        return BlockLayout(0, False, grid)
-    return BlockLayout(prefix, has_cls, grid if count == prefix + patches else None)
+    return BlockLayout(prefix, has_cls)
 
 
 def patch_grid(model: nn.Module, size: Sequence[int], num_patches: int | None = None) -> Grid:
-    """(height, width) in patches of the tokens that images of ``size`` (height, width in pixels) became; None: that they will become.
+    """(height, width) in patches of the ``num_patches`` tokens that images of ``size`` (height, width in pixels) became; None: that
+    they will have become at the end.
 
     Raises:
         ValueError: the tokens do not form this grid (patch dropout, token pruning, a model that adds tokens).
         TypeError: the model cannot tell its grid.
     """
     adapter = adapter_for(model)
-    grid = adapter.grid(model, size)
-    if grid is None:
-        raise TypeError(
-            f"model: {type(model).__name__} has no patch grid that is known, and the rows of its attentions run over none (a timm model "
-            "says it with patch_embed.dynamic_feat_size; windows and text have none). HeadKD compares whole maps"
-        )
-    height, width = grid
+    grids = adapter.grids(model, size)
+    if not grids:
+        raise TypeError(f"model: {_no_grid(model)}")
+    height, width = next((grid for grid in grids if grid[0] * grid[1] == num_patches), grids[-1])
     num_patches = height * width if num_patches is None else num_patches
     if height * width != num_patches or adapter.drops_patches(model):
         raise ValueError(
@@ -84,6 +86,31 @@ def patch_grid(model: nn.Module, size: Sequence[int], num_patches: int | None = 
             f"{size[0]}x{size[1]}, its attention has {num_patches}; {NO_GRID}"
         )
     return height, width
+
+
+def check_rows(label: str, model: nn.Module, paths: Iterable[str]) -> None:
+    """Refuse attentions whose rows do not run over the model's one patch grid, so that they cannot be resized to another's.
+
+    Raises:
+        ValueError: names ``label`` and the reason.
+    """
+    adapter = adapter_for(model, label)
+    if adapter.grid(model, adapter.image_size(model) or (224, 224)) is None:
+        raise ValueError(f"{label}: {_no_grid(model)}")
+    for path in paths:
+        window = adapter.window(model, path)
+        if window is not None:
+            raise ValueError(
+                f"{label}: rows over the whole image are compared, but {path} attends over {window}; choose a block of the last "
+                "stage, or compare whole maps (HeadKD)"
+            )
+
+
+def _no_grid(model: nn.Module) -> str:
+    return (
+        f"{type(model).__name__} has no patch grid that is known, and the rows of its attentions run over none (a timm model "
+        "says it with patch_embed.dynamic_feat_size; windows and text have none). HeadKD compares whole maps"
+    )
 
 
 def padding(mask: Tensor | None, count: int) -> Tensor | None:

@@ -25,7 +25,7 @@ from attnkd.capture.blocks import Blocks, attention_paths
 from attnkd.capture.models import check_final_norm, resolve_model
 from attnkd.capture.pairs import pair_blocks
 from attnkd.capture.tap import AttentionTap
-from attnkd.capture.tokens import Grid, filled_in, padded_patches, patch_grid, token_layout
+from attnkd.capture.tokens import Grid, check_rows, filled_in, padded_patches, patch_grid, token_layout
 from attnkd.methods.alignment import make_projector, resize_tokens
 from attnkd.methods.guided_rows import guided_divergence
 from attnkd.methods.schedule import Schedule
@@ -148,6 +148,8 @@ class AttnDistill(DistillTask):
             student_paths, teacher_paths, pairs = _pooling_pair(student, teacher, blocks, teacher_blocks)
         else:
             student_paths, teacher_paths, pairs = pair_blocks(student, teacher, blocks, teacher_blocks)
+        check_rows("student", student, student_paths)
+        check_rows("teacher", teacher, teacher_paths)
         align = not (schedules.numbers["pa_weight"].off and schedules.numbers["patch_weight"].off)
         if align:
             check_final_norm("student", student)

@@ -331,7 +331,10 @@ def check_pair(
         ValueError: no class token, shared parameters, or fixed image sizes that differ.
     """
     for label, model in (("student", student), (name, teacher)):
-        adapter_for(model, label)
+        try:
+            adapter_for(model, label).layout(model)
+        except TypeError as error:
+            raise TypeError(str(error).replace("model:", f"{label}:", 1)) from None
         if class_token and not token_layout(model).has_cls:
             raise ValueError(
                 f"{label}: class tokens are compared, but {type(model).__name__} has none "

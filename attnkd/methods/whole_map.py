@@ -19,7 +19,7 @@ from attnkd.capture.tokens import TokenLayout, check_same_grid, filled_in, paddi
 def num_heads(model: nn.Module, path: str) -> int:
     """The number of heads of an attention, as its module says."""
     attention = model.get_submodule(path)
-    names = ("num_heads", "num_attention_heads", "n_heads")
+    names = ("num_heads", "num_attention_heads", "n_heads", "heads")
     heads = integer(next((getattr(attention, name) for name in names if hasattr(attention, name)), None))
     config = getattr(attention, "config", None)
     heads = integer(getattr(config, "num_attention_heads", None)) if heads is None else heads  # ModernBERT

@@ -3,6 +3,7 @@
 Every candidate is built small, with random weights. Its last attention is captured by the tap, and compared with the map of a
 copy of the model that computes it in the open: timm's attention with ``fused_attn`` off, Hugging Face's with
 ``attn_implementation='eager'``, and of an attention that is always fused, its own call with the identity matrix in place of the values.
+Then every method takes a step with it (:mod:`attnkd.testing.census_steps`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import importlib.util
 import inspect
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from attnkd.attention.call import AttentionCall
 from attnkd.capture.blocks import attentions_of
 from attnkd.capture.tap import AttentionTap
+from attnkd.testing.census_steps import Fault, steps
 
 EXACT, BY_PATH, REFUSED, NOT_BUILT, WRONG = "exact", "exact, by path", "refused", "not built", "WRONG"
 STATUSES = (EXACT, BY_PATH, REFUSED, NOT_BUILT, WRONG)
@@ -39,19 +41,40 @@ MOST = 120e6
 """Parameters of the largest model that is built."""
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
 HUGGING_FACE: dict[str, tuple[str, str, dict[str, Any]]] = {
-    # model type: model, configuration, its arguments besides TINY
-    "vit": ("ViTModel", "ViTConfig", {"intermediate_size": 64}),
-    "deit": ("DeiTModel", "DeiTConfig", {"intermediate_size": 64}),
-    "dinov2": ("Dinov2Model", "Dinov2Config", {}),
-    "dinov2_with_registers": ("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", {}),
+    # model type: model, configuration, its arguments besides TINY or TINY_TEXT
+    "vit": ("ViTForImageClassification", "ViTConfig", {"intermediate_size": 64}),
+    "deit": ("DeiTForImageClassification", "DeiTConfig", {"intermediate_size": 64}),
+    "dinov2": ("Dinov2ForImageClassification", "Dinov2Config", {}),
+    "dinov2_with_registers": ("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", {}),
     "dinov3_vit": ("DINOv3ViTModel", "DINOv3ViTConfig", {"intermediate_size": 64}),
-    "vit_msn": ("ViTMSNModel", "ViTMSNConfig", {"intermediate_size": 64}),
-    "beit": ("BeitModel", "BeitConfig", {"intermediate_size": 64, "use_relative_position_bias": True}),
-    "data2vec-vision": ("Data2VecVisionModel", "Data2VecVisionConfig", {"intermediate_size": 64}),
+    "vit_msn": ("ViTMSNForImageClassification", "ViTMSNConfig", {"intermediate_size": 64}),
+    "beit": (
+        "BeitForImageClassification",
+        "BeitConfig",
+        {"intermediate_size": 64, "use_relative_position_bias": True},
+    ),
+    "data2vec-vision": ("Data2VecVisionForImageClassification", "Data2VecVisionConfig", {"intermediate_size": 64}),
     "clip_vision_model": ("CLIPVisionModel", "CLIPVisionConfig", {"intermediate_size": 64}),
     "siglip_vision_model": ("SiglipVisionModel", "SiglipVisionConfig", {"intermediate_size": 64}),
-    "ijepa": ("IJepaModel", "IJepaConfig", {"intermediate_size": 64}),
+    "ijepa": ("IJepaForImageClassification", "IJepaConfig", {"intermediate_size": 64}),
+    "bert": ("BertForSequenceClassification", "BertConfig", {"intermediate_size": 64}),
+    "roberta": ("RobertaForSequenceClassification", "RobertaConfig", {"intermediate_size": 64}),
+    "xlm-roberta": ("XLMRobertaForSequenceClassification", "XLMRobertaConfig", {"intermediate_size": 64}),
+    "camembert": ("CamembertForSequenceClassification", "CamembertConfig", {"intermediate_size": 64}),
+    "electra": ("ElectraForSequenceClassification", "ElectraConfig", {"intermediate_size": 64, "embedding_size": 32}),
+    "distilbert": (
+        "DistilBertForSequenceClassification",
+        "DistilBertConfig",
+        {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64},
+    ),
+    "modernbert": (
+        "ModernBertForSequenceClassification",
+        "ModernBertConfig",
+        {"intermediate_size": 64, "pad_token_id": 0},
+    ),
 }
+TINY_TEXT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}
+Inputs = Tensor | dict[str, Tensor]
 
 
 class Found(NamedTuple):
@@ -64,22 +87,27 @@ class Found(NamedTuple):
     status: str
     """One of :data:`STATUSES`."""
     why: str = ""
+    methods: dict[str, str] = {}
+    """How each method ran: '' in its default form, else the form; or 'refused: ' and why. Of a model that is captured."""
 
 
-def census(sample: bool = False, contains: str = "") -> Iterator[Found]:
+def census(sample: bool = False, contains: str = "", known: Sequence[Found] = ()) -> Iterator[Found]:
     """All candidates, one after the other.
 
     Args:
         sample: of every family of timm a small model alone.
         contains: only names with this in them.
+        known: what was found before; these models are not looked at again.
     """
-    seen: dict[str, tuple[str, str]] = {}
+    seen: dict[str, _Answer] = {}
+    before = {(one.library, one.name): one for one in known}
     for family, name in timm_candidates(sample):
         if contains in name:
-            yield Found("timm", family, name, *_answer(_timm, name, seen))
+            yield before.get(("timm", name)) or Found("timm", family, name, *_answer(_timm, name, seen))
     for name in HUGGING_FACE if importlib.util.find_spec("transformers") else ():
         if contains in name:
-            yield Found("transformers", "transformers", name, *_answer(_hugging_face, name, seen))
+            found = before.get(("transformers", name))
+            yield found or Found("transformers", "transformers", name, *_answer(_hugging_face, name, seen))
 
 
 def timm_candidates(sample: bool = False) -> Iterator[tuple[str, str]]:
@@ -103,47 +131,19 @@ def _size(name: str) -> int:
     return next((index for index, word in enumerate(words) if word in name), len(words))
 
 
-def as_markdown(found: list[Found], versions: dict[str, str], date: str) -> str:
-    """The table of a page: counts by family, and the models that are not captured with the reason."""
-    families = list(dict.fromkeys((one.library, one.family) for one in found))
-    lines = [
-        "# Models that are captured",
-        "",
-        f"Written by `attnkd models` on {date}: "
-        + ", ".join(f"{name} {value}" for name, value in versions.items())
-        + ".",
-        "",
-        "Every model was built small, with random weights. *exact*: the last block's captured attention is that of the model with its "
-        "fused attention off. *by path*: the model has no single list of blocks, so a module path is needed. *refused*: the tap "
-        "raises. *not built*: it could not be built without downloading, or not small.",
-        "",
-        "| family | " + " | ".join(STATUSES) + " |",
-        "|---" * (len(STATUSES) + 1) + "|",
-    ]
-    for library, family in [*families, ("", "all")]:
-        counts = [sum(one.status == status and family in (one.family, "all") for one in found) for status in STATUSES]
-        title = f"{library}, `{family}`" if library == "timm" else family
-        lines.append(f"| {title} | " + " | ".join(str(count or "") for count in counts) + " |")
-    for status in (REFUSED, NOT_BUILT, WRONG):
-        reasons = list(dict.fromkeys(one.why for one in found if one.status == status))
-        if reasons:
-            lines += ["", f"## {status.capitalize()}", "", "| why | models |", "|---|---|"]
-        for why in reasons:
-            names = ", ".join(one.name for one in found if one.status == status and one.why == why)
-            lines.append(f"| {why.replace('|', '/')} | {names} |")
-    return "\n".join(lines) + "\n"
+_Answer = tuple[str, str, dict[str, str]]
+"""Status, reason, methods."""
 
 
-def _answer(look: Any, name: str, seen: dict[str, tuple[str, str]]) -> tuple[str, str]:
-    """Status and reason."""
+def _answer(look: Any, name: str, seen: dict[str, _Answer]) -> _Answer:
     try:
         return look(name, seen)
     except NotImplementedError as error:
-        return REFUSED, _reason(error)
+        return REFUSED, _reason(error), {}
 
 
-def _timm(name: str, seen: dict[str, tuple[str, str]]) -> tuple[str, str]:
-    """Status and reason of a timm model. It is built without memory first: what has no attention to capture is not built again, and
+def _timm(name: str, seen: dict[str, _Answer]) -> _Answer:
+    """Of a timm model. It is built without memory first: what has no attention to capture is not built again, and
     what was ``seen``, being the same when small, module by module, is not run again."""
     import timm
 
@@ -158,10 +158,10 @@ def _timm(name: str, seen: dict[str, tuple[str, str]]) -> tuple[str, str]:
         except Exception as error:  # of every kind, by models that need packages, downloads or other arguments
             reason = _reason(error)
     else:
-        return NOT_BUILT, reason
+        return NOT_BUILT, reason, {}
     status, path = _last_attention(plan)
     if status == REFUSED:
-        return status, path
+        return status, path, {}
     cfg: Any = plan.pretrained_cfg
     channels, *size = cfg["input_size"]
     if "img_size" in arguments:
@@ -184,18 +184,23 @@ def _timm(name: str, seen: dict[str, tuple[str, str]]) -> tuple[str, str]:
     return seen[key]
 
 
-def _hugging_face(name: str, seen: dict[str, tuple[str, str]]) -> tuple[str, str]:
-    """Status and reason of a model type of transformers."""
+def _hugging_face(name: str, seen: dict[str, _Answer]) -> _Answer:
+    """Of a model type of transformers."""
     import transformers
 
     cls, configuration, changes = HUGGING_FACE[name]
+    text = cls.endswith("SequenceClassification")
     models = []
     for attention in ("sdpa", "eager"):
-        config = getattr(transformers, configuration)(**TINY, **changes)
+        config = getattr(transformers, configuration)(**(TINY_TEXT if text else TINY), **changes)
         torch.manual_seed(0)
         model: nn.Module = getattr(transformers, cls)._from_config(config, attn_implementation=attention)
         models.append(_stirred(model))
-    return _compared(models[0], models[1], *_last_attention(models[0]), torch.randn(2, 3, 32, 32))
+    inputs: Inputs = torch.randn(2, 3, 32, 32)
+    if text:
+        visible = torch.arange(9) < torch.tensor([[9], [6]])  # the second text has padding
+        inputs = {"input_ids": torch.randint(3, 50, (2, 9)) * visible, "attention_mask": visible.long()}
+    return _compared(models[0], models[1], *_last_attention(models[0]), inputs)
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
@@ -226,16 +231,33 @@ def _last_attention(model: nn.Module) -> tuple[str, str]:
     return EXACT, tap.paths[0]
 
 
-@torch.no_grad()
-def _compared(model: nn.Module, in_the_open: nn.Module, status: str, path: str, images: Tensor) -> tuple[str, str]:
-    """Status and reason, once both have run."""
+def _compared(model: nn.Module, in_the_open: nn.Module, status: str, path: str, inputs: Inputs) -> _Answer:
+    """Once both have run; and the methods, where the capture is right."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        status, why = _captured(model, in_the_open, status, path, inputs)
+        if status not in (EXACT, BY_PATH):
+            return status, why, {}
         try:
-            _, (call,) = AttentionTap(model, path)(images)
-        except RuntimeError as error:
-            return REFUSED, _reason(error)
-        expected = _maps(in_the_open, path, images)
+            found = steps(model, _stirred(copy.deepcopy(model)), path, inputs)
+        except Fault as fault:
+            return WRONG, _reason(fault), {}
+    short = {
+        method: f"refused: {_reason(how[9:])}" if how.startswith("refused: ") else how for method, how in found.items()
+    }
+    return status, why, short
+
+
+@torch.no_grad()
+def _captured(model: nn.Module, in_the_open: nn.Module, status: str, path: str, inputs: Inputs) -> tuple[str, str]:
+    tap = AttentionTap(model, path)
+    try:
+        _, (call,) = _run(tap, inputs)
+    except RuntimeError as error:
+        return REFUSED, _reason(error)
+    finally:
+        tap.untap()
+    expected = _maps(in_the_open, path, inputs)
     if len(expected) != 1:
         return WRONG, f"captured one attention, the model computes {len(expected)}"
     found = attention_map(call)
@@ -251,6 +273,10 @@ def _compared(model: nn.Module, in_the_open: nn.Module, status: str, path: str, 
     return WRONG, f"largest difference of a probability {(found - wanted).abs().max().item():.1e}"
 
 
+def _run(model: nn.Module, inputs: Inputs) -> Any:
+    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+
+
 def attention_map(call: AttentionCall) -> Tensor:
     """[B, H, M, N]: softmax(scale · q·kᵀ + mask), in float64."""
     logits = call.query.double() @ call.key.double().mT * call.scale
@@ -259,7 +285,7 @@ def attention_map(call: AttentionCall) -> Tensor:
     return logits.softmax(-1)
 
 
-def _maps(model: nn.Module, path: str, images: Tensor) -> list[Tensor]:
+def _maps(model: nn.Module, path: str, inputs: Inputs) -> list[Tensor]:
     """The attention maps that the module at ``path`` computes in one forward, [B, H, M, N] each."""
     module, mode = model.get_submodule(path), _Maps()
     run = module.forward
@@ -270,7 +296,7 @@ def _maps(model: nn.Module, path: str, images: Tensor) -> list[Tensor]:
 
     module.forward = watched
     try:
-        model(images)
+        _run(model, inputs)
     finally:
         del module.forward
     return mode.maps
@@ -299,7 +325,7 @@ class _Maps(TorchFunctionMode):
         return output
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception | str) -> str:
     """The first sentence, without the path of this one model's module."""
     text = " ".join(str(error).split()) or type(error).__name__
     named = re.match(r"[\w.]* ?\((\w+)\): (.*)", text)

@@ -161,9 +161,14 @@ def test_other_windows_are_refused() -> None:
         HeadKD(swin(), vit, verbose=False)
     with pytest.raises(ValueError, match="class tokens are compared, but SwinTransformer has none"):
         AttnDistill(swin(), swin(seed=1), verbose=False)
-    task = AttnDistill(swin(), swin(seed=1), rows="mean", verbose=False)
-    with pytest.raises(TypeError, match="SwinTransformer has no patch grid that is known.* HeadKD compares whole maps"):
-        task(images())
+    with pytest.raises(
+        ValueError, match="student: SwinTransformer has no patch grid that is known.* HeadKD compares whole maps"
+    ):
+        AttnDistill(swin(window_size=2), swin(seed=1, window_size=2), rows="mean", verbose=False)
+    with pytest.raises(
+        ValueError, match="student: rows over the whole image .* layers.0.blocks.1.attn attends over grid 8x8"
+    ):
+        AttnDistill(swin(), swin(seed=1), rows="mean", blocks=1, teacher_blocks=1, verbose=False)
 
 
 def test_a_swin_is_what_it_was() -> None:

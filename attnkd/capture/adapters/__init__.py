@@ -11,14 +11,24 @@ from attnkd.capture.adapters.base import Adapter, Grid, TokenLayout
 from attnkd.capture.adapters.dino_hub import DinoHub
 from attnkd.capture.adapters.hugging_face import HuggingFace
 from attnkd.capture.adapters.open_clip import OpenClip
-from attnkd.capture.adapters.swin import Swin
+from attnkd.capture.adapters.staged import Hiera, PiT, Swin
 from attnkd.capture.adapters.text import TextEncoder
 from attnkd.capture.adapters.timm_models import Timm
 from attnkd.capture.adapters.torchvision_models import Torchvision
 
 __all__ = ["Adapter", "Grid", "TokenLayout", "adapter_for", "find_adapter", "register_adapter"]
 
-_ADAPTERS: list[Adapter] = [HuggingFace(), Torchvision(), OpenClip(), DinoHub(), TextEncoder(), Swin(), Timm()]
+_ADAPTERS: list[Adapter] = [
+    HuggingFace(),
+    Torchvision(),
+    OpenClip(),
+    DinoHub(),
+    TextEncoder(),
+    Swin(),
+    PiT(),
+    Hiera(),
+    Timm(),
+]
 
 
 def register_adapter(adapter: Adapter) -> None:

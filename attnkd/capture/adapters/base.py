@@ -51,8 +51,9 @@ class Adapter:
         """The numbers of blocks in the stages of a model whose grid shrinks on the way; None for one grid."""
         return None
 
-    def window(self, model: nn.Module, path: str) -> Any:
-        """In which part of the tokens an attention runs: two maps are compared only where these are equal. None: in all of them."""
+    def window(self, model: nn.Module, path: str) -> str | None:
+        """Over which tokens an attention runs, in words: two maps are compared only where these are equal. None: over all that the model
+        puts out."""
         return None
 
     def vocabulary(self, model: nn.Module) -> int | None:
@@ -66,6 +67,11 @@ class Adapter:
     def grid(self, model: nn.Module, size: Sequence[int]) -> Grid | None:
         """(height, width) in patches into which images of ``size`` (height, width in pixels) are cut; None if unknown."""
         return None
+
+    def grids(self, model: nn.Module, size: Sequence[int]) -> list[Grid]:
+        """Those of a model's stages, where its tokens are in row-major order; the last is :meth:`grid`."""
+        grid = self.grid(model, size)
+        return [] if grid is None else [grid]
 
     def drops_patches(self, model: nn.Module) -> bool:
         """Whether a forward now leaves patches out, so that those left form no grid."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attnkd.capture.adapters.base import Adapter, TokenLayout
 
-_TYPES = ("bert", "roberta", "distilbert", "modernbert")
+_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "modernbert")
 _KINDS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
 
 
@@ -34,8 +34,9 @@ class TextEncoder(Adapter):
     def layout(self, model: nn.Module) -> TokenLayout:
         return TokenLayout(0, False, model.config.hidden_size)  # type: ignore[union-attr, arg-type]
 
-    def window(self, model: nn.Module, path: str) -> Any:
-        return getattr(model.get_submodule(path), "sliding_window", None)
+    def window(self, model: nn.Module, path: str) -> str | None:
+        reach = getattr(model.get_submodule(path), "sliding_window", None)
+        return None if reach is None else f"those within {reach}"
 
     def forward(self, model: nn.Module, inputs: Any) -> Tensor:
         """What the tokenizer gave, without what this model does not take (``token_type_ids`` of DistilBERT) → scores or tokens."""

@@ -22,8 +22,9 @@ class Timm(Adapter):
         prefix, width = getattr(model, "num_prefix_tokens", None), getattr(model, "num_features", None)
         if not isinstance(prefix, int) or not isinstance(width, int):
             raise TypeError(
-                "model: expected a timm Vision Transformer with num_prefix_tokens and num_features, "
-                f"got {type(model).__name__}"
+                f"model: {type(model).__name__} does not say what its tokens are (num_prefix_tokens and num_features of a timm Vision "
+                "Transformer); it may work in stages or windows. An adapter says it (attnkd.capture.adapters.register_adapter, "
+                "docs/models.md), or compare it in a loop of your own with AttentionTap and attention_divergence"
             )
         owner = model if hasattr(model, "cls_token") else getattr(model, "embeds", None)  # NaFlexVit keeps it in embeds
         return TokenLayout(prefix, prefix > 0 and getattr(owner, "cls_token", None) is not None, width)
