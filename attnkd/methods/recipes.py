@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from attnkd.capture.adapters import find_adapter
 from attnkd.capture.models import unwrap_model
 
 
@@ -22,7 +24,7 @@ class Recipe:
         base_lr: peak learning rate for ``lr_batch`` images a step.
         lr_batch: the learning rate is base_lr · batch_size / lr_batch; None: it is base_lr.
         opt: name of a timm optimizer.
-        weight_decay: of weight matrices; biases, norms and what the student lists in ``no_weight_decay()`` have none.
+        weight_decay: of weight matrices; biases, norms, and the student's position embeddings and tokens have none.
         betas: of the optimizer; None for one that has none, such as 'sgd'.
         sched: name of a timm schedule that depends on the step alone, such as 'cosine', 'step' or 'constant'.
         warmup_epochs: length of the linear rise from 0, less than ``epochs``. The schedule begins where the warm-up ends.
@@ -95,13 +97,20 @@ class Recipe:
             task: a task with a ``trainable_module``, wrapped for distributed training or compiled as it may be.
             options: for ``timm.optim.create_optimizer_v2``, such as fused=True or layer_decay.
         """
-        from timm.optim import create_optimizer_v2
+        from timm.optim import create_optimizer_v2, param_groups_weight_decay
 
         # Without wrappers: DDP and torch.compile would hide the student's no_weight_decay().
         module = unwrap_model(getattr(task, "trainable_module", task))
         recipe: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
         if self.betas is not None:
             recipe["betas"] = self.betas
+        adapter = None if hasattr(module, "no_weight_decay") else find_adapter(module)
+        if adapter is not None and not options.get("layer_decay"):
+            recipe["param_group_fn"] = functools.partial(
+                param_groups_weight_decay,
+                weight_decay=options.get("weight_decay", self.weight_decay),
+                no_weight_decay_list=adapter.no_weight_decay(module),
+            )
         return create_optimizer_v2(module, opt=self.opt, **{**recipe, **options})
 
     def scheduler(self, optimizer: Optimizer, steps_per_epoch: int) -> Any:

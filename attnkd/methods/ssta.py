@@ -21,7 +21,7 @@ from attnkd.capture.blocks import Blocks
 from attnkd.capture.models import resolve_model
 from attnkd.capture.pairs import pair_blocks
 from attnkd.capture.tap import AttentionTap
-from attnkd.capture.tokens import token_layout
+from attnkd.capture.tokens import TokenLayout, token_layout
 from attnkd.methods.head_kd import CROSS_ENTROPY
 from attnkd.methods.logits import KD_TEMPERATURE, check_classes, kd_loss
 from attnkd.methods.schedule import Schedule, Schedules
@@ -150,7 +150,7 @@ class SSTA(DistillTask):
         learns_logits = not schedules.numbers["kd_weight"].off
         if learns_logits and teacher is None:
             raise ValueError("kd_weight: above 0, but teacher is None, whose class probabilities would be learnt")
-        layouts = {"student": token_layout(student)}
+        layouts: dict[str, TokenLayout] = {}
         models: dict[str, tuple[nn.Module, list[str]]] = {}
         links: dict[str, list[_Link]] = {}
         paths: list[str] = []
@@ -174,6 +174,7 @@ class SSTA(DistillTask):
                 for path, (ours, t, theirs) in zip(paths, links[name], strict=True):
                     which = "the mean of its heads" if heads == "average" else f"head {theirs[0]}"
                     _logger.info(f"SSTA: {path} head {ours[0]} <- {name} {model_paths[t]} {which}")
+        layouts["student"] = token_layout(student)
         classifies = criterion is not None or learns_logits
         student_tap = AttentionTap(student, paths, stop=not classifies)
         teachers = {}

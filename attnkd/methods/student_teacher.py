@@ -35,9 +35,8 @@ class TrainedStudent(nn.Module):
         return {name: module for name, module in self.named_children() if name != self.wrapper}
 
     def no_weight_decay(self) -> set[str]:
-        """The student's own list under the names its parameters have here; timm's optimizer factory asks for it."""
-        listed: Any = getattr(self.model, "no_weight_decay", None)
-        return {f"{self.wrapper}.model.{name}" for name in (listed() if listed else ())}
+        """Positions and tokens of the student under the names its parameters have here; timm's optimizer factory asks for it."""
+        return {f"{self.wrapper}.model.{name}" for name in adapter_for(self.model).no_weight_decay(self.model)}
 
 
 class TappedStudent(TrainedStudent):

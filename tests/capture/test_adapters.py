@@ -22,6 +22,7 @@ from attnkd.capture.tokens import mean_token
 from attnkd.methods.attention_probe import AttentionProbe
 from attnkd.methods.attn_distill import AttnDistill
 from attnkd.methods.head_kd import HeadKD
+from attnkd.methods.recipes import AttnDistillRecipe
 from attnkd.methods.ssta import SSTA
 from tests.stirred import stirred
 
@@ -420,6 +421,28 @@ class TwoLinesAdapter(Adapter):
 
     def head(self, model: nn.Module, tokens: Tensor) -> Tensor:
         return tokens.mean(1)
+
+
+@pytest.mark.parametrize("name", [*HUGGING_FACE, "torchvision", "open_clip"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_positions_and_tokens_have_no_weight_decay(name: str, alone: bool) -> None:
+    """In a task, and as a model alone: what has weight decay are the weights of layers."""
+    student = build(name)
+    layers = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
+    weights = {
+        id(p) for m in student.modules() if isinstance(m, layers) for p in m.parameters(recurse=False) if p.ndim > 1
+    }
+    queries = {"open_clip": ["proj"], "siglip_vision_model": ["head.probe"]}.get(
+        name, []
+    )  # a matrix, a pooling's own query
+    weights |= {id(student.get_parameter(path)) for path in queries}
+    recipe = AttnDistillRecipe(50, 256)
+    trained = student if alone else HeadKD(student, timm_vit(), criterion=None, alpha=0.0, verbose=False)
+    groups = recipe.optimizer(trained).param_groups
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    names = {id(p): path for path, p in student.named_parameters()}
+    assert sorted(names[i] for i in decayed) == sorted(names[i] for i in weights)
+    assert sum(len(group["params"]) for group in groups) == len(names)
 
 
 def test_an_adapter_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from attnkd.attention.checks import integer
 
 Grid = tuple[int, int]
 """(height, width) in patches."""
+_POSITION_OR_TOKEN = re.compile(r"pos(ition(al)?)?_embed|relative_position_bias|class_embedding$|_tokens?$")
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,14 @@ class Adapter:
             if isinstance(module, nn.Conv2d):
                 return module.in_channels
         return None
+
+    def no_weight_decay(self, model: nn.Module) -> set[str]:
+        """Names of parameters that have no weight decay beside biases and norms: the model's own list, else its position embeddings,
+        position biases and tokens (class, distillation, mask, registers), as in timm's models."""
+        own: Any = getattr(model, "no_weight_decay", None)
+        if own is not None:
+            return set(own())
+        return {name for name, _ in model.named_parameters() if _POSITION_OR_TOKEN.search(name)}
 
     def embedding(self, model: nn.Module) -> nn.Module | None:
         """The module that takes the images: the dtype of its parameters is the one in which the model wants them."""

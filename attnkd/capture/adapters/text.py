@@ -31,6 +31,10 @@ class TextEncoder(Adapter):
     def vocabulary(self, model: nn.Module) -> int | None:
         return model.config.vocab_size  # type: ignore[union-attr, return-value]
 
+    def no_weight_decay(self, model: nn.Module) -> set[str]:
+        """None: position embeddings of text are trained with weight decay, as word embeddings are."""
+        return set()
+
     def layout(self, model: nn.Module) -> TokenLayout:
         return TokenLayout(0, False, model.config.hidden_size)  # type: ignore[union-attr, arg-type]
 
