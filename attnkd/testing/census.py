@@ -33,6 +33,7 @@ SMALL: tuple[dict[str, Any], ...] = (
     {"embed_dim": 64, "depth": 3, "num_heads": 4},
     {"img_size": 224, "depth": 3},
     {"depth": 3},
+    {"depths": (1, 1, 1, 1)},
     {"embed_dim": 24},
     {},
 )

@@ -17,6 +17,7 @@ from attnkd.methods.attn_distill import AttnDistill
 from attnkd.methods.head_kd import HeadKD
 from attnkd.methods.minilm import MiniLM
 from attnkd.methods.ssta import SSTA
+from attnkd.methods.task import DistillTask
 
 _HOME = Path(attnkd.__file__).parent
 _ALONE: dict[str, Any] = {"pa_weight": 0.0}
@@ -65,28 +66,29 @@ def steps(model: nn.Module, teacher: nn.Module, path: str, inputs: Any) -> dict[
     at, block = {"blocks": [path], "teacher_blocks": [path]}, path.rpartition(".")[0]
     found = {}
     for method, forms in STEPS.items():
-        refused = ""
+        pair: tuple[nn.Module, nn.Module] | None = None
         for form, make in forms.items():
+            pair = pair or (_classifier(model, method), _classifier(teacher, method))
             try:
-                _step(make, _classifier(model, method), _classifier(teacher, method), at, block, inputs)
+                task = make(*pair, at, block)
             except Exception as error:
-                if not _refusal(error):
-                    raise Fault(f"{method}: {type(error).__name__}: {error}") from error
-                refused = f"refused: {error}"
+                found[method] = _refusal(method, error)
+                continue
+            try:
+                _step(task, inputs)
+            except Exception as error:
+                found[method], pair = _refusal(method, error), None
                 continue
             found[method] = form
             break
-        else:
-            found[method] = refused
     return found
 
 
-def _step(make: _Make, student: nn.Module, teacher: nn.Module, at: dict[str, Any], block: str, inputs: Any) -> None:
-    task = make(student, teacher, at, block)
+def _step(task: DistillTask, inputs: Any) -> None:
     task.train()
     loss: Tensor = task(inputs)["loss"]
     loss.backward()
-    grads = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
+    grads = [parameter.grad for parameter in task.student.parameters() if parameter.grad is not None]
     if not bool(loss.isfinite()) or not all(bool(grad.isfinite().all()) for grad in grads):
         raise ArithmeticError("loss or gradients are not finite")
     if not any(bool(grad.any()) for grad in grads):
@@ -104,8 +106,10 @@ def _classifier(model: nn.Module, method: str) -> nn.Module:
     return model
 
 
-def _refusal(error: Exception) -> bool:
-    """Whether the package itself raised it and named a reason. What PyTorch or a model raises is none."""
+def _refusal(method: str, error: Exception) -> str:
+    """What the package itself raised with a reason. What PyTorch or a model raises is a fault."""
     frames = list(traceback.walk_tb(error.__traceback__))
     ours = Path(frames[-1][0].f_code.co_filename).is_relative_to(_HOME)
-    return ours and isinstance(error, (TypeError, ValueError, NotImplementedError, RuntimeError))
+    if not ours or not isinstance(error, (TypeError, ValueError, NotImplementedError, RuntimeError)):
+        raise Fault(f"{method}: {type(error).__name__}: {error}") from error
+    return f"refused: {error}"
