@@ -251,14 +251,19 @@ def _compared(model: nn.Module, in_the_open: nn.Module, status: str, path: str, 
 
 @torch.no_grad()
 def _captured(model: nn.Module, in_the_open: nn.Module, status: str, path: str, inputs: Inputs) -> tuple[str, str]:
+    try:
+        expected = _maps(in_the_open, path, inputs)
+    except Exception as error:  # of the model itself: its sizes do not fit together
+        return NOT_BUILT, f"does not run small: {_reason(error)}"
     tap = AttentionTap(model, path)
     try:
         _, (call,) = _run(tap, inputs)
-    except RuntimeError as error:
+    except (RuntimeError, NotImplementedError) as error:
         return REFUSED, _reason(error)
+    except Exception as error:
+        return WRONG, f"{type(error).__name__}: {_reason(error)}"
     finally:
         tap.untap()
-    expected = _maps(in_the_open, path, inputs)
     if len(expected) != 1:
         return WRONG, f"captured one attention, the model computes {len(expected)}"
     found = attention_map(call)
