@@ -87,7 +87,8 @@ class FrozenTeacher(nn.Module):
         input_norm: ((mean, ...), (std, ...)) per channel that images come normalised with; None when they come as the
             teacher wants them.
 
-    The images are given to the teacher in its own dtype: a bfloat16 teacher can teach a float32 student.
+    The images are given to the teacher in its own dtype: a bfloat16 teacher can teach a float32 student. A teacher whose weights
+    accelerate keeps elsewhere (``cpu_offload``, ``disk_offload``, ``dispatch_model``) stays where accelerate runs it.
     """
 
     def __init__(self, tap: Any, input_norm: tuple[Sequence[float], Sequence[float]] | None = None) -> None:
@@ -128,6 +129,12 @@ class FrozenTeacher(nn.Module):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained.get(name, False))
         return model
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FrozenTeacher:
+        offloaded = any(parameter.is_meta for parameter in self.tap.parameters())
+        return super()._apply(
+            fn, recurse and not offloaded
+        )  # there is nothing to move: hooks bring the weights when they are needed
 
     def train(self, mode: bool = True) -> FrozenTeacher:
         """Does nothing: a teacher stays in evaluation mode."""
@@ -180,7 +187,8 @@ def _renormalise(
         raise ValueError(f"input_norm: expected {len(stats[0])} channels, got {len(mean)} means and {len(std)} stds")
     if stats == (mean, std):
         return None, None
-    device = next(teacher.parameters()).device
+    parameter = next(teacher.parameters())
+    device = torch.device("cpu") if parameter.is_meta else parameter.device
     ours, theirs = torch.tensor((mean, std), device=device), torch.tensor(stats, device=device)
     scale, shift = ours[1] / theirs[1], (ours[0] - theirs[0]) / theirs[1]
     return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)

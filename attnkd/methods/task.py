@@ -304,6 +304,11 @@ def check_student(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype: expected a floating point torch.dtype, such as torch.float32, got {dtype!r}")
     parameters = list(student.parameters())
+    if any(parameter.is_meta for parameter in parameters):
+        raise ValueError(
+            f"student: weights of {type(student).__name__} are on the meta device (offloaded by accelerate, or not loaded), so they cannot "
+            "train; offload the teacher alone"
+        )
     if not parameters or not any(parameter.requires_grad for parameter in parameters):
         raise ValueError(
             f"student: no parameter of {type(student).__name__} requires grad, so nothing would train; unfreeze it with "

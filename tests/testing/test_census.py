@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from attnkd.commands import cli
-from attnkd.testing import census
+from attnkd.methods.head_kd import HeadKD
+from attnkd.testing import census, census_steps
+from attnkd.testing.census_page import as_line, read_lines
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,6 +62,35 @@ def test_a_wrong_capture_is_found(
         assert re.search(r"\| timm, `vision_transformer` \| [1-9]", text)
     else:
         assert "a captured attention is not the model's" in said.err and "largest difference of a probability" in text
+
+
+def test_a_method_that_breaks_is_found_and_one_that_refuses_is_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def breaks(*_: Any) -> Any:
+        return torch.zeros(2).view(3)
+
+    def refuses(*_: Any) -> Any:
+        return HeadKD(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+
+    (name, *_) = [name for _, name in census.timm_candidates() if name.startswith("test_vit")]
+    page = tmp_path / "models.md"
+    monkeypatch.setattr(census_steps, "STEPS", {"HeadKD": {"": refuses}})
+    assert cli.main(["models", "--contains", name, "--output", str(page)]) == 0
+    assert "HeadKD: refused: student: expected a Vision Transformer" in capsys.readouterr().out
+    monkeypatch.setattr(census_steps, "STEPS", {"HeadKD": {"": breaks}})
+    assert cli.main(["models", "--contains", name, "--output", str(page)]) == 1
+    assert "HeadKD: RuntimeError: shape '[3]' is invalid" in page.read_text()
+
+
+def test_it_continues_where_it_stopped(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    found = tmp_path / "found.jsonl"
+    known = census.Found("timm", "vision_transformer", "test_vit", census.EXACT, "", {"HeadKD": "as it was"})
+    found.write_text(as_line(known) + as_line(known)[:20])  # a kill cut the second line off
+    assert cli.main(["models", "--contains", "test_vit", "--found", str(found)]) == 0
+    lines = read_lines(found.read_text())
+    assert lines[0] == known and len(lines) > 1 and "HeadKD: as it was" in capsys.readouterr().out
+    assert {one.name for one in lines[1:]} == {n for _, n in census.timm_candidates() if "test_vit" in n} - {"test_vit"}
 
 
 def test_a_name_that_no_model_has(capsys: pytest.CaptureFixture[str]) -> None:
