@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -187,6 +189,39 @@ def test_loop_of_accelerate() -> None:
     assert len(losses) == 2 and all(loss > 0 for loss in losses)
     assert any("attention" in name for name in changed(before, student))
     assert not hasattr(student.vit.layers[0].attention, "_armed")
+
+
+WORKER = """
+import sys, torch
+sys.path[:0] = [{root!r}, {kernels!r}]
+from torch.utils.data import DataLoader, TensorDataset
+from tests import test_examples as tests
+
+torch.manual_seed(0)
+student, teacher = tests.timm_vit(), tests.timm_vit()
+before = tests.copied(student)
+loader = DataLoader(TensorDataset(tests.images(16), torch.arange(16) % 5), batch_size=4)
+losses = tests.example("accelerate_loop").distil(student, teacher, loader, epochs=2, cpu=True)
+rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+torch.save((size, losses, tests.changed(before, student), tests.copied(student)), f"{out}/{{rank}}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_loop_of_accelerate_in_two_processes(tmp_path: Path) -> None:
+    """As torchrun and accelerate launch start it: other images in each, the same student in both afterwards."""
+    pytest.importorskip("accelerate")
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(root=str(ROOT), kernels=str(ROOT / "kernels"), out=str(tmp_path)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ran = subprocess.run([*torchrun, str(script)], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    (size, losses, trained, first), (_, others, _, second) = (
+        torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)
+    )
+    assert size == 2 and len(losses) == 2 and losses != others
+    assert any("attn" in name for name in trained)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 def test_lightning(tmp_path: Path) -> None:
