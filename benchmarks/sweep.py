@@ -31,6 +31,7 @@ def representative() -> list[Call]:
         OnePass(0, 197, 6, 64, "bfloat16", batch=4),
         OnePass(0, 197, 6, 64, "bfloat16", batch=4, known=True),
         OnePass(0, 197, 6, 64, "bfloat16", batch=4, divergence="none"),
+        OnePass(0, 197, 6, 80, "bfloat16", batch=4, known=True),  # two tiles of channels
         ClassRow(1, 197, 6, 64, "bfloat16", batch=4),  # gradients added in place
         Relation(197, 384, 768, "bfloat16"),
         PlainAttention(),
@@ -63,7 +64,13 @@ def everything() -> Iterator[Call]:
     yield dataclasses.replace(whole, merge="mean", teacher_heads=12)
     yield from _crowded_maps()
     yield from _one_passes()
-    yield dataclasses.replace(row, rows=4)
+    for call in (
+        row,
+        dataclasses.replace(row, merge="mean"),
+        dataclasses.replace(row, keys=1370),
+        dataclasses.replace(row, merge="logsum"),
+    ):
+        yield dataclasses.replace(call, rows=4)
     yield dataclasses.replace(row, probs=True)
     yield dataclasses.replace(row, merge="logsum", probs=True)
     for merge in ("max", "min"):
@@ -98,12 +105,13 @@ def _crowded_maps() -> Iterator[Call]:
 def _one_passes() -> Iterator[Call]:
     """Attention with its divergence: every divergence, head dim and mask; and the same kernels without one, the yardstick."""
     one = OnePass(0, 197, 6, 64, "bfloat16", batch=4)
-    for divergence in ("none", *DIVERGENCES):
-        yield dataclasses.replace(one, divergence=divergence)
-    for dim in (16, 32, 48):
+    for dim, divergence in itertools.product((64, 96), ("none", *DIVERGENCES)):
+        yield dataclasses.replace(one, dim=dim, divergence=divergence)
+    for dim in (16, 32, 48, 80):
         yield dataclasses.replace(one, dim=dim)
-    for divergence in ("none", "forward_kl", "js"):
-        yield dataclasses.replace(one, divergence=divergence, mask="bool")
+    for dim, divergence in itertools.product((64, 96), ("none", "forward_kl", "js")):
+        yield dataclasses.replace(one, dim=dim, divergence=divergence, mask="bool")
+    yield dataclasses.replace(one, dim=80, teacher_dim=64)
     yield dataclasses.replace(one, dtype="float16")
     row = ClassRow(1, 197, 6, 64, "bfloat16", batch=4)
     yield dataclasses.replace(row, merge="logsum")

@@ -14,7 +14,6 @@ from torch import Tensor
 from attnkd.attention.problem import Problem, stored_mask
 from attnkd.operators import first_order_only, keep, kept, register
 from attnkd_kernels.attention.launch import (
-    MAX_WIDTH,
     Saved,
     allocate,
     allocate_grads,
@@ -23,6 +22,7 @@ from attnkd_kernels.attention.launch import (
     plain,
     unpacked,
 )
+from attnkd_kernels.attention.tiles import WIDEST
 from attnkd_kernels.language import BOOL_ROW, NO_MASK
 from attnkd_kernels.launch import architecture, mask_kind
 from attnkd_kernels.map.launch import Maps, Model
@@ -141,8 +141,8 @@ def why_not(problem: Problem, value: Tensor) -> str | None:
         return "the teacher is given as probabilities"
     if student.mask is not None and student.mask.requires_grad:
         return "the mask requires grad"
-    if max(value.shape[3], student.query.shape[3], teacher.query.shape[3]) > MAX_WIDTH:
-        return f"a head has more than {MAX_WIDTH} channels"
+    if max(value.shape[3], student.query.shape[3], teacher.query.shape[3]) > WIDEST:
+        return f"a head has more than {WIDEST} channels"
     for mask in (student.mask, teacher.mask):
         if mask_kind(None if mask is None else stored_mask(mask)) not in MASKS:
             return "a mask that is not boolean and the same for all queries"

@@ -7,7 +7,7 @@ Two engines compute it:
   :func:`attnkd.attention_divergence` reads queries and keys once more.
 
 The rule (:func:`why_beside` names the reason): one sweep where ``impl`` is or becomes 'triton', the rows of all tokens are compared
-over all keys (more than 16 rows), heads are not merged, the temperature is 1, queries, keys and values are float16 or bfloat16 of up to 64 channels,
+over all keys (more than 16 rows), heads are not merged, the temperature is 1, queries, keys and values are float16 or bfloat16 of up to 96 channels,
 nothing is dropped, and masks are
 boolean and the same for all queries (padding), or absent. Else beside: a class token's row costs less than the sweep over it, and the rest is not what
 the attention computes. 'chunked' and 'reference' give the same numbers, as everywhere; 'reference' materialises the attention.

@@ -90,6 +90,26 @@ def assert_fixed_mask(device, given):
         torch.testing.assert_close(grad.double(), right, rtol=1e-4, atol=1e-4)
 
 
+def test_heads_of_two_tiles(device):
+    """Of more than 64 channels: queries and keys, the teacher's, the values, each or all of them; up to the last that fit."""
+    for divergence, widths in (
+        ("forward_kl", {"D": 72, "Dt": 96, "V": 80}),
+        ("reverse_kl", {"D": 16, "Dt": 80, "V": 16}),
+        ("mse", {"D": 96, "Dt": 64, "V": 24}),
+        ("logit_mse", {"D": 40, "Dt": 40, "V": 96}),
+    ):
+        assert_one_pass("triton", **call(device, H=1, M=33, divergence=divergence, **widths))
+    visible = torch.rand(1, 1, 33, 35, device=device) > 0.3
+    visible[:, :, 3] = False
+    masks = {"student_mask": visible, "teacher_mask": visible | (torch.rand_like(visible, dtype=torch.float32) > 0.9)}
+    assert_one_pass("triton", **call(device, H=1, M=33, D=80, Dt=88, V=80, dtype=torch.bfloat16), **masks)
+    assert_one_pass("triton", **call(device, H=1, M=33, D=80, Dt=88, V=80, divergence="js"), **masks)
+    given = call(device, D=97)
+    names = "student_query", "student_key", "teacher_query", "teacher_key"
+    problem = make_problem(*(given[n] for n in names), None, None, None, None, None, None, "forward_kl", 1.0)
+    assert fused_attention.why_not(problem, given["value"]) == "a head has more than 96 channels"
+
+
 def test_half_precision_and_large_logits(device):
     assert_one_pass("triton", **call(device, H=1, dtype=torch.bfloat16, D=64, Dt=48, V=64))
     assert_one_pass("triton", **call(device, H=1, M=20, dtype=torch.float16, divergence="js"))
@@ -124,11 +144,16 @@ def test_each_result_alone_and_a_divergence_of_weight_0(device):
 
 def test_packed_gradients_land_in_place_and_results_are_reproducible(device):
     """One gradient [B, N, 3, H, D], of one launch each for dq and for dk and dv; nothing beside the results is written."""
-    qkv = guarded(torch.randn(1, 35, 3, 2, 16, device=device)).requires_grad_()
+    for channels in (16, 80):
+        packed_in_place(device, channels)
+
+
+def packed_in_place(device, channels):
+    qkv = guarded(torch.randn(1, 35, 3, 2, channels, device=device)).requires_grad_()
     teacher = AttentionCall(
-        *(lay_out(torch.randn(1, 2, 35, 16, device=device), "guarded") for _ in range(2)), None, 0.25
+        *(lay_out(torch.randn(1, 2, 35, channels, device=device), "guarded") for _ in range(2)), None, 0.25
     )
-    upstream = lay_out(torch.randn(1, 2, 35, 16, device=device), "transposed")
+    upstream = lay_out(torch.randn(1, 2, 35, channels, device=device), "transposed")
     runs = []
     for _ in range(2):
         with canaries() as allocated:

@@ -28,22 +28,25 @@ from attnkd_kernels.map.forms import Sums, add_keys, finish, no_sums
 from attnkd_kernels.map.given import dead_rows, keep_normalisers, normalisers, wrong_rows
 from attnkd_kernels.map.tile import (
     At,
+    add_gradient,
     at_rows,
     at_tile,
     fold,
+    load_head,
     load_left,
-    load_right,
-    load_rows,
+    load_whole_right,
     logits,
+    no_gradient,
     row_values,
     skip_rows,
-    store_rows,
+    store_gradient,
+    times_rows,
     without_checks,
 )
 
 
 class Left(NamedTuple):
-    """What stays with a program: the tiles [BL, BLOCK] of its queries, and their normalisers [BL, 1] where they are known."""
+    """What stays with a program: the tiles [BL, BLOCK] (or Parts) of its queries, and their normalisers [BL, 1] where they are known."""
 
     student: Any
     teacher: Any
@@ -86,8 +89,8 @@ def _attention_fwd_kernel(
     clear, stop = without_checks(student, teacher, at, S, T, WIDE)
     state = (
         no_sums(WIDE),
-        tl.full([WIDE.BL, 1], HIDDEN, tl.float32),
-        tl.zeros([WIDE.BL, V.BLOCK], tl.float32),
+        tl.full([WIDE.BL], HIDDEN, tl.float32),
+        no_gradient(V, WIDE.BL, V.BLOCK),
     )
     state = _more_keys(state, student, value, teacher, left, at, (clear, stop), FUSE, S, T, V, NARROW)
     if WIDE.MASKS != "any":
@@ -96,15 +99,13 @@ def _attention_fwd_kernel(
 
     m = at.q0 + tl.arange(0, WIDE.BL)
     total = tl.sum(sums.sum_s, 1)
-    store_rows(
-        at_rows(at_head(OUT, b, h), at.q0), acc / tl.where(total == 0.0, 1.0, total)[:, None], at.q0, M, 0, V, WIDE.BL, V.BLOCK
-    )  # fmt: skip
+    share = 1.0 / tl.where(total == 0.0, 1.0, total)[:, None]
+    store_gradient(at_rows(at_head(OUT, b, h), at.q0), acc, share, at.q0, M, 0, V, WIDE.BL, V.BLOCK)
     if KNOWN:
         lse = tl.sum(norm_s, 1)
     else:
-        highest = tl.max(top, 1)
-        alive = shown(highest) | (total != total)  # NaN is no dead row
-        lse = tl.where(alive, highest + tl.log2(total), DEAD)
+        alive = shown(top) | (total != total)  # NaN is no dead row
+        lse = tl.where(alive, top + tl.log2(total), DEAD)
         tl.store(kept.lse_s + row * M + m, lse, mask=m < M)
     if DIVERGENCE != "none":
         loss, centre, weight = finish(sums, clear if MASKED else N, MASKED, WIDE)
@@ -130,7 +131,7 @@ def _more_keys(
     state, student, value, teacher, left, at, span,
     FUSE: tl.constexpr, S: tl.constexpr, T: tl.constexpr, V: tl.constexpr, SWEEP: tl.constexpr,
 ):  # fmt: skip
-    """(sums, top [BL, 1], output [BL, BLOCK]) after the keys of ``span`` (first, end); sums and output relative to top."""
+    """(sums, top [BL], output [BL, BLOCK] or Parts) after the keys of ``span`` (first, end); sums and output relative to top."""
     sums, top, acc = state
     MASKED: tl.constexpr = SWEEP.MASKS != "none" and SWEEP.CHECK
     DIVERGENCE: tl.constexpr = SWEEP.DIVERGENCE
@@ -140,40 +141,40 @@ def _more_keys(
         teacher = skip_rows(teacher, span[0], SWEEP)
     for k0 in range(span[0], span[1], SWEEP.BR):
         here = At(at.q0, k0, at.M, at.N)
-        k_s = load_right(student, here, 0, S, SWEEP, S.BLOCK)
-        v = load_rows(value, k0, at.N, 0, V, SWEEP.BR, V.BLOCK, SWEEP.CHECK)
+        k_s = load_whole_right(student, 0.0, here, S, SWEEP)
+        v = load_head(value, k0, at.N, V, SWEEP.BR, SWEEP.CHECK)
         if KNOWN:
             z = logits(student, left.student, k_s, here, student.factor, left.norm_s, S, SWEEP)
             u = z
         else:
             if FUSE and DIVERGENCE != "logit_mse" and (S.MASK == NO_MASK or not SWEEP.CHECK):
                 z = logits(student, left.student, k_s, here, 1.0, 0.0, S, SWEEP)
-                new = tl.maximum(top, tl.max(z, 1)[:, None] * student.factor)
+                new = tl.maximum(top, tl.max(z, 1) * student.factor)
                 z = z * student.factor
             else:
                 z = logits(student, left.student, k_s, here, student.factor, 0.0, S, SWEEP)
-                new = tl.maximum(top, tl.max(z, 1)[:, None])
+                new = tl.maximum(top, tl.max(z, 1))
             base = new
             if MASKED:  # while no key was seen, nothing is relative to it
                 base = tl.where(hidden(new), 0.0, new)
-            u = z - base
-            a = tl.exp2(top - base)
-            sums = _relative_to(sums, a, base - top, DIVERGENCE)
-            acc = acc * a
+            u = z - base[:, None]
+            a = tl.exp2(top - base)[:, None]
+            sums = _relative_to(sums, a, (base - top)[:, None], DIVERGENCE)
+            acc = times_rows(acc, a, V)
             top = new
         p = tl.exp2(u)
         if DIVERGENCE == "none" or DIVERGENCE == "logit_mse":
             value_, slope, square, sum_s, sum_t, clash, count = sums
             sums = Sums(value_, slope, square, sum_s + fold(p, SWEEP), sum_t, clash, count)
         if DIVERGENCE != "none":
-            k_t = load_right(teacher, here, 0, T, SWEEP, T.BLOCK)
+            k_t = load_whole_right(teacher, 0.0, here, T, SWEEP)
             lt = logits(teacher, left.teacher, k_t, here, teacher.factor, left.norm_t, T, SWEEP)
             if DIVERGENCE == "logit_mse":
                 sums = add_keys(sums, z, lt, p, p, MASKED, SWEEP)
             else:
                 sums = add_keys(sums, u, lt, p, tl.exp2(lt), MASKED, SWEEP)
             teacher = skip_rows(teacher, SWEEP.BR, SWEEP)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        acc = add_gradient(acc, p, v, V)
         student, value = skip_rows(student, SWEEP.BR, SWEEP), at_rows(value, SWEEP.BR)
     return sums, top, acc
 

@@ -22,15 +22,19 @@ from attnkd_kernels.language import DEAD, LN2, at_head, side_at
 from attnkd_kernels.map.forms import gap_of_logits, terms
 from attnkd_kernels.map.tile import (
     At,
+    add_gradient,
     at_rows,
     at_tile,
+    load_head,
     load_left,
-    load_right,
-    load_rows,
+    load_whole_right,
     logits,
+    no_gradient,
+    product,
+    row_products,
     row_values,
     skip_rows,
-    store_rows,
+    store_gradient,
     without_checks,
 )
 
@@ -73,9 +77,9 @@ def _attention_dq_kernel(
     DIVERGENCE: tl.constexpr = WIDE.DIVERGENCE
 
     m = at.q0 + tl.arange(0, WIDE.BL)
-    do = load_rows(at_rows(at_head(outputs.grad, b, h), at.q0), at.q0, M, 0, V, WIDE.BL, V.BLOCK, True)
-    o = load_rows(at_rows(at_head(outputs.out, b, h), at.q0), at.q0, M, 0, V, WIDE.BL, V.BLOCK, True)
-    shift = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)[:, None]
+    do = load_head(at_rows(at_head(outputs.grad, b, h), at.q0), at.q0, M, V, WIDE.BL, True)
+    o = load_head(at_rows(at_head(outputs.out, b, h), at.q0), at.q0, M, V, WIDE.BL, True)
+    shift = row_products(o, do, V)
     norm_s = row_values(known.lse_s, at, DEAD, WIDE)
     norm_t, coef, left_t = 0.0, 0.0, 0.0
     if DIVERGENCE != "none":
@@ -98,31 +102,31 @@ def _attention_dq_kernel(
     left = load_left(student, at, S, WIDE), left_t, do
     clear, stop = without_checks(student, teacher, at, S, T, WIDE)
     rows = norm_s, norm_t, shift, coef
-    dq = tl.zeros([WIDE.BL, S.BLOCK], tl.float32)
+    dq = no_gradient(S, WIDE.BL, S.BLOCK)
     dq = _more_keys(dq, student, value, teacher, rows, left, at, (clear, stop), S, T, V, NARROW)
     if WIDE.MASKS != "any":
         dq = _more_keys(dq, student, value, teacher, rows, left, at, (0, clear), S, T, V, WIDE)
-    store_rows(at_rows(at_head(DQ, b, h), at.q0), dq * (student.factor * LN2), at.q0, M, 0, S, WIDE.BL, S.BLOCK)
+    store_gradient(at_rows(at_head(DQ, b, h), at.q0), dq, student.factor * LN2, at.q0, M, 0, S, WIDE.BL, S.BLOCK)
 
 
 @triton.jit
 def _more_keys(
     dq, student, value, teacher, rows, left, at, span, S: tl.constexpr, T: tl.constexpr, V: tl.constexpr, SWEEP: tl.constexpr
 ):  # fmt: skip
-    """dq [BL, BLOCK] after the keys of ``span`` (first, end)."""
+    """dq [BL, BLOCK] or Parts after the keys of ``span`` (first, end)."""
     student, value = skip_rows(student, span[0], SWEEP), at_rows(value, span[0])
     if SWEEP.DIVERGENCE != "none":
         teacher = skip_rows(teacher, span[0], SWEEP)
     for k0 in range(span[0], span[1], SWEEP.BR):
         here = At(at.q0, k0, at.M, at.N)
-        k_s = load_right(student, here, 0, S, SWEEP, S.BLOCK)
+        k_s = load_whole_right(student, 0.0, here, S, SWEEP)
         k_t = k_s
         if SWEEP.DIVERGENCE != "none":
-            k_t = load_right(teacher, here, 0, T, SWEEP, T.BLOCK)
-        v = load_rows(value, k0, at.N, 0, V, SWEEP.BR, V.BLOCK, SWEEP.CHECK)
+            k_t = load_whole_right(teacher, 0.0, here, T, SWEEP)
+        v = load_head(value, k0, at.N, V, SWEEP.BR, SWEEP.CHECK)
         p, term = _probs_and_term(student, teacher, rows, left, (k_s, k_t), here, S, T, SWEEP)
-        ds = _score_gradient(p, term, tl.dot(left[2], tl.trans(v), input_precision="ieee"), rows, SWEEP)
-        dq = tl.dot(ds.to(k_s.dtype), k_s, dq, input_precision="ieee")
+        ds = _score_gradient(p, term, product(left[2], v, V), rows, SWEEP)
+        dq = add_gradient(dq, ds, k_s, S)
         student, value = skip_rows(student, SWEEP.BR, SWEEP), at_rows(value, SWEEP.BR)
         if SWEEP.DIVERGENCE != "none":
             teacher = skip_rows(teacher, SWEEP.BR, SWEEP)
@@ -151,16 +155,16 @@ def _attention_dkv_kernel(
     if WIDE.DIVERGENCE != "none":
         teacher = at_tile(teacher, at)
         left_t = load_left(teacher, at, T, WIDE)
-    v = load_rows(at_rows(at_head(value, b, h), at.k0), at.k0, N, 0, V, WIDE.BL, V.BLOCK, True)
+    v = load_head(at_rows(at_head(value, b, h), at.k0), at.k0, N, V, WIDE.BL, True)
     left = load_left(student, at, S, WIDE), left_t, v
     clear, stop = without_checks(student, teacher, at, S, T, WIDE)
-    grads = tl.zeros([WIDE.BL, S.BLOCK], tl.float32), tl.zeros([WIDE.BL, V.BLOCK], tl.float32)
+    grads = no_gradient(S, WIDE.BL, S.BLOCK), no_gradient(V, WIDE.BL, V.BLOCK)
     grads = _more_queries(grads, student, grad, teacher, known, left, at, (clear, stop), S, T, V, NARROW)
     if WIDE.MASKS != "any":
         grads = _more_queries(grads, student, grad, teacher, known, left, at, (0, clear), S, T, V, WIDE)
     dk, dv = grads
-    store_rows(at_rows(at_head(DK, b, h), at.k0), dk * (student.factor * LN2), at.k0, N, 0, S, WIDE.BL, S.BLOCK)
-    store_rows(at_rows(at_head(DV, b, h), at.k0), dv, at.k0, N, 0, V, WIDE.BL, V.BLOCK)
+    store_gradient(at_rows(at_head(DK, b, h), at.k0), dk, student.factor * LN2, at.k0, N, 0, S, WIDE.BL, S.BLOCK)
+    store_gradient(at_rows(at_head(DV, b, h), at.k0), dv, 1.0, at.k0, N, 0, V, WIDE.BL, V.BLOCK)
 
 
 @triton.jit
@@ -168,27 +172,27 @@ def _more_queries(
     grads, student, grad, teacher, known, left, at, span,
     S: tl.constexpr, T: tl.constexpr, V: tl.constexpr, SWEEP: tl.constexpr,
 ):  # fmt: skip
-    """(dk [BL, BLOCK], dv [BL, BLOCK]) after the queries of ``span`` (first, end)."""
+    """(dk, dv), each [BL, BLOCK] or Parts, after the queries of ``span`` (first, end)."""
     dk, dv = grads
     student, grad = skip_rows(student, span[0], SWEEP), at_rows(grad, span[0])
     if SWEEP.DIVERGENCE != "none":
         teacher = skip_rows(teacher, span[0], SWEEP)
     for q0 in range(span[0], span[1], SWEEP.BR):
         here = At(q0, at.k0, at.M, at.N)
-        q_s = load_right(student, here, 0, S, SWEEP, S.BLOCK)
+        q_s = load_whole_right(student, 0.0, here, S, SWEEP)
         q_t = q_s
         norm_t, coef = 0.0, 0.0
         if SWEEP.DIVERGENCE != "none":
-            q_t = load_right(teacher, here, 0, T, SWEEP, T.BLOCK)
+            q_t = load_whole_right(teacher, 0.0, here, T, SWEEP)
             coef = row_values(known.coef, here, 0.0, SWEEP)
             if SWEEP.DIVERGENCE != "logit_mse":
                 norm_t = row_values(known.lse_t, here, DEAD, SWEEP)
-        do = load_rows(grad, q0, at.M, 0, V, SWEEP.BR, V.BLOCK, SWEEP.CHECK)
+        do = load_head(grad, q0, at.M, V, SWEEP.BR, SWEEP.CHECK)
         rows = row_values(known.lse_s, here, DEAD, SWEEP), norm_t, row_values(known.shift, here, 0.0, SWEEP), coef
         p, term = _probs_and_term(student, teacher, rows, left, (q_s, q_t), here, S, T, SWEEP)
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        ds = _score_gradient(p, term, tl.dot(left[2], tl.trans(do), input_precision="ieee"), rows, SWEEP)
-        dk = tl.dot(ds.to(q_s.dtype), q_s, dk, input_precision="ieee")
+        dv = add_gradient(dv, p, do, V)
+        ds = _score_gradient(p, term, product(left[2], do, V), rows, SWEEP)
+        dk = add_gradient(dk, ds, q_s, S)
         student, grad = skip_rows(student, SWEEP.BR, SWEEP), at_rows(grad, SWEEP.BR)
         if SWEEP.DIVERGENCE != "none":
             teacher = skip_rows(teacher, SWEEP.BR, SWEEP)

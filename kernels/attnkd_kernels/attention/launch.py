@@ -20,9 +20,6 @@ from attnkd_kernels.map.launch import Maps, Model
 from attnkd_kernels.map.tile import Rows
 from attnkd_kernels.map.tiles import Tile
 
-MAX_WIDTH = 64
-"""A head's queries, keys, values and two accumulators stay on chip: of more channels the last kernel spills registers."""
-
 
 class Saved(NamedTuple):
     """What the forward leaves: output [B, H, M, V] (heads of a token side by side in memory), loss [B, H, M], and for the backward,

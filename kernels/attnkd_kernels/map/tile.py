@@ -169,6 +169,17 @@ def add_gradient(acc, dz, tile, HEAD: tl.constexpr):
 
 
 @triton.jit
+def product(a, b, HEAD: tl.constexpr):
+    """a [A, channels] · b [B, channels]ᵀ, [A, B] fp32, of tiles or Parts that hold all columns."""
+    if HEAD.REST > 0:
+        result = tl.dot(a.first, tl.trans(b.first), input_precision="ieee")
+        result = tl.dot(a.rest, tl.trans(b.rest), result, input_precision="ieee")
+    else:
+        result = tl.dot(a, tl.trans(b), input_precision="ieee")
+    return result
+
+
+@triton.jit
 def without_rows(acc, dead, HEAD: tl.constexpr):
     """acc, 0 in the rows that are dead [ROWS]."""
     if HEAD.REST > 0:
@@ -176,6 +187,27 @@ def without_rows(acc, dead, HEAD: tl.constexpr):
     else:
         acc = tl.where(dead[:, None], 0.0, acc)
     return acc
+
+
+@triton.jit
+def times_rows(acc, factor, HEAD: tl.constexpr):
+    """acc · factor [rows, 1]."""
+    if HEAD.REST > 0:
+        acc = Parts(acc.first * factor, acc.rest * factor)
+    else:
+        acc = acc * factor
+    return acc
+
+
+@triton.jit
+def row_products(a, b, HEAD: tl.constexpr):
+    """[rows, 1] fp32: Σ a · b over the columns of each row."""
+    if HEAD.REST > 0:
+        result = tl.sum(a.first.to(tl.float32) * b.first.to(tl.float32), 1)
+        result += tl.sum(a.rest.to(tl.float32) * b.rest.to(tl.float32), 1)
+    else:
+        result = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
+    return result[:, None]
 
 
 @triton.jit
@@ -313,29 +345,26 @@ def logits(side, a, b, at, factor, norm, HEAD: tl.constexpr, SWEEP: tl.constexpr
     Tiles a [BL, BLOCK] and b [BR, BLOCK], or Parts, hold all columns unless the head is wider.
     """
     mask = load_mask(side, at, HEAD, SWEEP)
-    if HEAD.REST > 0:
-        product = tl.dot(a.first, tl.trans(b.first), input_precision="ieee")
-        product = tl.dot(a.rest, tl.trans(b.rest), product, input_precision="ieee")
-    elif HEAD.WHOLE:
-        product = tl.dot(a, tl.trans(b), input_precision="ieee")
+    if HEAD.WHOLE:
+        score = product(a, b, HEAD)
     else:
-        product = tl.zeros([SWEEP.BL, SWEEP.BR], tl.float32)
+        score = tl.zeros([SWEEP.BL, SWEEP.BR], tl.float32)
         for col0 in range(0, HEAD.WIDTH, HEAD.BLOCK):
             if SWEEP.QUERIES_LEFT:
                 x = load_rows(side.query, at.q0, at.M, col0, HEAD, SWEEP.BL, HEAD.BLOCK, True)
             else:
                 x = load_rows(side.key, at.k0, at.N, col0, HEAD, SWEEP.BL, HEAD.BLOCK, True)
             y = load_right(side, at, col0, HEAD, SWEEP, HEAD.BLOCK)
-            product = tl.dot(x, tl.trans(y), product, input_precision="ieee")
+            score = tl.dot(x, tl.trans(y), score, input_precision="ieee")
     if HEAD.MASK == NO_MASK or not SWEEP.CHECK:
-        z = product * factor - norm
+        z = score * factor - norm
         if SWEEP.CHECK and SWEEP.QUERIES_LEFT:
             z = tl.where((at.k0 + tl.arange(0, SWEEP.BK) < at.N)[None, :], z, HIDDEN)
     elif HEAD.MASK == BOOL_MASK or HEAD.MASK == BOOL_ROW:
-        z = tl.where(mask != 0, product * factor - norm, HIDDEN)
+        z = tl.where(mask != 0, score * factor - norm, HIDDEN)
     else:  # a hidden key's product may be NaN. Whether it is hidden is asked of the difference: of the mask, whose tile would move twice
         z = mask - norm
-        z = tl.where(hidden(z), z, product * factor + z)
+        z = tl.where(hidden(z), z, score * factor + z)
     return z
 
 

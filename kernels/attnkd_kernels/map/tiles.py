@@ -85,6 +85,8 @@ Pair = tuple[Tile, Tile]  # up to 64 channels, beyond
 
 _PLAIN: dict[tuple[str, str], Pair] = {  # no extras, up to 128 channels
     ("value", "sm80"): (Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 2, whole=64)),
+    ("unit", "sm80"): (Tile(64, 32, 32, 4, 3), Tile(64, 32, 32, 4, 2, whole=64, chunk=32)),
+    ("unit", "sm120"): (Tile(64, 64, 32, 4, 3, maxnreg=255), Tile(64, 32, 32, 4, 1, whole=64)),
     ("dq", "sm80"): (Tile(64, 32, 32, 4, 3), Tile(64, 32, 32, 4, 2, whole=64)),
     ("dq", "sm120"): (Tile(64, 64, 32, 4, 3, maxnreg=255), Tile(64, 32, 32, 4, 1, whole=64)),
     ("dk", "sm80"): (Tile(64, 32, 32, 4, 3), Tile(64, 32, 32, 4, 2, whole=64)),
