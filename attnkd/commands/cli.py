@@ -115,7 +115,8 @@ def _sentence(error: BaseException, args: argparse.Namespace) -> str:
     text = str(error).strip() or type(error).__name__
     names, colon, rest = text.partition(": ")
     if colon and all(word in vars(args) for word in names.split(", ")):
-        return ", ".join(f"--{word.replace('_', '-')}" for word in names.split(", ")) + ": " + rest
+        own = hasattr(args, "experiment")  # train and cache take the settings' own names
+        return ", ".join(f"--{word if own else word.replace('_', '-')}" for word in names.split(", ")) + ": " + rest
     return text
 
 

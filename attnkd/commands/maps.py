@@ -20,7 +20,7 @@ from attnkd.capture.class_maps import ClassMaps, class_kl, class_maps
 from attnkd.capture.drawing import draw_class_maps
 from attnkd.capture.loading import image_config, image_transform, load_model, load_saved
 from attnkd.capture.models import evaluating, input_channels, input_stats, num_classes
-from attnkd.commands.options import choose_device, require
+from attnkd.commands.options import check_format, choose_device, require
 from attnkd.methods.image_stream import open_image
 from attnkd.methods.task import check_pair
 
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     files.make_folder("output", args.output.parent)
     files.check_writable("output", args.output)
-    _check_format(args.output)
+    check_format("output", args.output)
     for temperature in args.temperature:
         check_temperature(temperature)
     given = vars(args)
@@ -224,14 +224,6 @@ def _photographs() -> list[tuple[str, Image.Image]]:
         (Path(name).name, Image.fromarray(pixels))
         for name, pixels in zip(photographs.filenames, photographs.images, strict=True)
     ]
-
-
-def _check_format(path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    known = FigureCanvasAgg.get_supported_filetypes()
-    if path.suffix and path.suffix[1:].lower() not in known:
-        raise ValueError(f"output: expected a suffix among {', '.join(sorted(known))}, got {path}")
 
 
 def _heads(shown: dict[str, ClassMaps]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -34,3 +35,16 @@ def require(packages: Mapping[str, str], extra: str = "demo") -> None:
     missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise ModuleNotFoundError(f'needs {", ".join(missing)}: pip install "attnkd[{extra}]"')
+
+
+def check_format(name: str, path: Path) -> None:
+    """Refuse a picture's file whose suffix matplotlib cannot write, before the work.
+
+    Raises:
+        ValueError: ``name`` is the argument that the message begins with.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in known:
+        raise ValueError(f"{name}: expected a suffix among {', '.join(sorted(known))}, got {path}")

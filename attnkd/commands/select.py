@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Subset
 from attnkd import files
 from attnkd.capture.loading import image_config, image_transform, load_model
 from attnkd.capture.models import input_channels
-from attnkd.commands.options import choose_device, require
+from attnkd.commands.options import check_format, choose_device, require
 from attnkd.evaluation.embedding import draw_points, sampled, tsne
 from attnkd.evaluation.features import batches, extract
 from attnkd.methods.image_stream import ENCODING, open_image
@@ -103,12 +103,13 @@ def run(args: argparse.Namespace) -> int:
     if args.picture is not None:
         require({"sklearn": "scikit-learn", "matplotlib": "matplotlib"})
         files.check_writable("picture", args.picture)
+        check_format("picture", args.picture)
     elif args.original is not None:
         raise ValueError("original: needs the --picture that its images go into")
     kwargs = {**args.model_kwargs, **({} if args.num_classes is None else {"num_classes": args.num_classes})}
     teacher = load_model("teacher", args.teacher, args.checkpoint, **kwargs)
     data = ("img_size", "mean", "std", "crop_pct", "interpolation")
-    original = None if args.original is None else open_source(args.original, "train", mode=_mode(teacher))
+    original = None if args.original is None else _original(args.original, _mode(teacher))
     config = image_config(teacher, **{name: getattr(args, name) for name in data})
     names = ("scores", "blocks", "attn_weight", "output_weight", "batch_size", "workers", "amp", "restart")
     done = select_images(
@@ -168,6 +169,13 @@ class _Files(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return open_image(self.folder / self.names[index], self.mode), 0
+
+
+def _original(name: str, mode: str) -> Any:
+    try:
+        return open_source(name, "train", mode=mode)
+    except (ValueError, NotImplementedError, ImportError) as error:
+        raise type(error)(str(error).replace("data: ", "original: ", 1)) from None
 
 
 def _mode(teacher: nn.Module) -> str:

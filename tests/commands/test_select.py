@@ -52,6 +52,10 @@ def test_a_picture_of_selected_original_and_rejected_images(folder, capsys):
         assert min(picture.size) > 400 and len(picture.convert("RGB").getcolors(1 << 20)) > 50
     assert select("--original", str(folder)) == 2
     assert "--original: needs the --picture" in capsys.readouterr().err
+    assert select("--picture", "points.png", "--original", "nowhere") == 2
+    assert "--original: 'nowhere' is no folder and no list" in capsys.readouterr().err
+    assert select("--picture", "points.xyz") == 2
+    assert "--picture: expected a suffix among" in capsys.readouterr().err
 
 
 def test_embedding_keeps_clusters_and_sampling_is_fair():
