@@ -55,6 +55,19 @@ def block_index(model: nn.Module, path: str) -> int:
     return next(index for index, block in enumerate(block_stack(model)) if f"{path}.".startswith(f"{block}."))
 
 
+def block_around(model: nn.Module, path: str) -> str:
+    """The path of the block that an attention lies in, for any family of models; the attention's own where that is a block.
+
+    Raises:
+        ValueError: it lies in none.
+    """
+    stack = block_stack(model)
+    found = next((block for block in stack if f"{path}.".startswith(f"{block}.")), None)
+    if found is None:
+        raise ValueError(f"blocks: {path} lies in none of the blocks of {type(model).__name__} ({_shortened(stack)})")
+    return found
+
+
 def block_owner(model: nn.Module, path: str) -> str:
     """The path of the smallest part of ``model`` that some adapter speaks for and that has ``path`` in it; '' if none does."""
     parts = path.split(".")

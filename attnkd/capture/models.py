@@ -14,7 +14,7 @@ from timm.task import TrainingTask
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
-from attnkd.capture.adapters import adapter_for
+from attnkd.capture.adapters import adapter_for, adapter_or_plain
 from attnkd.capture.tokens import mean_token
 
 __all__ = [
@@ -94,22 +94,22 @@ def resolve_model(model: str | nn.Module, pretrained: bool, num_classes: int | N
 
 def image_size(model: nn.Module) -> tuple[int, int] | None:
     """The one image size (height, width) a model accepts, or None when it accepts several."""
-    return adapter_for(model).image_size(model)
+    return adapter_or_plain(model).image_size(model)
 
 
 def input_stats(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and standard deviation with which a model's images were normalised in pretraining, if it says."""
-    return adapter_for(model).input_stats(model)
+    return adapter_or_plain(model).input_stats(model)
 
 
 def input_channels(model: nn.Module) -> int | None:
     """The number of image channels a model takes, if it says."""
-    return adapter_for(model).input_channels(model)
+    return adapter_or_plain(model).input_channels(model)
 
 
 def num_classes(model: nn.Module) -> int | None:
     """The number of classes that a model's output scores; 0 without a classifier, None where unknown."""
-    return adapter_for(model).num_classes(model)
+    return adapter_or_plain(model).num_classes(model)
 
 
 def check_images(label: str, model: nn.Module, images: Tensor) -> None:
@@ -134,7 +134,7 @@ def check_images(label: str, model: nn.Module, images: Tensor) -> None:
 
 def parameter_dtype(model: nn.Module) -> torch.dtype:
     """The dtype in which a model wants its images: that of its patch embedding, else of its first parameter."""
-    for module in (adapter_for(model).embedding(model), model):
+    for module in (adapter_or_plain(model).embedding(model), model):
         for parameter in module.parameters() if isinstance(module, nn.Module) else ():
             if parameter.is_floating_point():
                 return parameter.dtype

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attnkd.capture.adapters import adapter_for
+from attnkd.capture.adapters import adapter_or_plain
 from attnkd.capture.checkpointing import saved_tensors_are_hooked
 from attnkd.capture.tokens import Grid, block_layout, input_images, padding
 
@@ -30,10 +30,10 @@ class BlockTokens(NamedTuple):
     """[B or 1, N] boolean: tokens of padding, which the block's ``attn_mask`` hides from every token; None without a mask."""
 
 
-class BlockOutputs(nn.Module):
-    """A Vision Transformer that returns the tokens its blocks put out beside its own output.
+class BlockHooks:
+    """Forward hooks that keep what chosen blocks of a model put out while :meth:`run` runs it, and do nothing at other times.
 
-    Forward hooks on the blocks keep them; outside this module's forward the hooks do nothing.
+    No module: whatever runs the model can have it beside its own capture.
 
     Args:
         model: with blocks that return [B, N, D].
@@ -41,7 +41,6 @@ class BlockOutputs(nn.Module):
     """
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
-        super().__init__()
         self.model, self.paths = model, list(paths)
         self.keepers = [_Keeper() for _ in self.paths]
         self._handles = [
@@ -49,26 +48,26 @@ class BlockOutputs(nn.Module):
             for path, keeper in zip(self.paths, self.keepers, strict=True)
         ]
 
-    def forward(self, images: Tensor) -> tuple[Tensor, list[BlockTokens]]:
-        """images [B, C, H, W] → the model's output [B, K], the tokens [B, N, D] after each block.
-
-        Raises:
-            RuntimeError: a block did not run, ran several times (shared weights), or ran cut off from the gradient
-                (reentrant activation checkpointing).
-            TypeError: a block or the model returns something else.
-        """
-        return self.compare(images)[:2]
-
-    def compare(
-        self, images: Tensor, compare: Sequence[Callable[[BlockTokens], Any]] | None = None
-    ) -> tuple[Tensor, list[BlockTokens], list[Any]]:
-        """The same, and what ``compare`` makes of the tokens.
+    def run(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        compare: Sequence[Callable[[BlockTokens], Any]] | None = None,
+    ) -> tuple[Any, list[BlockTokens], list[Any]]:
+        """``function(*args)``, which runs the model on the images among ``args``, the tokens [B, N, D] after each block, and what
+        ``compare`` makes of them.
 
         Args:
             compare: one function for each of the blocks, called with its tokens as soon as it has put them out; a block that
                 activation checkpointing will run a second time is compared when the model is through.
+
+        Raises:
+            RuntimeError: a block did not run, ran several times (shared weights), or ran cut off from the gradient
+                (reentrant activation checkpointing).
+            TypeError: a block returns something else.
         """
         losses: list[Any] = [None] * len(self.paths)
+        images = input_images(args, {})
 
         def compare_now(index: int, runs: list[_Run]) -> None:
             if compare is not None:
@@ -77,27 +76,22 @@ class BlockOutputs(nn.Module):
         for index, keeper in enumerate(self.keepers):
             keeper.kept.runs, keeper.kept.then = [], functools.partial(compare_now, index)
         try:
-            output = adapter_for(self.model).forward(self.model, images)
+            output = function(*args)
             kept = [keeper.kept.runs for keeper in self.keepers]
         finally:
             for keeper in self.keepers:
                 keeper.kept.runs = keeper.kept.then = None
-        if not isinstance(output, Tensor) or output.ndim != 2:
-            raise TypeError(f"{type(self.model).__name__}: expected class scores [B, K], got {_shape(output)}")
         tokens = [self._tokens(*one, images) for one in zip(self.paths, kept, strict=True)]
         if compare is None:
             return output, tokens, []
         return output, tokens, [compare[i](tokens[i]) if loss is None else loss for i, loss in enumerate(losses)]
 
-    def close(self) -> nn.Module:
-        """Remove the hooks and return the model."""
+    def close(self) -> None:
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
-        return self.model
 
-    untap = close
-
-    def _tokens(self, path: str, kept: list[_Run] | None, images: Tensor) -> BlockTokens:
+    def _tokens(self, path: str, kept: list[_Run] | None, images: Tensor | None) -> BlockTokens:
         who = f"{path} of {type(self.model).__name__}"
         if not kept:
             raise RuntimeError(f"{who}: its output is compared, but it did not run")
@@ -117,8 +111,46 @@ class BlockOutputs(nn.Module):
                 f"{who}: runs without gradient inside a forward that has one. Reentrant activation checkpointing does "
                 "this: use use_reentrant=False (timm.layers.set_reentrant_ckpt(False))"
             )
-        layout = block_layout(self.model, input_images((images,), {}), tokens.shape[0], tokens.shape[1])
+        layout = block_layout(self.model, images, tokens.shape[0], tokens.shape[1])
         return BlockTokens(tokens, *layout, padding(mask, tokens.shape[1]))
+
+
+class BlockOutputs(nn.Module):
+    """A model that returns the tokens its blocks put out beside its class scores; of no blocks, the scores alone.
+
+    Args:
+        model: a classifier; with blocks that return [B, N, D].
+        paths: of the blocks, see :class:`BlockHooks`.
+    """
+
+    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.hooks = model, BlockHooks(model, paths)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[BlockTokens]]:
+        """images [B, C, H, W] → the model's output [B, K], the tokens [B, N, D] after each block.
+
+        Raises:
+            RuntimeError, TypeError: see :meth:`BlockHooks.run`; the model returns something else.
+        """
+        return self.compare(images)[:2]
+
+    def compare(
+        self, images: Tensor, compare: Sequence[Callable[[BlockTokens], Any]] | None = None
+    ) -> tuple[Tensor, list[BlockTokens], list[Any]]:
+        """The same, and what ``compare`` makes of the tokens, see :meth:`BlockHooks.run`."""
+        run = adapter_or_plain(self.model).forward
+        output, tokens, losses = self.hooks.run(run, self.model, images, compare=compare)
+        if not isinstance(output, Tensor) or output.ndim != 2:
+            raise TypeError(f"{type(self.model).__name__}: expected class scores [B, K], got {_shape(output)}")
+        return output, tokens, losses
+
+    def close(self) -> nn.Module:
+        """Remove the hooks and return the model."""
+        self.hooks.close()
+        return self.model
+
+    untap = close
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         raise NotImplementedError(f"{type(self).__name__}: {NO_DATA_PARALLEL}")
@@ -141,7 +173,7 @@ class _Kept(threading.local):
 
 
 class _Keeper:
-    """A forward hook that keeps a block's output while this thread runs :meth:`BlockOutputs.forward`.
+    """A forward hook that keeps a block's output while this thread is in :meth:`BlockHooks.run`.
 
     An object, so that a copied or pickled model keeps hook and holder together.
     """

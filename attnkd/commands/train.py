@@ -15,7 +15,7 @@ Train a student with one of the methods: {methods}.
 those of this machine with --run. `attnkd train --recipes` lists the recipes. The run is in DIR; the same command continues
 it. `torchrun --nproc-per-node 8 -m attnkd train ...` uses eight GPUs.
 
-options of every method, among others: --teacher --student --assistant (each with _kwargs and _checkpoint, as --student_kwargs and --teacher_checkpoint),
+options of every method, among others: --teacher --student --assistant --label_teacher (each with _kwargs and _checkpoint, as --student_kwargs and --teacher_checkpoint),
 --data --data_root --download --mean --std --img_size --seed --resume --device --tensorboard --teacher_cache
 """
 

@@ -164,12 +164,12 @@ class AttentionProbe(DistillTask):
         weights = {name: self.schedules[f"{name}_weight"] for name in ("kd", "noisy", "relation")}
         compare = None
         if self.one_pass:
-            target_output, target_tokens = self.teacher(images)
+            target_output, target_tokens, _ = self.teacher(images)
             if weights["relation"]:
                 compare = [functools.partial(self.relation_loss, teacher=target_tokens[t]) for _, t in self.pairs]
         output, tokens, log_q, losses = self.run_student(images, compare=compare)
         if not self.one_pass:
-            target_output, target_tokens = self.teacher(images)
+            target_output, target_tokens, _ = self.teacher(images)
         assert target_output is not None
         result = {}
         if weights["kd"]:

@@ -218,7 +218,7 @@ class AttnDistill(DistillTask):
                 grid = patch_grid(self.student, size)
                 heads = [num_heads(self.student, path) for path in self.student_tap.paths]
                 wanted = [self.target(teacher_calls[t], size, grid, heads[s]) for s, t in self.pairs]
-        output, features, student_calls, losses = self.run_student(
+        output, features, student_calls, losses, _ = self.run_student(
             images, patches=patches, teacher=wanted if self.one_pass else None
         )
         if guided and not self.one_pass and taught is None:

@@ -23,6 +23,8 @@ from attnkd.capture.models import num_classes, resolve_model
 from attnkd.capture.pairs import pair_blocks
 from attnkd.capture.tap import AttentionTap, Wanted
 from attnkd.capture.tokens import filled_in, token_layout
+from attnkd.methods.attention_transfer import attention_transfer_loss, blocks_of
+from attnkd.methods.hard_labels import LABEL_WEIGHT, class_losses, label_teachers, two_scores
 from attnkd.methods.logits import KD_TEMPERATURE, check_classes, kd_loss
 from attnkd.methods.schedule import Schedule
 from attnkd.methods.student_teacher import FrozenTeacher, TappedStudent
@@ -41,7 +43,8 @@ CROSS_ENTROPY = nn.CrossEntropyLoss()
 
 
 class HeadKD(DistillTask):
-    """Head-specific knowledge distillation: loss = α · class loss + (1 − α) · attention loss [+ logit loss].
+    """Head-specific knowledge distillation: loss = α · class loss + (1 − α) · attention loss
+    [+ logit loss] [+ attention transfer].
 
     The attention loss is the mean over block pairs of the divergence between whole attention maps, itself the mean over
     images, heads and query rows. Maps run over class token and patches; registers and distillation tokens are left out.
@@ -72,6 +75,12 @@ class HeadKD(DistillTask):
         kd_weight: of logit distillation, kd_weight · T²·KL(teacher ‖ student) of the class probabilities, which is added to the
             loss; a number or a Schedule. Above 0 the teacher must have a classifier for the student's classes.
         kd_temperature: its T.
+        label_teacher: a third model of any kind that classifies the images, or its timm name (with its published weights and classifier); None
+            for no third model. Its hard labels take a share of the class loss (:mod:`attnkd.methods.hard_labels`). With a distillation token,
+            as timm's deit_*_distilled_* have one, the student's second head learns them; the task lets both heads train.
+        label_weight: that share, above 0, at most 1; the true labels have the rest. DeiT's is 1/2. A number or a Schedule.
+        at_weight: β of attention transfer from ``teacher`` (:mod:`attnkd.methods.attention_transfer`), which compares what the paired
+            blocks put out and is added to the loss; a number or a Schedule.
         criterion: class loss of (student output, targets); None trains on the attention loss alone.
         num_classes: of a student given by name.
         resample_mode: 'bicubic', 'bilinear' or 'area': how the map of a teacher with another patch grid is resized to the student's
@@ -111,6 +120,9 @@ class HeadKD(DistillTask):
         wrong_student_weight: float = 1.0,
         kd_weight: float | Schedule = 0.0,
         kd_temperature: float | Schedule = KD_TEMPERATURE,
+        label_teacher: str | nn.Module | None = None,
+        label_weight: float | Schedule = LABEL_WEIGHT,
+        at_weight: float | Schedule = 0.0,
         criterion: nn.Module | None = CROSS_ENTROPY,
         num_classes: int | None = None,
         resample_mode: str | None = "bicubic",
@@ -133,16 +145,17 @@ class HeadKD(DistillTask):
         check_pair(student, "teacher", teacher, text=True)
         check_student(student, criterion, impl, device, dtype)
         schedules = check_numbers(
-            {"kd_weight": kd_weight},
+            {"kd_weight": kd_weight, "at_weight": at_weight},
             fractions={
                 "alpha": _alpha(alpha, divergence),
+                "label_weight": label_weight,
                 "wrong_teacher_weight": wrong_teacher_weight,
                 "wrong_student_weight": wrong_student_weight,
             },
             temperature=temperature,
             kd_temperature=kd_temperature,
         )
-        learns_logits = not schedules.numbers["kd_weight"].off
+        learns_logits, transfers = (not schedules.numbers[name].off for name in ("kd_weight", "at_weight"))
         if learns_logits:
             check_classes(student, teacher)
         if min(schedules.numbers["alpha"].reached) == 1 and criterion is None:
@@ -157,11 +170,15 @@ class HeadKD(DistillTask):
             theirs = _teacher_heads(mode, teacher, teacher_paths[t], index, len(pairs), len(ours), teacher_heads)
             chosen.append((ours, theirs))
         classifies = criterion is not None or learns_logits
-        student_tap = AttentionTap(student, student_paths, stop=not classifies)
-        teacher_tap = AttentionTap(teacher, teacher_paths, stop=wrong_teacher_weight == 1 and not learns_logits)
+        labellers = label_teachers(student, label_teacher, label_weight, schedules, criterion, input_norm)
+        student_blocks = blocks_of(student, student_paths) if transfers else None
+        teacher_blocks_kept = blocks_of(teacher, teacher_paths) if transfers else None
+        student_tap = AttentionTap(student, student_paths, stop=not classifies and not transfers)
+        teacher_stops = wrong_teacher_weight == 1 and not learns_logits and not transfers
+        teacher_tap = AttentionTap(teacher, teacher_paths, stop=teacher_stops)
         super().__init__(
-            TappedStudent(student_tap, train_head=classifies),
-            {"teacher": FrozenTeacher(teacher_tap, input_norm)},
+            TappedStudent(student_tap, train_head=classifies, blocks=student_blocks, label_token=bool(labellers)),
+            {"teacher": FrozenTeacher(teacher_tap, input_norm, teacher_blocks_kept), **labellers},
             criterion=criterion,
             schedules=schedules,
             impl=impl,
@@ -188,37 +205,42 @@ class HeadKD(DistillTask):
             targets: what ``criterion`` takes: [B] class indices, or [B, classes] probabilities.
 
         Returns:
-            loss: what to call backward on. attn_loss, task_loss, kd_loss: its unweighted parts. attn_loss is absent while α is
-            1, kd_loss while its weight is 0, and while both are the teacher does not run; task_loss and output [B, classes] are
-            absent without ``criterion``. attn_sample_weight [B]: the images' weights, if ``wrong_teacher_weight`` or
-            ``wrong_student_weight`` is below 1.
+            loss: what to call backward on. attn_loss, task_loss, label_loss, kd_loss, at_loss: its unweighted parts. attn_loss is absent
+            while α is 1, kd_loss and at_loss while their weights are 0, and while all are the teacher does not run; task_loss and output
+            [B, classes], of two heads the class token's, are absent without ``criterion``, label_loss without ``label_teacher``.
+            attn_sample_weight [B]: the images' weights, if ``wrong_teacher_weight`` or ``wrong_student_weight`` is below 1.
 
         Raises:
             ValueError: images of another rank, missing targets, maps of different sizes.
         """
         self.check_inputs(images, targets)
-        alpha, kd_weight = self.schedules["alpha"], self.schedules["kd_weight"]
+        alpha, kd_weight, at_weight = (self.schedules[name] for name in ("alpha", "kd_weight", "at_weight"))
         options: dict[str, Any] = {
             "divergence": self.divergence,
             "temperature": self.schedules["temperature"] if alpha < 1 else 1.0,
             "impl": self.impl,
         }
-        taught = alpha < 1 or kd_weight != 0
+        taught = alpha < 1 or kd_weight != 0 or at_weight != 0
         target_output: Any = None
-        teacher_calls, wanted = [], None
+        teacher_calls, teacher_blocks, wanted = [], [], None
         if taught and self.one_pass:
-            target_output, teacher_calls = self.teachers["teacher"](images)
+            target_output, teacher_calls, teacher_blocks = self.teachers["teacher"](images)
             if alpha < 1:
                 size = None if is_text(images) else images.shape[-2:]
                 wanted = [self._wanted(pair, teacher_calls, size, options) for pair in range(len(self.pairs))]
-        output, _, student_calls, rows = self.run_student(images, teacher=wanted)
+        output, _, student_calls, rows, blocks = self.run_student(images, teacher=wanted, block_tokens=at_weight != 0)
+        output, label_output = two_scores(self, output)
         if taught and not self.one_pass:
-            target_output, teacher_calls = self.teachers["teacher"](images)
+            target_output, teacher_calls, teacher_blocks = self.teachers["teacher"](images)
         result: dict[str, Tensor] = {}
         parts = []
         if kd_weight:
             result["kd_loss"] = kd_loss(output, target_output, self.schedules["kd_temperature"])
             parts.append((kd_weight, result["kd_loss"]))
+        if at_weight:
+            compared = [(blocks[s], teacher_blocks[t]) for s, t in self.pairs]
+            result["at_loss"] = attention_transfer_loss(compared, self.layouts, self.resample_mode)
+            parts.append((at_weight, result["at_loss"]))
         if alpha < 1:
             weight = self.sample_weight(output, target_output, targets)
             losses = [
@@ -236,8 +258,9 @@ class HeadKD(DistillTask):
             if weight is not None:
                 result["attn_sample_weight"] = weight
         if self.criterion is not None:
-            result["task_loss"] = self.criterion(output, targets)
-            parts.append((alpha, result["task_loss"]))
+            for name, (share, loss) in class_losses(self, images, targets, output, label_output).items():
+                result[name] = loss
+                parts.append((alpha * share, loss))
             result["output"] = output
         return {"loss": self.total(parts), **result}
 

@@ -188,7 +188,7 @@ class MiniLM(DistillTask):
         result: dict[str, Tensor] = {}
         parts = []
         if weight := self.schedules["relation_weight"]:
-            _, calls = self.teachers["teacher"](images)
+            _, calls, _ = self.teachers["teacher"](images)
             wanted = [
                 _relations("teacher", calls[t], self.relations, heads)
                 for (_, t), heads in zip(self.pairs, self.relation_heads, strict=True)
@@ -229,7 +229,7 @@ class RelatedStudent(TappedStudent):
 
     def forward(self, images: Tensor) -> tuple[Tensor | None, list[dict[str, AttentionCall]]]:  # type: ignore[override]
         """images [B, C, H, W] or text → head output (None if it is not computed), and the relations of each attention by name."""
-        output, _, calls, _ = super().forward(images)
+        output, _, calls, *_ = super().forward(images)
         return output, [
             _relations("student", call, self.relations, heads) for call, heads in zip(calls, self.heads, strict=True)
         ]

@@ -22,6 +22,8 @@ from attnkd.capture.models import resolve_model
 from attnkd.capture.pairs import pair_blocks
 from attnkd.capture.tap import AttentionTap
 from attnkd.capture.tokens import TokenLayout, token_layout
+from attnkd.methods.attention_transfer import attention_transfer_loss, blocks_of
+from attnkd.methods.hard_labels import LABEL_WEIGHT, class_losses, label_teachers, two_scores
 from attnkd.methods.head_kd import CROSS_ENTROPY
 from attnkd.methods.logits import KD_TEMPERATURE, check_classes, kd_loss
 from attnkd.methods.schedule import Schedule, Schedules
@@ -36,7 +38,7 @@ WEIGHTS = {"teacher": "beta", "assistant": "lam"}
 
 
 class SSTA(DistillTask):
-    """The SSTA training task: loss = α · CE + β · KL_SL + λ · KL_SSL.
+    """The SSTA training task: loss = α · CE + β · KL_SL + λ · KL_SSL [+ logit loss] [+ attention transfer].
 
     In every block of L one student head imitates the whole attention map of one head of the supervised teacher (KL_SL), and
     another that of one head of the self-supervised assistant (KL_SSL). Each KL is the mean over the blocks of the mean over
@@ -64,6 +66,12 @@ class SSTA(DistillTask):
             is added to the loss and does not end at ``stop_epoch``; a number or a Schedule. Above 0 the teacher must have a
             classifier for the student's classes.
         kd_temperature: its T.
+        label_teacher: a third model of any kind that classifies the images, or its timm name (with its published weights and classifier); None
+            for no third model. Its hard labels take a share of the class loss (:mod:`attnkd.methods.hard_labels`). With a distillation token,
+            as timm's deit_*_distilled_* have one, the student's second head learns them; the task lets both heads train.
+        label_weight: that share, above 0, at most 1; the true labels have the rest. DeiT's is 1/2. A number or a Schedule.
+        at_weight: β of attention transfer from ``teacher`` (:mod:`attnkd.methods.attention_transfer`), which compares what the paired
+            blocks put out, is added to the loss and does not end at ``stop_epoch``; a number or a Schedule.
         divergence: of the maps, see :func:`attnkd.attention_divergence`; the paper's is KL(teacher ‖ student).
         criterion: class loss of (student output, targets); None trains on the maps alone, and then not past ``stop_epoch``.
         num_classes: of a student given by name.
@@ -110,6 +118,9 @@ class SSTA(DistillTask):
         temperature: float | Schedule = 1.0,
         kd_weight: float | Schedule = 0.0,
         kd_temperature: float | Schedule = KD_TEMPERATURE,
+        label_teacher: str | nn.Module | None = None,
+        label_weight: float | Schedule = LABEL_WEIGHT,
+        at_weight: float | Schedule = 0.0,
         divergence: str = "forward_kl",
         criterion: nn.Module | None = CROSS_ENTROPY,
         num_classes: int | None = None,
@@ -139,17 +150,20 @@ class SSTA(DistillTask):
 
         check_student(student, criterion, impl, device, dtype)
         weights = {"alpha": alpha, "beta": _until("beta", beta, stop_epoch), "lam": _until("lam", lam, stop_epoch)}
-        weights["kd_weight"] = kd_weight
+        weights |= {"kd_weight": kd_weight, "at_weight": at_weight}
         on = [WEIGHTS[name] for name, (source, _, _) in given.items() if source is not None]
         schedules = check_numbers(
             weights,
-            one_of=[*(["alpha"] if criterion is not None else []), *on, "kd_weight"],
+            one_of=[*(["alpha"] if criterion is not None else []), *on, "kd_weight", "at_weight"],
+            fractions={"label_weight": label_weight},
             temperature=temperature,
             kd_temperature=kd_temperature,
         )
-        learns_logits = not schedules.numbers["kd_weight"].off
+        learns_logits, transfers = (not schedules.numbers[name].off for name in ("kd_weight", "at_weight"))
         if learns_logits and teacher is None:
             raise ValueError("kd_weight: above 0, but teacher is None, whose class probabilities would be learnt")
+        if transfers and teacher is None:
+            raise ValueError("at_weight: above 0, but teacher is None, whose blocks would be compared")
         layouts: dict[str, TokenLayout] = {}
         models: dict[str, tuple[nn.Module, list[str]]] = {}
         links: dict[str, list[_Link]] = {}
@@ -176,14 +190,17 @@ class SSTA(DistillTask):
                     _logger.info(f"SSTA: {path} head {ours[0]} <- {name} {model_paths[t]} {which}")
         layouts["student"] = token_layout(student)
         classifies = criterion is not None or learns_logits
-        student_tap = AttentionTap(student, paths, stop=not classifies)
+        labellers = label_teachers(student, label_teacher, label_weight, schedules, criterion, input_norm)
+        student_blocks = blocks_of(student, paths) if transfers else None
+        student_tap = AttentionTap(student, paths, stop=not classifies and not transfers)
         teachers = {}
         for name, (model, model_paths) in models.items():
-            whole = learns_logits and name == "teacher"
-            teachers[name] = FrozenTeacher(AttentionTap(model, model_paths, stop=not whole), input_norm)
+            whole = (learns_logits or transfers) and name == "teacher"
+            kept = blocks_of(model, model_paths) if transfers and name == "teacher" else None
+            teachers[name] = FrozenTeacher(AttentionTap(model, model_paths, stop=not whole), input_norm, kept)
         super().__init__(
-            TappedStudent(student_tap, train_head=classifies),
-            teachers,
+            TappedStudent(student_tap, train_head=classifies, blocks=student_blocks, label_token=bool(labellers)),
+            {**teachers, **labellers},
             criterion=criterion,
             schedules=schedules,
             impl=impl,
@@ -203,25 +220,27 @@ class SSTA(DistillTask):
             targets: what ``criterion`` takes.
 
         Returns:
-            loss: what to call backward on. teacher_attn_loss, assistant_attn_loss, kd_loss, task_loss: its unweighted parts;
-            absent while their weight is 0, and a teacher none of whose parts is on does not run. output [B, classes] with
-            ``criterion``.
+            loss: what to call backward on. teacher_attn_loss, assistant_attn_loss, kd_loss, at_loss, task_loss, label_loss: its unweighted
+            parts; absent while their weight is 0, and a teacher none of whose parts is on does not run. output [B, classes], of two heads
+            the class token's, with ``criterion``.
 
         Raises:
             ValueError: images of another rank, missing targets, maps of different sizes.
             RuntimeError: a weight that changes with the epoch before ``set_epoch`` was called; nothing left to train on.
         """
         self.check_inputs(images, targets)
-        weights = {name: self.schedules[WEIGHTS[name]] for name in self.teachers}
+        weights = {name: self.schedules[WEIGHTS[name]] for name in self.links}
         on, kd_weight = [name for name, weight in weights.items() if weight != 0], self.schedules["kd_weight"]
-        taught = [name for name in self.teachers if name in on or (name == "teacher" and kd_weight != 0)]
+        at_weight = self.schedules["at_weight"]
+        taught = [name for name in self.links if name in on or (name == "teacher" and (kd_weight or at_weight))]
         given = {name: self.teachers[name](images) for name in taught} if self.one_pass else {}
         observed = {name: given[name][1] for name in on} if self.one_pass else {}
         wanted = None
         if observed:
             paths = self.student_tap.paths
             wanted = [functools.partial(self.attention_losses, observed=observed, block=i) for i in range(len(paths))]
-        output, _, student_calls, losses = self.run_student(images, teacher=wanted)
+        output, _, student_calls, losses, blocks = self.run_student(images, teacher=wanted, block_tokens=at_weight != 0)
+        output, label_output = two_scores(self, output)
         if not self.one_pass:
             given = {name: self.teachers[name](images) for name in taught}
             observed = {name: given[name][1] for name in on}
@@ -234,9 +253,15 @@ class SSTA(DistillTask):
         if kd_weight:
             result["kd_loss"] = kd_loss(output, given["teacher"][0], self.schedules["kd_temperature"])
             parts.append((kd_weight, result["kd_loss"]))
+        if at_weight:
+            layouts, theirs = (self.layouts["student"], self.layouts["teacher"]), given["teacher"][2]
+            compared = [(ours, theirs[t]) for ours, (_, t, _) in zip(blocks, self.links["teacher"], strict=True)]
+            result["at_loss"] = attention_transfer_loss(compared, layouts, self.resample_mode)
+            parts.append((at_weight, result["at_loss"]))
         if self.criterion is not None:
-            result["task_loss"] = self.criterion(output, targets)
-            parts.append((self.schedules["alpha"], result["task_loss"]))
+            for name, (share, loss) in class_losses(self, images, targets, output, label_output).items():
+                result[name] = loss
+                parts.append((self.schedules["alpha"] * share, loss))
             result["output"] = output
         return {"loss": self.total(parts), **result}
 

@@ -12,6 +12,7 @@ from attnkd.attention.call import AttentionCall
 from attnkd.capture.adapters import adapter_for
 from attnkd.capture.adapters.text import is_text
 from attnkd.capture.models import final_tokens, input_stats, modes, parameter_dtype, restore_modes
+from attnkd.capture.outputs import BlockHooks, BlockTokens
 from attnkd.capture.tap import AttentionTap, Wanted
 from attnkd.capture.tokens import padded_patches, token_layout
 
@@ -30,6 +31,10 @@ class TrainedStudent(nn.Module):
         """The student itself."""
         return getattr(self, self.wrapper).model
 
+    def release(self) -> nn.Module:
+        """Give the student back as a plain model."""
+        return getattr(self, self.wrapper).untap()
+
     def task_modules(self) -> dict[str, nn.Module]:
         """What trains beside the student, by name."""
         return {name: module for name, module in self.named_children() if name != self.wrapper}
@@ -46,11 +51,21 @@ class TappedStudent(TrainedStudent):
         tap: the student's tap.
         projector: from student to teacher features, or None to leave features out.
         train_head: whether a loss uses the head's output.
+        blocks: of the same model, to keep what they put out too.
+        label_token: a distillation token, where the student has one, has a head and labels of its own.
     """
 
-    def __init__(self, tap: AttentionTap, projector: nn.Module | None = None, train_head: bool = True) -> None:
+    def __init__(
+        self,
+        tap: AttentionTap,
+        projector: nn.Module | None = None,
+        train_head: bool = True,
+        blocks: BlockHooks | None = None,
+        label_token: bool = False,
+    ) -> None:
         super().__init__()
-        self.tap, self.projector, self.train_head = tap, projector, train_head
+        self.tap, self.projector, self.train_head, self.blocks = tap, projector, train_head, blocks
+        self._heads_found = adapter_for(tap.model).separate_heads(tap.model, True) if label_token else None
 
     def forward(
         self,
@@ -58,24 +73,50 @@ class TappedStudent(TrainedStudent):
         patches: bool = False,
         teacher: Sequence[Wanted] | None = None,
         options: Mapping[str, Any] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, list[AttentionCall], list[Any]]:
-        """images [B, C, H, W] → head output, projected tokens, attention calls, divergences; None for what is not computed.
+        block_tokens: bool = False,
+    ) -> tuple[Any, Tensor | None, list[AttentionCall], list[Any], list[BlockTokens]]:
+        """images [B, C, H, W] → head output, projected tokens, attention calls, divergences, tokens of blocks; None for what is not
+        computed. With ``label_token`` in training mode the head output is that of two heads, [B, K] each.
 
         The projected tokens are the class token [B, 1, Dt], or with ``patches`` class token and patches [B, 1 + N, Dt].
         With ``teacher`` (and ``options``) the attentions compute their divergences, see :meth:`attnkd.AttentionTap.distil`.
+        With ``block_tokens`` the last is what ``blocks`` put out, without it empty.
+
+        Raises:
+            RuntimeError: a student that trains in evaluation mode, in which its two heads have one output.
         """
         model = self.tap.model
         losses: list[Any] = []
-        run, arguments = adapter_for(model).run, (model, images, self.train_head)
+        tokens_of_blocks: list[BlockTokens] = []
+        run: Any = adapter_for(model).run
+        arguments: tuple[Any, ...] = (model, images, self.train_head)
+        if block_tokens and self.blocks is not None:
+            run, arguments = self.blocks.run, (run, *arguments)
         if teacher is None:
             ran, calls = self.tap.capture(run, *arguments)
         else:
             ran, calls, losses = self.tap.distil(teacher, *arguments, function=run, **(options or {}))
         if ran is None:
-            return None, None, calls, losses
+            return None, None, calls, losses, []
+        if block_tokens and self.blocks is not None:
+            ran, tokens_of_blocks, _ = ran
         tokens, output = ran
+        if self._heads_found is not None and isinstance(output, Tensor) and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"student: {type(model).__name__} returned the mean of its two heads, which learn different labels; training needs "
+                "task.train() and the student's distilled_training on"
+            )
         features = None if self.projector is None else self.projector(_features(model, tokens, patches, calls))
-        return output, features, calls, losses
+        return output, features, calls, losses, tokens_of_blocks
+
+    def release(self) -> nn.Module:
+        """Give the student back as a plain model, with hooks and heads as it was found."""
+        model = super().release()
+        if self.blocks is not None:
+            self.blocks.close()
+        if self._heads_found is not None:
+            adapter_for(model).separate_heads(model, self._heads_found)
+        return model
 
 
 class FrozenTeacher(nn.Module):
@@ -91,9 +132,14 @@ class FrozenTeacher(nn.Module):
     accelerate keeps elsewhere (``cpu_offload``, ``disk_offload``, ``dispatch_model``) stays where accelerate runs it.
     """
 
-    def __init__(self, tap: Any, input_norm: tuple[Sequence[float], Sequence[float]] | None = None) -> None:
+    def __init__(
+        self,
+        tap: Any,
+        input_norm: tuple[Sequence[float], Sequence[float]] | None = None,
+        blocks: BlockHooks | None = None,
+    ) -> None:
         super().__init__()
-        self.tap = tap
+        self.tap, self.blocks = tap, blocks
         self.input_norm = input_norm
         self.scale: Tensor | None
         self.shift: Tensor | None
@@ -106,12 +152,17 @@ class FrozenTeacher(nn.Module):
         self.requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> tuple[Tensor | None, list[Any]]:
-        """images [B, C, H, W] → the teacher's output (None if it stops before), and what its wrapper observed."""
+    def forward(self, images: Tensor) -> tuple[Tensor | None, list[Any], list[BlockTokens]]:
+        """images [B, C, H, W] → the teacher's output (None if it stops before), what its wrapper observed, and the tokens of
+        ``blocks``, none without."""
         images, model = self.normalise(images), self.tap.model
-        if isinstance(self.tap, AttentionTap):
-            return self.tap.capture(adapter_for(model).forward, model, images)
-        return self.tap(images)
+        if not isinstance(self.tap, AttentionTap):
+            return *self.tap(images), []
+        run = adapter_for(model).forward
+        if self.blocks is None:
+            return *self.tap.capture(run, model, images), []
+        (output, tokens, _), calls = self.tap.capture(self.blocks.run, run, model, images)
+        return output, calls, tokens
 
     def normalise(self, images: Tensor) -> Tensor:
         """The images in the teacher's own normalisation and dtype; text as it is."""
@@ -124,6 +175,8 @@ class FrozenTeacher(nn.Module):
     def release(self) -> nn.Module:
         """Give the teacher back as it was found: without tap, modes and ``requires_grad`` of its parameters as before."""
         model = self.tap.untap()
+        if self.blocks is not None:
+            self.blocks.close()
         found_modes, trained = self._found
         restore_modes(model, found_modes)
         for name, parameter in model.named_parameters():
@@ -153,7 +206,7 @@ class FeatureTeacher(FrozenTeacher):
         self.head = head
 
     @torch.no_grad()
-    def forward(self, images: Tensor, patches: bool = False) -> tuple[Tensor | None, list[Any]]:
+    def forward(self, images: Tensor, patches: bool = False) -> tuple[Tensor | None, list[Any]]:  # type: ignore[override]
         """images [B, C, H, W] → class token [B, 1, Dt], or with ``patches`` class token and patches [B, 1 + N, Dt]
         (None if it stops before), and attention calls."""
         model = self.tap.model

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attnkd.attention.checks import check_choice, check_device
 from attnkd.attention.dispatch import IMPLS
-from attnkd.capture.adapters import adapter_for
+from attnkd.capture.adapters import adapter_for, adapter_or_plain
 from attnkd.capture.adapters.text import is_text
 from attnkd.capture.models import (
     TrainingTask,
@@ -230,8 +230,7 @@ class DistillTask(TrainingTask):
 
         The task cannot run after that.
         """
-        trained = unwrap_model(self.trainable_module)
-        student = getattr(trained, trained.wrapper).untap()
+        student = unwrap_model(self.trainable_module).release()
         # Backwards: of a model that is teacher and assistant, the first one found it as it was.
         given = [teacher.release() for teacher in reversed(self.teachers.values())][::-1]
         return student, given[0] if len(given) == 1 else given
@@ -346,11 +345,23 @@ def check_pair(
                 f"(num_prefix_tokens = {token_layout(model).num_prefix_tokens}, cls_token is None); rows='mean' compares "
                 "without one (AttnDistill also 'pool' and 'all')"
             )
-    words = [adapter_for(model).vocabulary(model) for model in (student, teacher)]
-    if words != [None, None] and not text:
+    if not text and any(adapter_for(model).vocabulary(model) is not None for model in (student, teacher)):
         raise ValueError(
             f"student and {name}: text encoders are compared by HeadKD and MiniLM only, got {_types(student, teacher)}"
         )
+    check_same_inputs(student, name, teacher)
+
+
+def check_same_inputs(student: nn.Module, name: str, teacher: nn.Module) -> None:
+    """Refuse a teacher of any kind that cannot see the student's images, or its text.
+
+    Args:
+        name: of the teacher, for messages.
+
+    Raises:
+        ValueError: shared parameters, another number of channels, fixed image sizes that differ.
+    """
+    words = [adapter_or_plain(model).vocabulary(model) for model in (student, teacher)]
     if words[0] != words[1]:
         raise ValueError(
             f"student and {name} see the same tokens, but {_types(student, teacher)} know {words[0]} and {words[1]} words (None: images); "

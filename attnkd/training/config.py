@@ -21,7 +21,9 @@ from attnkd.training.rows import ROWS, Row
 
 METHODS = {"attn_distill": "AttnDistill", "head_kd": "HeadKD", "ssta": "SSTA", "attention_probe": "AttentionProbe"}
 """Names on the command line and the classes of :mod:`attnkd`."""
-GIVEN = ("student", "teacher", "assistant", "criterion", "num_classes", "input_norm", "device", "dtype", "verbose")
+TEACHERS = ("teacher", "assistant", "label_teacher")
+"""Arguments of the methods that are frozen models. The first is of every method."""
+GIVEN = ("student", *TEACHERS, "criterion", "num_classes", "input_norm", "device", "dtype", "verbose")
 """Arguments of the methods that the run itself makes."""
 POS_EMBED = ("timm", "sincos", "fixed_sincos")
 FREE = (
@@ -49,6 +51,7 @@ class TrainConfig:
         teacher: timm name; another library's, such as hf:FOLDER or hub:facebookresearch/dinov2:dinov2_vits14; or a saved model:
             model.safetensors with model.json beside it, as a run's folder has them.
         assistant: SSTA's second teacher, likewise.
+        label_teacher: third model of HeadKD and SSTA that gives hard labels, likewise; of timm any classifier, a CNN too.
         data: 'digits', a folder with 'train' and 'validation' (or 'val') of images by class, or a data set of timm's, such as
             'torch/cifar100' or 'hfds/imagenet-1k'.
         recipe: the row that defaults come from.
@@ -56,12 +59,14 @@ class TrainConfig:
             library's configuration, such as '{hidden_size: 384}'.
         teacher_kwargs: for the teacher.
         assistant_kwargs: for the assistant.
+        label_teacher_kwargs: for the label teacher.
         student_checkpoint: weights to start from, for the student; without them it starts at random.
         teacher_checkpoint: weights for the teacher, in place of timm's.
         assistant_checkpoint: for the assistant.
+        label_teacher_checkpoint: for the label teacher.
         pos_embed: the student's position embeddings at the start: 'timm' (small random values), 'sincos', or 'fixed_sincos'
             that do not train.
-        img_size: image size of all models; None is that of the models.
+        img_size: image size of all models but the label teacher, which has label_teacher_kwargs; None is that of the models.
         num_classes: of the student; None is the data set's.
         train_split: split to train on.
         val_split: split to evaluate on.
@@ -85,14 +90,17 @@ class TrainConfig:
     student: str
     teacher: str | None = None
     assistant: str | None = None
+    label_teacher: str | None = None
     data: str = "digits"
     recipe: str | None = None
     student_kwargs: dict[str, Any] = field(default_factory=dict)
     teacher_kwargs: dict[str, Any] = field(default_factory=dict)
     assistant_kwargs: dict[str, Any] = field(default_factory=dict)
+    label_teacher_kwargs: dict[str, Any] = field(default_factory=dict)
     student_checkpoint: str | None = None
     teacher_checkpoint: str | None = None
     assistant_checkpoint: str | None = None
+    label_teacher_checkpoint: str | None = None
     pos_embed: str = "timm"
     img_size: int | None = None
     num_classes: int | None = None

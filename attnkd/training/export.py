@@ -181,6 +181,7 @@ def card(settings: dict[str, Any], run: Path, model: nn.Module, library: str, us
         "method": f"attnkd.{METHODS[method]}, {_words(settings['method'])}",
         "teacher": _model(settings, "teacher"),
         "assistant": _model(settings, "assistant"),
+        "label teacher": _model(settings, "label_teacher"),
         "student": _model(settings, "student"),
         "data": f"{settings['data']}, split {settings['train_split']}",
         "recipe": None if row is None else f"{settings['recipe']}: {row.source}",
@@ -221,7 +222,7 @@ def _results(run: Path) -> str:
 
 
 def _model(settings: dict[str, Any], role: str) -> str | None:
-    name = settings[role]
+    name = settings.get(role)
     if name is None:
         return None
     checkpoint = settings[f"{role}_checkpoint"]

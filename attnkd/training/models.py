@@ -15,7 +15,7 @@ from attnkd.capture.models import input_stats, num_classes
 from attnkd.methods.pos_embed import sincos_pos_embed_
 from attnkd.methods.recipes import Recipe
 from attnkd.methods.task import DistillTask
-from attnkd.training.config import Experiment, method_class
+from attnkd.training.config import TEACHERS, Experiment, method_class
 from attnkd.training.sources import Source
 
 
@@ -29,14 +29,14 @@ class Inputs(NamedTuple):
 
 
 def build_teachers(experiment: Experiment) -> dict[str, nn.Module]:
-    """Teacher and assistant, those that are asked for, by argument name.
+    """Teacher, assistant and label teacher, those that are asked for, by argument name.
 
     Raises:
         ValueError: one that the method needs is missing, or one that it does not know.
     """
     config, wanted = experiment.config, inspect.signature(method_class(experiment.method)).parameters
     made = {}
-    for role in ("teacher", "assistant"):
+    for role in TEACHERS:
         name = getattr(config, role)
         if role not in wanted:
             if name is not None:
@@ -48,7 +48,9 @@ def build_teachers(experiment: Experiment) -> dict[str, nn.Module]:
                     f"{role}: {experiment.method} needs one: a timm name, another library's ({FORMS}), or a saved model.safetensors"
                 )
             continue
-        kwargs = {**_size(experiment), **getattr(config, f"{role}_kwargs")}
+        kwargs = dict(getattr(config, f"{role}_kwargs"))
+        if config.img_size is not None and role != "label_teacher":  # which may be a CNN, built for no size
+            kwargs.setdefault("img_size", config.img_size)
         path = getattr(config, f"{role}_checkpoint")
         made[role] = load_model(role, name, None if path is None else Path(path), **kwargs)
     return made
@@ -153,8 +155,3 @@ def class_loss(recipe: Recipe) -> nn.Module:
     if recipe.mixup or recipe.cutmix:
         return nn.CrossEntropyLoss()
     return nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
-
-
-def _size(experiment: Experiment) -> dict[str, Any]:
-    size = experiment.config.img_size
-    return {} if size is None else {"img_size": size}

@@ -86,6 +86,14 @@ def _probe(student: dict[str, Any], teacher: dict[str, Any], accuracy: float | N
     }
 
 
+_SSTA_DEIT: dict[str, Any] = {
+    "student": "deit_tiny_patch16_224",
+    "teacher": "deit_small_patch16_224",
+    "assistant": "vit_small_patch16_224.dino",
+    "student_kwargs": {"drop_path_rate": 0.1},
+    "train": _DEIT,
+    "method": {"stop_epoch": 100, "alpha": 1.0, "beta": 1.0, "lam": 1.0},
+}
 _BASE_32 = {"embed_dim": 384, "num_heads": 3}
 _XSMALL, _XTINY = {"embed_dim": 192, "num_heads": 2}, {"embed_dim": 128, "num_heads": 2}
 _MNIST = {"img_size": 28, "in_chans": 1}
@@ -149,13 +157,17 @@ ROWS: dict[str, Row] = {
         f"{_SSTA}: DeiT's recipe, 300 epochs, distillation stops at epoch 100",
         "α = β = λ = 1 are ours; the paper's values are not published with code. Of DeiT's recipe, repeated augmentation "
         "is left out. Heads: see docs/methods/ssta.md for the search.",
+        _SSTA_DEIT,
+    ),
+    "ssta_deit_distilled": Row(
+        "ssta",
+        f"{_SSTA}: as ssta_deit, with DeiT's distillation token (Touvron et al., ICML 2021): half of the class loss is the hard labels of "
+        "RegNetY-16GF",
+        "The label teacher is DeiT's. The other choices are those of ssta_deit.",
         {
-            "student": "deit_tiny_patch16_224",
-            "teacher": "deit_small_patch16_224",
-            "assistant": "vit_small_patch16_224.dino",
-            "student_kwargs": {"drop_path_rate": 0.1},
-            "train": _DEIT,
-            "method": {"stop_epoch": 100, "alpha": 1.0, "beta": 1.0, "lam": 1.0},
+            **_SSTA_DEIT,
+            "student": "deit_tiny_distilled_patch16_224",
+            "label_teacher": "regnety_160.deit_in1k",
         },
     ),
     "ssta_xcit": Row(

@@ -207,7 +207,7 @@ def build(experiment: Experiment, world: World, say: Callable[[str], None] = lam
         mix = Mixing(recipe.mixup, recipe.cutmix, recipe.label_smoothing, arguments["num_classes"])
     say(
         f"{experiment.method}: {settings.student} learns from "
-        f"{' and '.join(filter(None, (settings.teacher, settings.assistant)))} on {len(source.images)} images of "
+        f"{' and '.join(getattr(settings, role) for role in teachers)} on {len(source.images)} images of "
         f"{settings.data}, {inputs.size[0]}x{inputs.size[1]} pixels"
     )
     transform = recipe.transform_for(inputs.size, inputs.mean, inputs.std)

@@ -26,7 +26,7 @@ def test_tokens_and_what_they_are():
         torch.testing.assert_close(scores, model(x))
         torch.testing.assert_close(last.tokens, model.blocks(model._pos_embed(model.patch_embed(x))))
         assert first[1:] == last[1:] == (3, True, (4, 4), None)
-        assert all(keeper.kept.runs is None for keeper in run.keepers), "nothing is kept after a forward"
+        assert all(keeper.kept.runs is None for keeper in run.hooks.keepers), "nothing is kept after a forward"
 
 
 def test_class_tokens_that_come_late():

@@ -20,10 +20,12 @@ from attnkd.training import config, run, sources
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
     paths = {}
-    for seed, (role, heads) in enumerate({"teacher": 4, "assistant": 2}.items()):
+    for seed, (role, heads) in enumerate({"teacher": 4, "assistant": 2, "label_teacher": None}.items()):
         torch.manual_seed(seed)
-        arguments = {"model_name": "vit_tiny_patch16_224", "img_size": 16, "in_chans": 1, "patch_size": 4, "depth": 3}
-        arguments |= {"embed_dim": 24, "num_heads": heads, "num_classes": 10}
+        arguments = {"model_name": "test_resnet", "in_chans": 1, "num_classes": 10}
+        if heads is not None:
+            arguments |= {"model_name": "vit_tiny_patch16_224", "img_size": 16, "patch_size": 4, "depth": 3}
+            arguments |= {"embed_dim": 24, "num_heads": heads}
         folder = tmp_path_factory.mktemp(role)
         run.save_student(folder, timm.create_model(**arguments), arguments)
         paths[role] = str(folder / "model.safetensors")
@@ -34,7 +36,10 @@ def words(method, teachers, output):
     found = ["train", method, "--recipe", f"{method}_digits", "--teacher", teachers["teacher"], "--output", str(output)]
     found += ["--train.epochs", "2", "--train.warmup_epochs", "1", "--run.log_steps", "3", "--run.workers", "0"]
     found += ["--run.save_steps", "2", "--device", "cpu"]
-    return found + (["--assistant", teachers["assistant"]] if method == "ssta" else [])
+    if method == "ssta":
+        found += ["--student", "deit_tiny_distilled_patch16_224", "--method.at_weight", "0.1"]
+        found += [word for role in ("assistant", "label_teacher") for word in (f"--{role}", teachers[role])]
+    return found
 
 
 @pytest.mark.parametrize("method", config.METHODS)
@@ -109,6 +114,10 @@ def test_train_stop_continue_evaluate_export_load(method, teachers, tmp_path, ca
     assert torch.equal(saved(images), student.eval()(images))
     card = (tmp_path / "given" / "README.md").read_text()
     assert f"{method}_digits" in card and teachers["teacher"] in card
+    if method == "ssta":
+        assert f"| label teacher | {teachers['label_teacher']} |" in card
+        logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+        assert all(record["label_loss"] > 0 and record["at_loss"] > 0 for record in logged)
     assert ("k-NN on" in card) == ("Linear probe on" in card) == (method in ("attn_distill", "ssta"))
     assert ("Fine-tuned, on 200 images of digits, learnt from 100" in card) == (method == "head_kd")
     if graph:

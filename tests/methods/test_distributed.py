@@ -20,10 +20,10 @@ from attnkd.methods.task import DistillTask
 from attnkd.testing import interpreter
 
 
-def vit(seed: int, dim: int, heads: int) -> torch.nn.Module:
+def vit(seed: int, dim: int, heads: int, name: str = "vit_tiny_patch16_224") -> torch.nn.Module:
     torch.manual_seed(seed)
     return timm.create_model(
-        "vit_tiny_patch16_224",
+        name,
         img_size=16,
         patch_size=4,
         in_chans=1,
@@ -39,9 +39,9 @@ def tasks() -> dict[str, Callable[..., DistillTask]]:
     return {
         "AttnDistill": lambda **o: AttnDistill(student(), teacher(), verbose=False, **o),
         "AttnDistill, attention alone": lambda **o: AttnDistill(student(), teacher(), pa_weight=0, verbose=False, **o),
-        "HeadKD": lambda **o: HeadKD(student(), teacher(), verbose=False, **o),
-        "SSTA": lambda **o: SSTA(student(), teacher(), vit(3, 32, 4), blocks="all", teacher_heads=[0, 1],
-                                 assistant_heads=[2, 3], stop_epoch=None, verbose=False, **o),
+        "HeadKD": lambda **o: HeadKD(student(), teacher(), at_weight=0.5, verbose=False, **o),
+        "SSTA": lambda **o: SSTA(student(name="deit_tiny_distilled_patch16_224"), teacher(), vit(3, 32, 4), blocks="all",
+                                 label_teacher=vit(4, 16, 2), at_weight=0.5, teacher_heads=[0, 1], assistant_heads=[2, 3], stop_epoch=None, verbose=False, **o),
         "AttentionProbe": lambda **o: AttentionProbe(student(), teacher(), 0.9, verbose=False, **o),
         "AttentionProbe, no relations": lambda **o: AttentionProbe(student(), teacher(), 0.9, relation_weight=0, verbose=False, **o),
     }  # fmt: skip

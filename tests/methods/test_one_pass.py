@@ -42,13 +42,15 @@ TASKS = {
     "AttnDistill, another grid": lambda **o: AttnDistill(
         vit(dynamic_img_size=True), teacher(patch_size=2), merge="mean", temperature=2.0, **o
     ),
-    "HeadKD": lambda **o: HeadKD(vit(), teacher(), wrong_student_weight=0.5, temperature=2.0, **o),
+    "HeadKD": lambda **o: HeadKD(vit(), teacher(), wrong_student_weight=0.5, temperature=2.0, at_weight=0.3, **o),
     "HeadKD, registers": lambda **o: HeadKD(vit(reg_tokens=2), teacher(), divergence="logit_mse", **o),
     "HeadKD, one head": lambda **o: HeadKD(
         vit(), teacher(), mode="head_to_head", blocks="all", heads=[1, 0], teacher_heads=[3, 1], **o
     ),
     "HeadKD, another grid": lambda **o: HeadKD(vit(dynamic_img_size=True), teacher(patch_size=2), **o),
-    "SSTA": lambda **o: SSTA(vit(), teacher(), teacher(2), temperature=1.5, lam=0.5, **HEADS, **o),
+    "SSTA": lambda **o: SSTA(
+        vit(), teacher(), teacher(2), temperature=1.5, lam=0.5, label_teacher=teacher(3), label_weight=0.3, **HEADS, **o
+    ),
     "SSTA, average": lambda **o: SSTA(
         vit(), assistant=teacher(2), assistant_heads="average", blocks="all", stop_epoch=None, **o
     ),

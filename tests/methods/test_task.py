@@ -55,8 +55,8 @@ NUMBERS = [
     ("SSTA", {"beta": math.inf}, "beta: expected a finite number"),
     ("SSTA", {"temperature": -1.0}, "temperature: expected a number > 0"),
     ("SSTA", {"stop_epoch": math.nan}, "stop_epoch: expected a finite number"),
-    ("SSTA", {"alpha": 0, "beta": 0}, "alpha, beta, kd_weight: all are 0"),
-    ("SSTA", {"beta": 0, "criterion": None}, "beta, kd_weight: all are 0"),
+    ("SSTA", {"alpha": 0, "beta": 0}, "alpha, beta, kd_weight, at_weight: all are 0"),
+    ("SSTA", {"beta": 0, "criterion": None}, "beta, kd_weight, at_weight: all are 0"),
     ("AttentionProbe", {"relation_weight": math.nan}, "relation_weight: expected a finite number"),
     ("AttnDistill", {"device": "gpu"}, "device: expected a device PyTorch can use here, .*'cpu', got 'gpu' "),
 ]

@@ -16,7 +16,15 @@ from attnkd.capture.adapters.text import TextEncoder
 from attnkd.capture.adapters.timm_models import Timm
 from attnkd.capture.adapters.torchvision_models import Torchvision
 
-__all__ = ["Adapter", "Grid", "TokenLayout", "adapter_for", "find_adapter", "register_adapter"]
+__all__ = [
+    "Adapter",
+    "Grid",
+    "TokenLayout",
+    "adapter_for",
+    "adapter_or_plain",
+    "find_adapter",
+    "register_adapter",
+]
 
 _ADAPTERS: list[Adapter] = [
     HuggingFace(),
@@ -29,6 +37,9 @@ _ADAPTERS: list[Adapter] = [
     Hiera(),
     Timm(),
 ]
+
+
+_PLAIN = Adapter()
 
 
 def register_adapter(adapter: Adapter) -> None:
@@ -48,6 +59,11 @@ def find_adapter(model: nn.Module) -> Adapter | None:
         if adapter.takes(model):
             return adapter
     return None
+
+
+def adapter_or_plain(model: nn.Module) -> Adapter:
+    """The adapter that speaks for a model, or one that knows of it what any classifier says; for models whose tokens are not compared."""
+    return find_adapter(model) or _PLAIN
 
 
 def adapter_for(model: nn.Module, label: str = "model") -> Adapter:

@@ -114,6 +114,18 @@ class Adapter:
         with torch.set_grad_enabled(train_head and torch.is_grad_enabled()):
             return tokens, self.head(model, tokens)
 
+    def separate_heads(self, model: nn.Module, apart: bool) -> bool | None:
+        """Let a model with a distillation token (DeiT) return the scores of both heads in training mode, (class token's, distillation
+        token's), or one output again, as it always does in evaluation.
+
+        Returns:
+            How it was before; None where no distillation token has a head of its own.
+
+        Raises:
+            NotImplementedError: it has two heads, and its library never returns them apart.
+        """
+        return None
+
     def check_features(self, label: str, model: nn.Module) -> None:
         """Refuse a model whose final tokens are not normalised, so that they cannot be compared.
 

@@ -93,6 +93,13 @@ class HuggingFace(Adapter):
             handle.remove()
         return kept[0], output
 
+    def separate_heads(self, model: nn.Module, apart: bool) -> bool | None:
+        if hasattr(model, "distillation_classifier"):
+            raise NotImplementedError(
+                f"student: {type(model).__name__} returns the mean of its two heads, also in training; timm's deit_*_distilled_* train them apart"
+            )
+        return None
+
     def check_features(self, label: str, model: nn.Module) -> None:
         """Refuse BEiT and Data2Vec that normalise the mean of the patches, without the pooler that has the norm."""
         backbone = _backbone(model)

@@ -69,6 +69,13 @@ class Timm(Adapter):
     def head(self, model: nn.Module, tokens: Tensor) -> Tensor:
         return model.forward_head(tokens)  # type: ignore[operator]
 
+    def separate_heads(self, model: nn.Module, apart: bool) -> bool | None:
+        if getattr(model, "head_dist", None) is None:
+            return None
+        before: Any = model.distilled_training
+        model.set_distilled_training(apart)  # type: ignore[operator]
+        return before
+
     def check_features(self, label: str, model: nn.Module) -> None:
         """Refuse RADIO, InternViT and others that have neither ``norm`` nor ``fc_norm``."""
         norms = (getattr(model, name, nn.Identity()) for name in ("norm", "fc_norm"))
@@ -89,6 +96,9 @@ class Timm(Adapter):
         channels = getattr(model, "in_chans", None)
         if channels is None:
             channels = getattr(getattr(getattr(model, "patch_embed", None), "proj", None), "in_channels", None)
+        if channels is None and not hasattr(model, "num_prefix_tokens"):  # a CNN: its stem comes first
+            stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+            channels = None if stem is None else stem.in_channels
         return channels if isinstance(channels, int) else None
 
     def embedding(self, model: nn.Module) -> nn.Module | None:
