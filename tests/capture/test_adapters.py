@@ -269,8 +269,13 @@ def test_all_methods_take_it_as_teacher_and_as_student(name: str) -> None:
     model = build(name)
     has_cls, classifier = adapter_for(model).layout(model).has_cls, bool(adapter_for(model).num_classes(model))
     criterion = nn.CrossEntropyLoss() if classifier else None
-    step(HeadKD(timm_vit(), build(name), verbose=False))
-    step(HeadKD(build(name), timm_vit(0), criterion=criterion, alpha=0.5 if classifier else 0.0, verbose=False))
+    label_teacher = build(name) if classifier else None
+    step(HeadKD(timm_vit(), build(name), at_weight=0.5, label_teacher=label_teacher, verbose=False))
+    options: dict[str, Any] = {"criterion": criterion, "alpha": 0.5 if classifier else 0.0, "verbose": False}
+    step(HeadKD(build(name), timm_vit(0), at_weight=0.5, **options))
+    if name == "deit":
+        with pytest.raises(NotImplementedError, match="student: DeiT.* returns the mean of its two heads"):
+            HeadKD(build(name), timm_vit(0), label_teacher=timm_vit(), **options)
     heads = {"teacher_heads": [0, 1, 2], "stop_epoch": None, "verbose": False}
     step(SSTA(timm_vit(), build(name), **heads))
     step(SSTA(build(name), timm_vit(0), **heads, criterion=criterion))

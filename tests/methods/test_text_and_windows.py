@@ -96,6 +96,14 @@ def test_what_does_not_fit_together_is_refused() -> None:
         AttnDistill(text("distilbert"), bert, rows="all", verbose=False)
     with pytest.raises(ValueError, match="text encoders are compared by HeadKD and MiniLM only, got"):
         SSTA(text("distilbert"), bert, teacher_heads=[0, 0], verbose=False)
+    with pytest.raises(
+        ValueError, match="at_weight: compares the patches of images, but DistilBert.* is a text encoder"
+    ):
+        HeadKD(text("distilbert"), bert, at_weight=1.0, verbose=False)
+    with pytest.raises(
+        TypeError, match=r"layers.0.blocks.0 of SwinTransformer: expected a block that returns \[B, N, D\]"
+    ):
+        HeadKD(swin(), swin(seed=1), at_weight=1.0, verbose=False)(images(), torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match="images: a text encoder takes what its tokenizer gives.*got Tensor"):
         HeadKD(text("distilbert"), bert, verbose=False)(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="attend over different tokens: all of them and those within 3"):
