@@ -25,22 +25,20 @@ LABEL_WEIGHT = 0.5
 """w of DeiT."""
 
 
-def label_teachers(
+def resolve_label_teacher(
     student: nn.Module,
     label_teacher: str | nn.Module | None,
     label_weight: float | Schedule,
     schedules: Schedules,
     criterion: nn.Module | None,
-    input_norm: Any,
-) -> dict[str, FrozenTeacher]:
-    """The frozen label teacher under its name among the task's teachers; empty without one.
+) -> nn.Module | None:
+    """The label teacher's model, if one is asked for, and checks of all that is said about it.
 
     Args:
         student: with a classifier.
         label_teacher: any model that returns class scores [B, K], nothing of it is captured; by timm name it has its published weights
             and classifier.
         label_weight: w as given. schedules: of the task, with 'label_weight'.
-        input_norm: see :class:`attnkd.methods.student_teacher.FrozenTeacher`.
 
     Raises:
         ValueError: no class loss, a weight of 0, other classes or none, other images than the student's.
@@ -48,7 +46,7 @@ def label_teachers(
     if label_teacher is None:
         if label_weight != LABEL_WEIGHT:
             raise ValueError(f"label_weight: got {label_weight}, but label_teacher is None, whose labels it weights")
-        return {}
+        return None
     if criterion is None:
         raise ValueError(
             "label_teacher: its labels take a share of the class loss, but criterion is None; give one, or leave the label teacher out"
@@ -65,12 +63,21 @@ def label_teachers(
         raise ValueError(
             f"label_teacher: expected a classifier of the student's {classes} classes, the num_classes of {type(model).__name__} is {theirs}"
         )
-    return {ROLE: FrozenTeacher(BlockOutputs(model, []), input_norm)}
+    return model
+
+
+def frozen_label_teacher(model: nn.Module | None, input_norm: Any) -> dict[str, FrozenTeacher]:
+    """The label teacher under its name among a task's teachers, the last of them; empty without one. Freezes the model.
+
+    Args:
+        input_norm: see :class:`attnkd.methods.student_teacher.FrozenTeacher`.
+    """
+    return {} if model is None else {ROLE: FrozenTeacher(BlockOutputs(model, []), input_norm)}
 
 
 def two_scores(task: DistillTask, output: Any) -> tuple[Any, Any]:
     """The scores [B, K] of the class token's head and of what learns the label teacher's labels: the distillation token's head if the
-    student has one, else the same.
+    student has one, else the same. In evaluation mode, for losses on held-out images, both are the student's one output.
 
     Raises:
         ValueError: two heads, and no teacher for the second.

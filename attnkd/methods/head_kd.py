@@ -24,7 +24,13 @@ from attnkd.capture.pairs import pair_blocks
 from attnkd.capture.tap import AttentionTap, Wanted
 from attnkd.capture.tokens import filled_in, token_layout
 from attnkd.methods.attention_transfer import attention_transfer_loss, blocks_of
-from attnkd.methods.hard_labels import LABEL_WEIGHT, class_losses, label_teachers, two_scores
+from attnkd.methods.hard_labels import (
+    LABEL_WEIGHT,
+    class_losses,
+    frozen_label_teacher,
+    resolve_label_teacher,
+    two_scores,
+)
 from attnkd.methods.logits import KD_TEMPERATURE, check_classes, kd_loss
 from attnkd.methods.schedule import Schedule
 from attnkd.methods.student_teacher import FrozenTeacher, TappedStudent
@@ -170,15 +176,18 @@ class HeadKD(DistillTask):
             theirs = _teacher_heads(mode, teacher, teacher_paths[t], index, len(pairs), len(ours), teacher_heads)
             chosen.append((ours, theirs))
         classifies = criterion is not None or learns_logits
-        labellers = label_teachers(student, label_teacher, label_weight, schedules, criterion, input_norm)
+        labeller = resolve_label_teacher(student, label_teacher, label_weight, schedules, criterion)
         student_blocks = blocks_of(student, student_paths) if transfers else None
         teacher_blocks_kept = blocks_of(teacher, teacher_paths) if transfers else None
         student_tap = AttentionTap(student, student_paths, stop=not classifies and not transfers)
         teacher_stops = wrong_teacher_weight == 1 and not learns_logits and not transfers
         teacher_tap = AttentionTap(teacher, teacher_paths, stop=teacher_stops)
         super().__init__(
-            TappedStudent(student_tap, train_head=classifies, blocks=student_blocks, label_token=bool(labellers)),
-            {"teacher": FrozenTeacher(teacher_tap, input_norm, teacher_blocks_kept), **labellers},
+            TappedStudent(student_tap, train_head=classifies, blocks=student_blocks, label_token=labeller is not None),
+            {
+                "teacher": FrozenTeacher(teacher_tap, input_norm, teacher_blocks_kept),
+                **frozen_label_teacher(labeller, input_norm),
+            },
             criterion=criterion,
             schedules=schedules,
             impl=impl,

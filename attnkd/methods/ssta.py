@@ -23,7 +23,13 @@ from attnkd.capture.pairs import pair_blocks
 from attnkd.capture.tap import AttentionTap
 from attnkd.capture.tokens import TokenLayout, token_layout
 from attnkd.methods.attention_transfer import attention_transfer_loss, blocks_of
-from attnkd.methods.hard_labels import LABEL_WEIGHT, class_losses, label_teachers, two_scores
+from attnkd.methods.hard_labels import (
+    LABEL_WEIGHT,
+    class_losses,
+    frozen_label_teacher,
+    resolve_label_teacher,
+    two_scores,
+)
 from attnkd.methods.head_kd import CROSS_ENTROPY
 from attnkd.methods.logits import KD_TEMPERATURE, check_classes, kd_loss
 from attnkd.methods.schedule import Schedule, Schedules
@@ -190,7 +196,7 @@ class SSTA(DistillTask):
                     _logger.info(f"SSTA: {path} head {ours[0]} <- {name} {model_paths[t]} {which}")
         layouts["student"] = token_layout(student)
         classifies = criterion is not None or learns_logits
-        labellers = label_teachers(student, label_teacher, label_weight, schedules, criterion, input_norm)
+        labeller = resolve_label_teacher(student, label_teacher, label_weight, schedules, criterion)
         student_blocks = blocks_of(student, paths) if transfers else None
         student_tap = AttentionTap(student, paths, stop=not classifies and not transfers)
         teachers = {}
@@ -199,8 +205,8 @@ class SSTA(DistillTask):
             kept = blocks_of(model, model_paths) if transfers and name == "teacher" else None
             teachers[name] = FrozenTeacher(AttentionTap(model, model_paths, stop=not whole), input_norm, kept)
         super().__init__(
-            TappedStudent(student_tap, train_head=classifies, blocks=student_blocks, label_token=bool(labellers)),
-            {**teachers, **labellers},
+            TappedStudent(student_tap, train_head=classifies, blocks=student_blocks, label_token=labeller is not None),
+            {**teachers, **frozen_label_teacher(labeller, input_norm)},
             criterion=criterion,
             schedules=schedules,
             impl=impl,

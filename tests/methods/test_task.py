@@ -121,7 +121,8 @@ def test_untap_gives_models_back_as_they_were(name):
 
 def test_one_model_as_teacher_and_assistant_comes_back_as_it_was():
     teacher = vit(1).train()
-    task = SSTA(vit(), teacher, teacher, teacher_heads="average", assistant_heads=[0] * 3, verbose=False)
+    heads = {"teacher_heads": "average", "assistant_heads": [0] * 3}
+    task = SSTA(vit(), teacher, teacher, **heads, label_teacher=teacher, at_weight=1.0, verbose=False)
     task.untap()
     assert teacher.training and all(p.requires_grad for p in teacher.parameters())
 
