@@ -21,6 +21,7 @@ TOO_MUCH = {
     "HeadKD": "compares whole maps, of which every image has queries and keys of all compared blocks and heads",
     "SSTA": "compares whole maps, of which every image has queries and keys of all compared blocks",
     "AttentionProbe": "compares the features of all tokens of several blocks",
+    "MiniLM": "compares relations of all tokens, of which every image has queries, keys and values",
 }
 
 

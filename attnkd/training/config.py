@@ -19,7 +19,13 @@ from attnkd.methods.schedule import Schedule
 from attnkd.training.carrying import Carrying
 from attnkd.training.rows import ROWS, Row
 
-METHODS = {"attn_distill": "AttnDistill", "head_kd": "HeadKD", "ssta": "SSTA", "attention_probe": "AttentionProbe"}
+METHODS = {
+    "attn_distill": "AttnDistill",
+    "head_kd": "HeadKD",
+    "ssta": "SSTA",
+    "attention_probe": "AttentionProbe",
+    "minilm": "MiniLM",
+}
 """Names on the command line and the classes of :mod:`attnkd`."""
 TEACHERS = ("teacher", "assistant", "label_teacher")
 """Arguments of the methods that are frozen models. The first is of every method."""

@@ -85,12 +85,13 @@ def student_arguments(
     """Arguments of the student, its name apart: of ``timm.create_model``, or of :func:`attnkd.capture.libraries.build`.
 
     Args:
-        classes: of the data set, if known. AttnDistill's student has no classifier, Attention Probe's that of its teacher.
+        classes: of the data set, if known. The student of a method that trains without labels (AttnDistill, MiniLM) has no classifier,
+            Attention Probe's that of its teacher.
     """
     config = experiment.config
     wanted: int | None = config.num_classes
     if wanted is None:
-        if experiment.method == "attn_distill":
+        if has_class_loss(experiment.method) is False:
             wanted = 0
         elif experiment.method == "attention_probe":
             wanted = num_classes(teachers["teacher"])
@@ -142,12 +143,17 @@ def build_task(
     """The method's training task on ``device``."""
     made = method_class(experiment.method)
     options = dict(experiment.options)
-    parameters = inspect.signature(made).parameters
-    if parameters.get("criterion") is not None and parameters["criterion"].default is not None:
+    if has_class_loss(experiment.method):
         options["criterion"] = class_loss(experiment.config.train)
     if all(input_stats(model) is not None for model in teachers.values()):
         options["input_norm"] = (inputs.mean, inputs.std)
     return made(student.to(device), **teachers, **options, device=device, verbose=verbose)
+
+
+def has_class_loss(method: str) -> bool | None:
+    """Whether a method compares scores with labels unless told otherwise; None for one that has its labels from the teacher."""
+    criterion = inspect.signature(method_class(method)).parameters.get("criterion")
+    return None if criterion is None else criterion.default is not None
 
 
 def class_loss(recipe: Recipe) -> nn.Module:

@@ -212,6 +212,7 @@ _ON_DIGITS: dict[str, dict[str, Any]] = {
     "head_kd": {"method": {"mode": "block_to_block"}},
     "ssta": {"method": {"stop_epoch": 10, "teacher_heads": [0, 0, 0], "assistant_heads": [0, 0, 0]}},
     "attention_probe": {"method": {"teacher_accuracy": 0.95}},
+    "minilm": {},
 }
 ROWS |= {
     f"{method}_digits": Row(
