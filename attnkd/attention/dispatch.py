@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,13 +29,20 @@ MAX_ROWS = 16
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result
+def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile calls the function while it compiles, and keeps the result. As ``torch.compiler.assume_constant_result``, but that imports
+    the compiler, which takes longer than ``import torch``."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
 def interpreting() -> bool:
     """True when Triton's kernels run in its CPU interpreter: its TRITON_INTERPRET=1, set before kernels are imported."""
     return TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def interpreter_is_exact() -> bool:
     """Whether :func:`attnkd.testing.interpreter.install` made Triton's interpreter compute bfloat16; it leaves this mark."""
     from triton.runtime import interpreter
@@ -60,7 +68,7 @@ def why_not_triton(device: torch.device, *dtypes: torch.dtype) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def too_old(index: int | None) -> bool:
     """Whether the NVIDIA GPU of that index (None: the current one) is one that Triton does not compile for."""
     if torch.version.hip is not None or not torch.cuda.is_available():

@@ -20,7 +20,8 @@ from attnkd.training import checkpoint
 from attnkd.training.carrying import Carrying
 from attnkd.training.data import AugmentedImages
 from attnkd.training.distributed import World
-from attnkd.training.loop import Trainer, Watcher
+from attnkd.training.loop import Trainer
+from attnkd.training.watchers import Watcher
 
 Record = dict[str, float]
 Augment = Callable[[Tensor, torch.Generator], Tensor]

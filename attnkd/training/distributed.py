@@ -45,6 +45,10 @@ class World:
         """Every number's mean over all processes. All of them must call it."""
         return [number / self.size for number in self.sum(numbers)]
 
+    def wait(self) -> None:
+        """Until all processes are here. All of them must call it."""
+        self.largest([0])
+
     def share(self, count: int) -> range:
         """Which of ``count`` things are this process's: every ``size``-th one. Never none, so that all processes do the same: where
         there are too few things the first one is done again, and :meth:`together` leaves the copy out."""

@@ -14,8 +14,8 @@ from torch import Tensor
 from attnkd import files
 from attnkd.capture.class_maps import class_kl, class_maps
 from attnkd.capture.drawing import draw_class_maps
-from attnkd.training.loop import Watcher
 from attnkd.training.report import LOG
+from attnkd.training.watchers import Watcher
 
 CURVES, ATTENTION = "curves.png", "attention.png"
 IMAGES = 4

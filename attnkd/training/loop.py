@@ -29,58 +29,13 @@ from attnkd.training.carrying import PRECISIONS, Carrying
 from attnkd.training.data import AugmentedImages, Plan, Steps, loader, reseed
 from attnkd.training.distributed import World
 from attnkd.training.profile import STEP, Profile
+from attnkd.training.watchers import Watcher
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class DivergedError(RuntimeError):
     """Too many steps in a row were not finite; the message says what was and what to try."""
-
-
-class Watcher:
-    """Gets reports on a run; this one ignores them."""
-
-    def begin(self, step: int, steps: int, steps_per_epoch: int, batch_size: int) -> None:
-        """``step`` of ``steps`` were done before."""
-
-    def step(self, step: int, parts: Mapping[str, float]) -> None:
-        """A step is done; the parts of its loss."""
-
-    def record(self, record: dict[str, Any]) -> None:
-        """The means since the last record."""
-
-    def saved(self, step: int) -> None:
-        """The state after ``step`` steps is on the disk."""
-
-    def close(self) -> None:
-        """The run has ended, or stopped."""
-
-
-class Watchers(Watcher):
-    """Hands every report to several, in their order."""
-
-    def __init__(self, *watchers: Watcher) -> None:
-        self.watchers = watchers
-
-    def begin(self, step: int, steps: int, steps_per_epoch: int, batch_size: int) -> None:
-        for watcher in self.watchers:
-            watcher.begin(step, steps, steps_per_epoch, batch_size)
-
-    def step(self, step: int, parts: Mapping[str, float]) -> None:
-        for watcher in self.watchers:
-            watcher.step(step, parts)
-
-    def record(self, record: dict[str, Any]) -> None:
-        for watcher in self.watchers:
-            watcher.record(record)
-
-    def saved(self, step: int) -> None:
-        for watcher in self.watchers:
-            watcher.saved(step)
-
-    def close(self) -> None:
-        for watcher in self.watchers:
-            watcher.close()
 
 
 @dataclass
@@ -240,9 +195,10 @@ class Trainer:
                         save(state)
                 watcher.saved(self.done)
                 saved = time.monotonic()
-            if stopping and self.done < self.steps:
-                return False
-        return True
+            if stopping:
+                break
+        self.world.wait()  # for the last checkpoint: whoever trains next in these processes may read it
+        return self.done == self.steps
 
     def _step(self, batches: Any) -> dict[str, float]:
         """One optimizer step; the parts of its loss."""

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from attnkd import files
-from attnkd.training.loop import Watcher
 from attnkd.training.trackers import Tracker
+from attnkd.training.watchers import Watcher
 
 LOG = "log.jsonl"
 

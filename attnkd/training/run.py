@@ -25,11 +25,12 @@ from attnkd.training.config import Experiment
 from attnkd.training.data import AugmentedImages, Mixing
 from attnkd.training.distributed import World, joined
 from attnkd.training.figures import IMAGES, Figures
-from attnkd.training.loop import Trainer, Watcher, Watchers, save_to
+from attnkd.training.loop import Trainer, save_to
 from attnkd.training.profile import Profile
 from attnkd.training.report import Report
 from attnkd.training.sharding import whole
 from attnkd.training.trackers import trackers
+from attnkd.training.watchers import Watcher, Watchers
 
 WEIGHTS, DESCRIPTION, CONFIG = "model.safetensors", "model.json", "config.yaml"
 
