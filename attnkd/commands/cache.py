@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from attnkd.training.distributed import joined
 
     experiment, settings = args.experiment, args.experiment.config
-    teacher_cache.check_still(settings.train)
+    teacher_cache.check_still(experiment.method, settings.train)
     with ExitStack() as stack:
         world = stack.enter_context(joined(choose_device(args.device)))
         folder = Path(settings.output)

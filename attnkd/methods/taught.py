@@ -4,7 +4,7 @@ sees the same pixels in every epoch."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,20 @@ TOO_MUCH = {
     "AttentionProbe": "compares the features of all tokens of several blocks",
     "MiniLM": "compares relations of all tokens, of which every image has queries, keys and values",
 }
+
+
+def check_keepable(method: str) -> None:
+    """Refuse a method whose teacher cannot be kept.
+
+    Args:
+        method: the name of its class.
+
+    Raises:
+        NotImplementedError: names the method and the reason.
+    """
+    if method != "AttnDistill":
+        why = TOO_MUCH.get(method, "has none")
+        raise NotImplementedError(f"teacher_cache: for AttnDistill only; {method} {why}")
 
 
 def teacher_needs(task: DistillTask, size: Sequence[int]) -> dict[str, Any]:
@@ -103,9 +117,5 @@ def _heads(distill: AttnDistill) -> list[int]:
 
 
 def _attn_distill(task: DistillTask) -> AttnDistill:
-    from attnkd.methods.attn_distill import AttnDistill
-
-    if not isinstance(task, AttnDistill):
-        name = type(task).__name__
-        raise NotImplementedError(f"teacher_cache: for AttnDistill only; {name} {TOO_MUCH.get(name, 'has none')}")
-    return task
+    check_keepable(type(task).__name__)
+    return cast("AttnDistill", task)

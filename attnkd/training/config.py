@@ -193,7 +193,11 @@ def build(values: Mapping[str, Any], method: str) -> Experiment:
         values.pop(name, None)
     if not isinstance(options, Mapping):
         options = {}
-    values["train"], values["run"] = Recipe(**_tuples(values["train"])), Carrying(**values["run"])
+    for name, make in (("train", Recipe), ("run", Carrying)):
+        try:
+            values[name] = make(**_tuples(values[name]))
+        except ValueError as error:  # it names the setting, as whoever calls from Python knows it
+            raise ValueError(f"{name}.{error}") from None
     resolved = {**_defaults(method), **{name: _scheduled(value) for name, value in options.items()}}
     return Experiment(method, resolved, TrainConfig(**_tuples(values)))
 

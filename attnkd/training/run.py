@@ -162,7 +162,7 @@ def prepare(
     made, settings = build(experiment, world, say), experiment.config
     images, count, recipe = made.images, len(made.images.images), settings.train
     if settings.teacher_cache is not None:
-        teacher_cache.check_still(recipe)
+        teacher_cache.check_still(experiment.method, recipe)
         description = teacher_cache.describe(made.task, count, made.inputs.size, settings.run.precision)
         cache = teacher_cache.TeacherCache(Path(settings.teacher_cache), description)
         cache.check(images, count)

@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader
 from attnkd import files
 from attnkd.methods.recipes import Recipe
 from attnkd.methods.task import DistillTask
-from attnkd.methods.taught import teach, teacher_needs
+from attnkd.methods.taught import check_keepable, teach, teacher_needs
 from attnkd.training.carrying import PRECISIONS, Carrying
+from attnkd.training.config import METHODS
 from attnkd.training.data import AugmentedImages, Key
 from attnkd.training.distributed import World
 
@@ -34,12 +35,17 @@ LOOKED_AT = 8
 """So many images are compared before training begins; the others when they are read."""
 
 
-def check_still(recipe: Recipe) -> None:
-    """Refuse a recipe that shows an image in more than one way.
+def check_still(method: str, recipe: Recipe) -> None:
+    """Refuse a method whose teacher cannot be kept, and a recipe that shows an image in more than one way.
+
+    Args:
+        method: its name on the command line.
 
     Raises:
+        NotImplementedError: names the method.
         ValueError: names every number that does, and what it must be.
     """
+    check_keepable(METHODS[method])
     still: dict[str, Any] = {
         "crop_scale": (1.0, 1.0),
         "crop_padding": None if recipe.crop_padding is None else 0,
@@ -157,7 +163,7 @@ class TeacherCache:
         description: of the run that wants it, see :func:`describe`.
 
     Raises:
-        ValueError: no cache, an unfinished one, or one of something else; names what differs.
+        ValueError: no cache, an unfinished one, one with a damaged file, or one of something else; names what differs.
     """
 
     def __init__(self, folder: Path, description: dict[str, Any]) -> None:
@@ -169,9 +175,12 @@ class TeacherCache:
             )
         found = _read(folder)
         _check_same(folder, found, {**description, "dtype": found.get("dtype")})
-        missing = sum(not (folder / _file(number)).exists() for number in range(math.ceil(found["images"] / SHARD)))
+        numbers = range(math.ceil(found["images"] / SHARD))
+        missing = sum(not (folder / _file(number)).exists() for number in numbers)
         if missing:
             raise ValueError(f"teacher_cache: {folder} lacks {missing} of its files; run the same attnkd cache again")
+        for number in numbers:  # now, not hours later in a worker
+            _opened(folder / _file(number))
 
     def check(self, images: AugmentedImages, count: int) -> None:
         """Compare some images before the work begins."""
@@ -196,9 +205,7 @@ class TeacherCache:
 
     def _open(self, number: int) -> Any:
         if number not in self.files:
-            from safetensors import safe_open
-
-            self.files[number] = safe_open(self.folder / _file(number), framework="pt")
+            self.files[number] = _opened(self.folder / _file(number))
         return self.files[number]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -217,6 +224,18 @@ def _spread(count: int) -> list[int]:
 
 def _file(number: int) -> str:
     return f"images-{number:06d}.safetensors"
+
+
+def _opened(path: Path) -> Any:
+    """The tensors of a file; their sizes are known, and that the file has all their bytes."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"teacher_cache: {path} cannot be read ({error}); delete it and run the same attnkd cache again"
+        ) from None
 
 
 def _crc(image: Tensor) -> int:

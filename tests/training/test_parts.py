@@ -154,7 +154,12 @@ class TestCommandLine:
             (
                 "head_kd",
                 ["--recipe", "head_kd_digits", "--output", "x", "--train.hflip", "2"],
-                "hflip: expected a number",
+                "^train.hflip: expected a number",
+            ),
+            (
+                "head_kd",
+                ["--recipe", "head_kd_digits", "--output", "x", "--run.workers", "-1"],
+                "^run.workers, save_minutes: expected",
             ),
             ("head_kd", ["--config", "nowhere.yaml"], "config: cannot read nowhere.yaml"),
         ],
