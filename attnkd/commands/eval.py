@@ -24,7 +24,8 @@ from attnkd.evaluation.knn import KS, TEMPERATURE, knn
 from attnkd.evaluation.linear import RATES, linear_probe
 from attnkd.evaluation.results import as_text, compared
 from attnkd.methods.recipes import Recipe
-from attnkd.training.carrying import PRECISIONS, Carrying
+from attnkd.training.carrying import PRECISIONS, WORKERS, Carrying
+from attnkd.training.config import saved_settings
 from attnkd.training.distributed import World, joined
 from attnkd.training.run import CONFIG, DESCRIPTION, WEIGHTS
 from attnkd.training.sources import Source, open_source, subset
@@ -84,7 +85,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     option("--output", type=Path, metavar="DIR", help="finetune: its folder (default: finetune in the run's folder)")
     option("--batch-size", type=int, default=256, metavar="N", help="images at a time (default: 256)")
-    option("--workers", type=int, default=4, metavar="N", help="processes that decode images (default: 4)")
+    option(
+        "--workers",
+        type=int,
+        default=WORKERS,
+        metavar="N",
+        help="processes that decode images (default: 4, or the number of cores)",
+    )
     option("--precision", choices=tuple(PRECISIONS), default="fp32", help="of the model's autocast (default: fp32)")
     option("--seed", type=int, default=0, help="of everything random (default: 0)")
     option("--device", metavar="NAME", help="a PyTorch device (default: cuda if there is one, else cpu)")
@@ -196,7 +203,7 @@ def _asked(args: argparse.Namespace, models: list[str], default: str | None = No
         raise ValueError(f"model: {args.how} takes one, got {len(models)}")
     (name,) = models
     folder = Path(name) if (Path(name) / CONFIG).is_file() else None
-    earlier = {} if folder is None else _settings(folder)
+    earlier = {} if folder is None else saved_settings("model", folder / CONFIG)
     data = {
         option: getattr(args, option) or earlier.get(option)
         for option in ("data", "data_root", "train_split", "val_split")
@@ -208,16 +215,6 @@ def _asked(args: argparse.Namespace, models: list[str], default: str | None = No
     parts += [] if args.subset is None else [args.subset]
     suffix = "".join("_" + re.sub(r"[^\w.-]+", "_", part).strip("_") for part in parts)
     return Asked(name, folder, {**data, "subset": args.subset}, suffix)
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    """A run's settings, as its config.yaml has them."""
-    import yaml
-
-    try:
-        return dict(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
-    except (yaml.YAMLError, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"model: {folder / CONFIG} cannot be read ({str(error).splitlines()[0]})") from None
 
 
 def _load(args: argparse.Namespace, asked: Asked) -> nn.Module:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+WORKERS = min(4, CORES)
+"""More processes than cores only disturb each other."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Carrying:
     """
 
     at_once: int | None = None
-    workers: int = 4
+    workers: int = WORKERS
     precision: str = "fp32"
     compile: bool = False
     shard: bool = False

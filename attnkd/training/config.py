@@ -226,6 +226,20 @@ def as_yaml(settings: Mapping[str, Any]) -> str:
     return yaml.safe_dump(written, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
 
 
+def saved_settings(argument: str, path: Path) -> dict[str, Any]:
+    """A run's settings, as its config.yaml has them.
+
+    Raises:
+        ValueError: names ``argument`` and the file.
+    """
+    import yaml
+
+    try:
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{argument}: {path} cannot be read ({str(error).splitlines()[0]})") from None
+
+
 def _chosen(method: str | None, words: Sequence[str]) -> tuple[str, str | None]:
     """Method and row, from the words or from the configuration files among them."""
     import argparse

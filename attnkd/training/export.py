@@ -15,7 +15,7 @@ from attnkd.capture.adapters import adapter_for
 from attnkd.capture.libraries import library_of
 from attnkd.capture.loading import load_saved
 from attnkd.capture.models import evaluating
-from attnkd.training.config import METHODS
+from attnkd.training.config import METHODS, saved_settings
 from attnkd.training.onnx_export import NAME as ONNX
 from attnkd.training.onnx_export import require_onnx, write_onnx
 from attnkd.training.rows import ROWS
@@ -91,8 +91,6 @@ def export(run: Path, folder: Path, onnx: bool = False) -> str:
         ValueError: no finished run, or a folder that cannot be written.
         RuntimeError: what that code loads from the folder is not the student, bit by bit.
     """
-    import yaml
-
     if not (run / WEIGHTS).is_file() or not (run / CONFIG).is_file():
         raise ValueError(f"run: expected the folder of a finished run, with {WEIGHTS} and {CONFIG}, got {run}")
     if onnx:
@@ -100,7 +98,7 @@ def export(run: Path, folder: Path, onnx: bool = False) -> str:
     files.make_folder("output", folder)
     model: Any = load_saved(run / WEIGHTS)
     arguments = json.loads((run / DESCRIPTION).read_text(encoding="utf-8"))
-    settings = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+    settings = saved_settings("run", run / CONFIG)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or model.pretrained_cfg["input_size"][1:]
     prefix = library_of(arguments["model_name"])
     if prefix == "hf":
@@ -206,19 +204,23 @@ def _results(run: Path) -> str:
     """Tables of what `attnkd eval` left in the run's folder."""
     lines = []
     for path in sorted(run.glob("eval_*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        where = f"{found['val_images']} images of {found['data']}"
-        if found.get("subset") is not None:
-            where += f", learnt from {found['train_images']} labelled ones"
-        if found["evaluation"] == "knn":
-            lines += [f"k-NN on {where}, top-1:", "", "| k | % |", "|---:|---:|"]
-            lines += [f"| {k} | {score['top1']:.2f} |" for k, score in found["scores"].items()]
-        elif found["evaluation"] == "finetune":
-            lines += [f"Fine-tuned, on {where}, top-1: {found['top1']:.2f} % ({found['epochs']} epochs)"]
-        else:
-            lines += [f"Linear probe on {where}, top-1: {found['top1']:.2f} % (learning rate {found['lr']:g})"]
-        lines.append("")
+        try:
+            lines += [*_result(json.loads(path.read_text(encoding="utf-8"))), ""]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"run: {path} is no result of attnkd eval; delete it") from None
     return "\n".join(lines).rstrip() or "None were measured: `attnkd eval knn RUN`, `attnkd eval linear RUN`."
+
+
+def _result(found: dict[str, Any]) -> list[str]:
+    where = f"{found['val_images']} images of {found['data']}"
+    if found.get("subset") is not None:
+        where += f", learnt from {found['train_images']} labelled ones"
+    if found["evaluation"] == "knn":
+        scores = [f"| {k} | {score['top1']:.2f} |" for k, score in found["scores"].items()]
+        return [f"k-NN on {where}, top-1:", "", "| k | % |", "|---:|---:|", *scores]
+    if found["evaluation"] == "finetune":
+        return [f"Fine-tuned, on {where}, top-1: {found['top1']:.2f} % ({found['epochs']} epochs)"]
+    return [f"Linear probe on {where}, top-1: {found['top1']:.2f} % (learning rate {found['lr']:g})"]
 
 
 def _model(settings: dict[str, Any], role: str) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from importlib.util import find_spec
 
@@ -104,6 +105,12 @@ def test_train_stop_continue_evaluate_export_load(method, teachers, tmp_path, ca
 
     graph = ["--onnx"] if method == "head_kd" and find_spec("onnxscript") else []
     assert cli.main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "given"), *graph]) == 0
+    broken = tmp_path / "broken"
+    shutil.copytree(tmp_path / "run", broken)
+    for name, said in (("eval_x.json", "is no result of attnkd eval"), ("config.yaml", "cannot be read")):
+        (broken / name).write_text("a: [")
+        assert cli.main(["export", str(broken), "--output", str(tmp_path / "none")]) == 2
+        assert f"attnkd export: --run: {broken / name} {said}" in capsys.readouterr().err
     student = timm.create_model(f"local-dir:{tmp_path / 'given'}", pretrained=True)
     assert student.pretrained_cfg["mean"] == pytest.approx((0.306,)) and student.pretrained_cfg["input_size"] == (
         1,
