@@ -1,6 +1,6 @@
 """A loop of your own with Hugging Face accelerate: mixed precision, gradient accumulation, several GPUs.
 
-accelerate launch examples/accelerate_loop.py FOLDER_OF_IMAGES_BY_CLASS     (pip install accelerate transformers)
+accelerate launch --multi_gpu examples/accelerate_loop.py FOLDER_OF_IMAGES_BY_CLASS     (pip install accelerate)
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from attnkd.methods.head_kd import HeadKD
 
 def distil(student: nn.Module, teacher: nn.Module, loader: DataLoader, epochs: int, **options) -> list[float]:
     """loader: pairs of images [B, 3, H, W] and classes [B]. Trains the student; returns the last loss of every epoch."""
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(kwargs_handlers=[unused], **options)
-    task = HeadKD(student, teacher, device=accelerator.device, verbose=False)
+    task = HeadKD(student, teacher, verbose=False)
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=task.leaves_parameters_unused())
+    accelerator = Accelerator(kwargs_handlers=[ddp], **options)
     optimizer = torch.optim.AdamW(task.parameters(), lr=5e-4)
-    prepared, optimizer, loader = accelerator.prepare(task, optimizer, loader)
+    prepared, optimizer, loader = accelerator.prepare(task, optimizer, loader)  # moves the teacher too
     losses = []
     for epoch in range(epochs):
         task.set_epoch(epoch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -201,7 +202,7 @@ torch.manual_seed(0)
 student, teacher = tests.timm_vit(), tests.timm_vit()
 before = tests.copied(student)
 loader = DataLoader(TensorDataset(tests.images(16), torch.arange(16) % 5), batch_size=4)
-losses = tests.example("accelerate_loop").distil(student, teacher, loader, epochs=2, cpu=True)
+losses = tests.example("accelerate_loop").distil(student, teacher, loader, epochs=2)
 rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
 torch.save((size, losses, tests.changed(before, student), tests.copied(student)), f"{out}/{{rank}}.pt")
 torch.distributed.destroy_process_group()
@@ -209,13 +210,23 @@ torch.distributed.destroy_process_group()
 
 
 def test_loop_of_accelerate_in_two_processes(tmp_path: Path) -> None:
-    """As torchrun and accelerate launch start it: other images in each, the same student in both afterwards."""
+    """As ``accelerate launch`` starts it: other images in each, the same student in both afterwards."""
     pytest.importorskip("accelerate")
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(root=str(ROOT), kernels=str(ROOT / "kernels"), out=str(tmp_path)))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ran = subprocess.run([*torchrun, str(script)], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    # --cpu --num_processes 2 would start one process: accelerate leaves processes on CPUs to mpirun.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    ran = subprocess.run(
+        [*launch, *options, str(script)],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "did not find any unused parameters" not in ran.stderr
     (size, losses, trained, first), (_, others, _, second) = (
         torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)
     )

@@ -30,7 +30,15 @@ def attention_paths(model: nn.Module, blocks: Blocks, name: str = "blocks") -> l
 
 def block_paths(model: nn.Module, blocks: Blocks, name: str = "blocks") -> list[str]:
     """The same for the blocks themselves, whatever is in them."""
-    return _paths(model, blocks, name, lambda path, block: path, lambda path, block: None)
+    attentions = set(attentions_of(model))
+
+    def check(path: str, module: nn.Module) -> None:
+        block, _, _ = path.rpartition(".")
+        if path in attentions and not isinstance(model.get_submodule(block), (nn.ModuleList, nn.Sequential)):
+            there = f"its block {block!r}" if block else "a block"
+            raise ValueError(f"{name}: what blocks put out is compared, but {path} is an attention; give {there}")
+
+    return _paths(model, blocks, name, lambda path, block: path, check)
 
 
 def default_blocks(model: nn.Module, count: int) -> list[int]:
@@ -95,7 +103,9 @@ def _paths(
         modules = dict(model.named_modules(remove_duplicate=False))
         for path in listed:
             if path not in modules:
-                raise ValueError(f"{name}: {type(model).__name__} has no module at path {path!r}")
+                raise ValueError(
+                    f"{name}: {type(model).__name__} has no module at path {path!r}; its attentions are {attentions_in_words(model)}"
+                )
         paths = [str(path) for path in listed]
     else:
         stack = block_stack(model, name)
@@ -170,14 +180,16 @@ def block_stack(model: nn.Module, name: str = "blocks") -> list[str]:
     if len(stacks) == 1:
         return [f"{stacks[0]}.{child}" for child in lists[stacks[0]]._modules]  # a shared block too
     found = f"its lists of blocks are {', '.join(stacks)}" if stacks else "it has none"
-    candidates = attentions_of(model)
     raise ValueError(
         f"{name}: indices need a model with one list of blocks, {type(model).__name__}: {found}; give module paths. Its "
-        f"attentions are {_shortened(candidates) if candidates else NO_ATTENTION}"
+        f"attentions are {attentions_in_words(model)}"
     )
 
 
-NO_ATTENTION = "none that calls scaled_dot_product_attention (Hugging Face models need attn_implementation='sdpa')"
+def attentions_in_words(model: nn.Module) -> str:
+    """The paths of a model's attentions, for messages."""
+    shown = _shortened([path or "the module itself" for path in attentions_of(model)])
+    return shown or "none that calls scaled_dot_product_attention (Hugging Face models need attn_implementation='sdpa')"
 
 
 def _shortened(paths: list[str]) -> str:

@@ -128,7 +128,8 @@ def check_images(label: str, model: nn.Module, images: Tensor) -> None:
     if size is not None and tuple(images.shape[-2:]) != size:
         raise ValueError(
             f"images: {label} ({type(model).__name__}) takes {size[0]}x{size[1]} pixels, got "
-            f"{images.shape[-2]}x{images.shape[-1]}; resize them, or build it with dynamic_img_size=True"
+            f"{images.shape[-2]}x{images.shape[-1]}; resize them, or build it for that size (a plain Vision Transformer of timm takes any "
+            "with dynamic_img_size=True)"
         )
 
 

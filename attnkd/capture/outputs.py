@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attnkd.capture.adapters import adapter_or_plain
+from attnkd.capture.adapters import Adapter, adapter_or_plain
 from attnkd.capture.checkpointing import saved_tensors_are_hooked
 from attnkd.capture.tokens import Grid, block_layout, input_images, padding
 
@@ -73,14 +73,16 @@ class BlockHooks:
             if compare is not None:
                 losses[index] = compare[index](self._tokens(self.paths[index], runs, images))
 
+        adapter = adapter_or_plain(self.model)
         for index, keeper in enumerate(self.keepers):
             keeper.kept.runs, keeper.kept.then = [], functools.partial(compare_now, index)
+            keeper.kept.adapter = adapter
         try:
             output = function(*args)
             kept = [keeper.kept.runs for keeper in self.keepers]
         finally:
             for keeper in self.keepers:
-                keeper.kept.runs = keeper.kept.then = None
+                keeper.kept.runs = keeper.kept.then = keeper.kept.adapter = None
         tokens = [self._tokens(*one, images) for one in zip(self.paths, kept, strict=True)]
         if compare is None:
             return output, tokens, []
@@ -100,10 +102,6 @@ class BlockHooks:
                 f"{who}: ran {len(kept)} times in one forward; outputs of blocks that share their weights cannot be told apart"
             )
         tokens, mask, grad = kept[0]
-        if (
-            isinstance(tokens, (tuple, list)) and tokens
-        ):  # Hugging Face: (tokens, attentions); DINOv3: a list of batches
-            tokens = tokens[0]
         if not isinstance(tokens, Tensor) or tokens.ndim != 3:
             raise TypeError(f"{who}: expected a block that returns [B, N, D], got {_shape(tokens)}")
         if grad != torch.is_grad_enabled():
@@ -159,7 +157,7 @@ class BlockOutputs(nn.Module):
 class _Run(NamedTuple):
     """What a hook sees of one run of its block."""
 
-    output: Any
+    tokens: Any
     mask: Tensor | None
     grad: bool
 
@@ -170,6 +168,7 @@ class _Kept(threading.local):
     def __init__(self) -> None:
         self.runs: list[_Run] | None = None
         self.then: Callable[[list[_Run]], None] | None = None
+        self.adapter: Adapter | None = None
 
 
 class _Keeper:
@@ -182,8 +181,9 @@ class _Keeper:
         self.kept = _Kept()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if self.kept.runs is not None:
-            self.kept.runs.append(_Run(output, kwargs.get("attn_mask"), torch.is_grad_enabled()))
+        if self.kept.runs is not None and self.kept.adapter is not None:
+            tokens = self.kept.adapter.block_tokens(module, args, output)
+            self.kept.runs.append(_Run(tokens, kwargs.get("attn_mask"), torch.is_grad_enabled()))
             if self.kept.then is not None and not saved_tensors_are_hooked():
                 self.kept.then(self.kept.runs)
 

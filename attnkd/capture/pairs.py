@@ -46,9 +46,8 @@ def pair_blocks(
     student_paths = [path for block in wanted for path in find(student, block, "blocks")]
     check_once(student_paths, blocks, "blocks")
     teacher_paths = [path for block in teacher_wanted for path in find(teacher, block, theirs)]
-    if find is attention_paths:
-        for path, other in zip(student_paths, teacher_paths, strict=True):
-            _check_window(student, path, teacher, other, teacher_name)
+    for path, other in zip(student_paths, teacher_paths, strict=True):
+        _check_same_tokens(student, path, teacher, other, teacher_name, attend=find is attention_paths)
     observed = list(dict.fromkeys(teacher_paths))
     return student_paths, observed, [(index, observed.index(path)) for index, path in enumerate(teacher_paths)]
 
@@ -71,14 +70,16 @@ def _counterpart(index: int, depths: list[tuple[int, int]]) -> int:
     return before - (-(index + 1) * teacher_depth // depth) - 1
 
 
-def _check_window(student: nn.Module, path: str, teacher: nn.Module, other: str, name: str) -> None:
-    """Refuse attentions that run over different parts of the tokens: equal numbers do not make equal tokens."""
-    ours, theirs = (
-        None if (adapter := find_adapter(model)) is None else adapter.window(model, at)
-        for model, at in ((student, path), (teacher, other))
-    )
-    if ours != theirs:
+def _check_same_tokens(student: nn.Module, path: str, teacher: nn.Module, other: str, name: str, attend: bool) -> None:
+    """Refuse attentions that run over different parts of the tokens, and blocks whose tokens lie in different orders: equal numbers do
+    not make equal tokens."""
+    said = []
+    for model, at in ((student, path), (teacher, other)):
+        adapter = find_adapter(model)
+        said.append(None if adapter is None else adapter.window(model, at) if attend else adapter.order(model, at))
+    if said[0] != said[1]:
+        plain = "all of them" if attend else "in the order of the image"
         raise ValueError(
-            f"blocks, {name}_blocks: {path} of the student and {other} of the {name} attend over different tokens: {ours or 'all of them'} and "
-            f"{theirs or 'all of them'}; pair blocks with the same"
+            f"blocks, {name}_blocks: {path} of the student and {other} of the {name} "
+            f"{'attend over' if attend else 'put out'} different tokens: {said[0] or plain} and {said[1] or plain}; pair blocks with the same"
         )

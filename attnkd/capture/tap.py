@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from attnkd.attention.api import attention_divergence
 from attnkd.attention.call import AttentionCall
 from attnkd.attention.one_pass import distilled
-from attnkd.capture.blocks import Blocks, attention_paths, block_owner, plain_class
+from attnkd.capture.blocks import Blocks, attention_paths, attentions_in_words, block_owner, plain_class
 from attnkd.capture.checkpointing import saved_tensors_are_hooked
 from attnkd.capture.hand_out import hand_out
 from attnkd.capture.multihead import multi_head_attention
@@ -160,7 +160,8 @@ class AttentionTap(nn.Module):
                     f"{path} ({plain_class(self.model.get_submodule(path)).__name__}): made no call of "
                     "F.scaled_dot_product_attention, so there are no queries and keys to take. Hugging Face models need "
                     "attn_implementation='sdpa'; torch.nn.TransformerEncoderLayer calls none in evaluation without gradients, unless "
-                    "torch.backends.mha.set_fastpath_enabled(False); a block that layer drop skipped cannot be tapped"
+                    "torch.backends.mha.set_fastpath_enabled(False); a block that layer drop skipped cannot be tapped. The model's "
+                    f"attentions are {attentions_in_words(self.model)}"
                 )
             captured.append(call)
         if wanted is None:
@@ -393,7 +394,9 @@ def _check_model(model: nn.Module) -> None:
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise TypeError(f"model: wrap {type(model).__name__} around the AttentionTap, not the tap around it")
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise TypeError("model: is compiled; wrap torch.compile around the AttentionTap instead")
+        raise TypeError(
+            "model: is compiled; wrap torch.compile around the AttentionTap instead (a training task has task.compile())"
+        )
 
 
 def _refuse_padding(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> None:

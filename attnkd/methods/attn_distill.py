@@ -158,7 +158,7 @@ class AttnDistill(DistillTask):
         teacher_tap = AttentionTap(teacher, teacher_paths, stop=not align)
         projector = make_projector(student_layout.feature_dim, teacher_layout.feature_dim) if align else None
         super().__init__(
-            TappedStudent(student_tap, projector, train_head=criterion is not None),
+            TappedStudent(student_tap, projector, train_head=criterion is not None or rows == "pool"),
             {"teacher": FeatureTeacher(teacher_tap, input_norm, head=rows == "pool")},
             criterion=criterion,
             schedules=schedules,
@@ -245,7 +245,7 @@ class AttnDistill(DistillTask):
         if self.check_finite and not torch.compiler.is_compiling() and not bool(torch.isfinite(loss)):
             _blame_teacher(self.teacher.tap.model, target_features, teacher_calls)
         if output is not None:
-            result["output"] = output
+            result["output"] = output if self.criterion is not None else output.detach()
         if features is not None:
             result["features"] = features[:, 0]
         return {"loss": loss, **result}
@@ -383,7 +383,7 @@ def _pooling_pair(
         path = adapter.pooling(model)
         if path is None and not adapter.class_token_pools(model):
             raise ValueError(
-                f"{name}: rows='pool', but {type(model).__name__} has neither attention pooling nor a class token that "
+                f"{name}: rows='pool', but {type(model).__name__} has neither an attention pooling of one query nor a class token that "
                 "pools; rows='mean' or rows='all' compares its patches' rows"
             )
         paths.append([path] if path is not None else attention_paths(model, -1))

@@ -46,6 +46,12 @@ def guided_divergence(
     Raises:
         ValueError: tokens that do not fit ``rows``.
     """
+    for role, call in (("student", student), ("teacher", teacher)):
+        if rows != "pool" and call.query.shape[2] != call.key.shape[2]:
+            raise ValueError(
+                f"{role}: rows={rows!r} compares the rows of all patches, but this attention has {call.query.shape[2]} over "
+                f"{call.key.shape[2]} tokens (class attention, or pooling); rows='cls' and rows='pool' compare its own"
+            )
     same = student.grid == teacher.grid
     options: dict[str, Any] = {"merge": merge, "temperature": temperature, "impl": impl}
     if rows == "mean":

@@ -88,7 +88,7 @@ class TappedStudent(TrainedStudent):
         model = self.tap.model
         losses: list[Any] = []
         tokens_of_blocks: list[BlockTokens] = []
-        run: Any = adapter_for(model).run
+        run: Any = adapter_for(model).run if self.projector is not None else _output_alone
         arguments: tuple[Any, ...] = (model, images, self.train_head)
         if block_tokens and self.blocks is not None:
             run, arguments = self.blocks.run, (run, *arguments)
@@ -106,7 +106,9 @@ class TappedStudent(TrainedStudent):
                 f"student: {type(model).__name__} returned the mean of its two heads, which learn different labels; training needs "
                 "task.train() and the student's distilled_training on"
             )
-        features = None if self.projector is None else self.projector(_features(model, tokens, patches, calls))
+        features = None
+        if self.projector is not None and tokens is not None:
+            features = self.projector(_features(model, tokens, patches, calls))
         return output, features, calls, losses, tokens_of_blocks
 
     def release(self) -> nn.Module:
@@ -219,9 +221,17 @@ class FeatureTeacher(FrozenTeacher):
         return (None if tokens is None else _features(model, tokens, patches, calls)), calls
 
 
+def _output_alone(model: nn.Module, images: Tensor, train_head: bool) -> tuple[None, Tensor]:
+    """In place of :meth:`attnkd.capture.adapters.Adapter.run`, where nobody asks for tokens."""
+    return None, adapter_for(model).forward(model, images)
+
+
 def _features(model: nn.Module, tokens: Tensor, patches: bool, calls: Sequence[AttentionCall]) -> Tensor:
     """The model's normalised tokens; patches that its attention takes for padding are in no mean."""
-    padded = padded_patches(calls[0], token_layout(model)) if calls else None
+    layout = token_layout(model)
+    padded = padded_patches(calls[0], layout) if calls else None
+    if padded is not None and padded.shape[1] != tokens.shape[1] - layout.num_prefix_tokens:
+        padded = None  # of a window's tokens
     return final_tokens(model, tokens, patches, padded)
 
 

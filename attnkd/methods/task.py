@@ -13,6 +13,7 @@ from attnkd.attention.checks import check_choice, check_device
 from attnkd.attention.dispatch import IMPLS
 from attnkd.capture.adapters import adapter_for, adapter_or_plain
 from attnkd.capture.adapters.text import is_text
+from attnkd.capture.blocks import attentions_in_words
 from attnkd.capture.models import (
     TrainingTask,
     check_images,
@@ -121,6 +122,7 @@ class DistillTask(TrainingTask):
         if self.criterion is not None and targets is None:
             raise ValueError("targets: needed by criterion, got None (criterion=None trains without labels)")
         if words:
+            _check_text(images)
             return
         if len(images) == 0:
             raise ValueError(f"images: expected at least one, got shape {tuple(images.shape)}")
@@ -334,21 +336,24 @@ def check_pair(
         TypeError: a model that no adapter speaks for.
         ValueError: no class token, shared parameters, or fixed image sizes that differ.
     """
-    for label, model in (("student", student), (name, teacher)):
+    models = {"student": student, name: teacher}
+    words = [adapter_for(model, label).vocabulary(model) for label, model in models.items()]
+    if words != [None, None] and not text:
+        raise ValueError(
+            f"student and {name}: text encoders are compared by HeadKD and MiniLM only, got {_types(student, teacher)}"
+        )
+    for label, model in models.items():
         try:
-            adapter_for(model, label).layout(model)
+            token_layout(model)
         except TypeError as error:
-            raise TypeError(str(error).replace("model:", f"{label}:", 1)) from None
+            said = str(error).replace("model:", f"{label}:", 1)
+            raise TypeError(f"{said}. Its attentions are {attentions_in_words(model)}") from None
         if class_token and not token_layout(model).has_cls:
             raise ValueError(
                 f"{label}: class tokens are compared, but {type(model).__name__} has none "
                 f"(num_prefix_tokens = {token_layout(model).num_prefix_tokens}, cls_token is None); rows='mean' compares "
                 "without one (AttnDistill also 'pool' and 'all')"
             )
-    if not text and any(adapter_for(model).vocabulary(model) is not None for model in (student, teacher)):
-        raise ValueError(
-            f"student and {name}: text encoders are compared by HeadKD and MiniLM only, got {_types(student, teacher)}"
-        )
     check_same_inputs(student, name, teacher)
 
 
@@ -381,6 +386,15 @@ def check_same_inputs(student: nn.Module, name: str, teacher: nn.Module) -> None
             f"student and {name} see the same images, but student takes {sizes[0]} and {name} {sizes[1]} pixels only; "
             "build one of them with another img_size, or with dynamic_img_size=True"
         )
+
+
+def _check_text(inputs: Any) -> None:
+    """Refuse no text at all, and padding alone: the mean over no row is no number."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if ids.numel() == 0:
+        raise ValueError(f"images: expected at least one text and one token, got input_ids of shape {tuple(ids.shape)}")
+    if mask is not None and not torch.compiler.is_compiling() and not bool(mask.any()):
+        raise ValueError("images: the attention_mask hides every token of every text, so there is nothing to compare")
 
 
 def _types(student: nn.Module, teacher: nn.Module) -> str:

@@ -70,7 +70,7 @@ def compared_maps(
     s = take_heads(shared_tokens(student, keep_cls), student_heads)
     t = take_heads(shared_tokens(teacher, keep_cls), teacher_heads)
     squares = all(call.query.shape[2] == call.key.shape[2] for call in (s, t))
-    if (not resized or not squares) and s.query.shape[2] != t.query.shape[2]:
+    if resized and not squares or not resized and s.query.shape[2] != t.query.shape[2]:
         raise ValueError(
             f"whole maps need the same tokens: the student's map is {s.query.shape[2]} x {s.key.shape[2]}, the "
             f"teacher's {t.query.shape[2]} x {t.key.shape[2]} (class token and patches); use models with the same patch "

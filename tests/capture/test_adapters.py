@@ -288,7 +288,7 @@ def test_all_methods_take_it_as_teacher_and_as_student(name: str) -> None:
             step(AttnDistill(timm_vit(0), build(name), rows=rows, patch_weight=1.0, verbose=False))
             step(AttnDistill(build(name), timm_vit(0), rows=rows, verbose=False))
         if not pools:
-            with pytest.raises(ValueError, match="teacher: rows='pool', but .* has neither attention pooling"):
+            with pytest.raises(ValueError, match="teacher: rows='pool', but .* has neither an attention pooling"):
                 AttnDistill(timm_vit(0), model, rows="pool", verbose=False)
         return
     step(AttnDistill(timm_vit(0), build(name), patch_weight=1.0, verbose=False))
@@ -321,6 +321,8 @@ def test_timm_models_without_class_token() -> None:
     registers = stirred(timm.create_model("vit_medium_patch16_reg4_gap_256", **tiny, num_classes=5))
     for rows in ("pool", "mean", "all"):
         step(AttnDistill(timm_vit(0), siglip, rows=rows, verbose=False))
+        result = step(AttnDistill(copy.deepcopy(siglip).requires_grad_(), timm_vit(0), rows=rows, verbose=False))
+        assert not result["output"].requires_grad  # there is no criterion for it
     for rows in ("mean", "all"):
         step(AttnDistill(copy.deepcopy(registers), siglip, rows=rows, verbose=False))
     step(AttentionProbe(timm_vit(), registers, 0.9, rows="mean", verbose=False))
@@ -343,7 +345,7 @@ def test_what_pools_is_what_is_compared() -> None:
             importlib.import_module("open_clip").transformer.VisionTransformer(32, 8, 32, 3, 4, 2.0, **pooled)
         )
     for model in models:
-        with pytest.raises(ValueError, match="teacher: rows='pool', but .* nor a class token that pools"):
+        with pytest.raises(ValueError, match="an attention pooling of one query nor a class token that pools"):
             AttnDistill(timm_vit(0), model, rows="pool", verbose=False)
 
 
@@ -470,13 +472,19 @@ def test_what_shuffles_its_patches_is_unknown() -> None:
     with pytest.raises(ValueError, match="teacher: the features of BeitModel are not normalised"):
         AttnDistill(timm_vit(0), transformers.BeitModel(config, add_pooling_layer=False), verbose=False)
     masked = transformers.ViTForMaskedImageModeling(transformers.ViTConfig(**TINY, intermediate_size=64))
-    with pytest.raises(TypeError, match="teacher: .*got ViTForMaskedImageModeling"):
+    with pytest.raises(
+        TypeError, match="teacher: .*got ViTForMaskedImageModeling; its part 'vit' is of a known family"
+    ):
         HeadKD(timm_vit(), masked, verbose=False)
     mae = transformers.ViTMAEModel(transformers.ViTMAEConfig(**TINY, intermediate_size=64))
     _, (call,) = AttentionTap(mae, -1)(images())
     assert (call.num_prefix_tokens, call.has_cls, call.grid) == (None, None, None)
-    with pytest.raises(TypeError, match="teacher: .*got ViTMAEModel"):
+    with pytest.raises(TypeError, match="teacher: .*got ViTMAEModel; it drops and shuffles its patches"):
         HeadKD(timm_vit(), mae, verbose=False)
+    with pytest.raises(
+        TypeError, match="teacher: .*got DataParallel; its part 'module' is of a known family: give that"
+    ):
+        HeadKD(timm_vit(), nn.DataParallel(timm_vit()), verbose=False)
 
 
 def test_what_cannot_be_found_lists_the_attentions() -> None:
@@ -487,5 +495,15 @@ def test_what_cannot_be_found_lists_the_attentions() -> None:
         AttentionTap(two, -1)
     with pytest.raises(ValueError, match="none that calls scaled_dot_product_attention"):
         AttentionTap(nn.Sequential(nn.Linear(2, 2)), -1)
+    with pytest.raises(ValueError, match=r"no module at path 'blocks.9'; its attentions are blocks\.0\.attn, "):
+        AttentionTap(timm_vit(), "blocks.9")
+    with pytest.raises(
+        RuntimeError, match=r"blocks.0.mlp .* made no call .* The model's attentions are blocks\.0\.attn"
+    ):
+        AttentionTap(timm_vit(), "blocks.0.mlp")(images())
+    with pytest.raises(ValueError, match="blocks.1.attn is an attention; give its block 'blocks.1'"):
+        AttentionProbe(timm_vit(), timm_vit(), 0.9, blocks="blocks.1.attn", teacher_blocks=1, verbose=False)
+    with pytest.raises(TypeError, match="student: ResNet does not say .* Its attentions are none that calls"):
+        HeadKD(timm.create_model("test_resnet"), timm_vit(), verbose=False)
     wrapped = nn.ModuleDict({"backbone": hub("reg")})
     assert AttentionTap(wrapped, -1).paths == ["backbone.blocks.3.attn"]

@@ -92,20 +92,26 @@ def test_what_does_not_fit_together_is_refused() -> None:
         HeadKD(text("distilbert"), text("bert", vocab_size=60), verbose=False)
     with pytest.raises(ValueError, match="know None and 50 words .None: images."):
         HeadKD(vit, bert, verbose=False)
-    with pytest.raises(ValueError, match="text encoders are compared by HeadKD and MiniLM only, got"):
-        AttnDistill(text("distilbert"), bert, rows="all", verbose=False)
+    for rows in ("cls", "all"):
+        with pytest.raises(ValueError, match="text encoders are compared by HeadKD and MiniLM only, got"):
+            AttnDistill(text("distilbert"), bert, rows=rows, verbose=False)
+    with pytest.raises(
+        TypeError, match="teacher: .*it is a decoder .is_decoder=True., and causal attention is not compared"
+    ):
+        HeadKD(text("distilbert"), text("bert", is_decoder=True), verbose=False)
     with pytest.raises(ValueError, match="text encoders are compared by HeadKD and MiniLM only, got"):
         SSTA(text("distilbert"), bert, teacher_heads=[0, 0], verbose=False)
     with pytest.raises(
         ValueError, match="at_weight: compares the patches of images, but DistilBert.* is a text encoder"
     ):
         HeadKD(text("distilbert"), bert, at_weight=1.0, verbose=False)
-    with pytest.raises(
-        TypeError, match=r"layers.0.blocks.0 of SwinTransformer: expected a block that returns \[B, N, D\]"
-    ):
-        HeadKD(swin(), swin(seed=1), at_weight=1.0, verbose=False)(images(), torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match="images: a text encoder takes what its tokenizer gives.*got Tensor"):
         HeadKD(text("distilbert"), bert, verbose=False)(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))
+    task = HeadKD(text("distilbert"), bert, verbose=False)
+    with pytest.raises(ValueError, match="images: the attention_mask hides every token of every text"):
+        task({**words(), "attention_mask": torch.zeros(2, 9, dtype=torch.long)}, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"images: expected at least one text and one token, got .*\(0, 9\)"):
+        task({key: value[:0] for key, value in words().items()}, torch.tensor([]))
     with pytest.raises(ValueError, match="attend over different tokens: all of them and those within 3"):
         HeadKD(text("modernbert"), text("modernbert"), mode="block_to_block", blocks=0, teacher_blocks=1, verbose=False)
 
@@ -132,8 +138,9 @@ def test_swin_windows_are_compared_as_they_are(one_pass: bool) -> None:
     student, teacher = swin(), swin(seed=1)
     expected = student(images())
     classes = torch.tensor([0, 1, 2])
-    task = HeadKD(student, teacher, one_pass=one_pass, wrong_teacher_weight=0.25, verbose=False)
+    task = HeadKD(student, teacher, one_pass=one_pass, wrong_teacher_weight=0.25, at_weight=1.0, verbose=False)
     result = task(images(), classes)
+    assert result["at_loss"] > 0  # of what the blocks put out, [B, H, W, D]
     torch.testing.assert_close(result["output"], expected)
     result["loss"].backward()
     right = teacher(images()).argmax(1) == classes

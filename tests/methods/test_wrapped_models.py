@@ -1,4 +1,4 @@
-"""Models that PEFT, torchao and accelerate have changed: exact as teachers, and as students what their library trains, or refused by name."""
+"""Models that PEFT, torchao, bitsandbytes and accelerate have changed: exact as teachers, and as students what their library trains, or refused by name."""
 
 from __future__ import annotations
 
@@ -94,6 +94,41 @@ def test_teachers_quantised_by_torchao(kind: str) -> None:
     torch.testing.assert_close(maps[0], maps[1], rtol=1e-4, atol=1e-6)
     assert not torch.allclose(maps[0], maps[2], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(losses(teacher), losses(exact), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_models_quantised_by_bitsandbytes(bits: int, tmp_path: Path) -> None:
+    """On a CPU: what is captured is the attention that the quantised model computes in the open. A student trains what is not quantised."""
+    for name in ("bitsandbytes", "accelerate"):
+        pytest.importorskip(name)
+    transformers = pytest.importorskip("transformers")
+    plain: Any = hugging_face()
+    plain.save_pretrained(tmp_path)
+
+    def quantised(attention: str) -> Any:
+        config = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, bnb_4bit_compute_dtype=torch.float32)
+        return type(plain).from_pretrained(tmp_path, quantization_config=config, attn_implementation=attention).eval()
+
+    teacher = quantised("sdpa")
+    assert {type(m).__name__ for m in teacher.modules()} & {"Linear4bit", "Linear8bitLt"}
+    target = quantised("eager")(images(), output_attentions=True).attentions[-1].double()
+    _, (call,) = AttentionTap(teacher, -1)(images())
+    torch.testing.assert_close(attention_map(call), target, rtol=1e-4, atol=1e-6)
+    _, (other,) = AttentionTap(plain, -1)(images())
+    assert not torch.allclose(attention_map(other), target, rtol=1e-4, atol=1e-6)
+
+    learner = student()
+    result = HeadKD(learner, teacher, mode="block_to_block", verbose=False)(images(), CLASSES)
+    _, (call,) = AttentionTap(learner, -1)(images())
+    expected = (target * (target.log() - attention_map(call).log())).sum(-1).mean()
+    torch.testing.assert_close(result["attn_loss"].double(), expected, rtol=1e-4, atol=1e-6)
+    assert all(bool(loss.isfinite()) for loss in losses(teacher))
+
+    trained = quantised("sdpa")
+    HeadKD(trained, student(), verbose=False)(images(), CLASSES)["loss"].backward()
+    names = {name for name, p in trained.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert "vit.layers.0.attention.q_proj.bias" in names
+    assert not any(name.endswith("proj.weight") and "layers" in name for name in names)
 
 
 def adapted(model: nn.Module) -> Any:

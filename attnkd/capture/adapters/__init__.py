@@ -8,10 +8,11 @@ from __future__ import annotations
 from torch import nn
 
 from attnkd.capture.adapters.base import Adapter, Grid, TokenLayout
+from attnkd.capture.adapters.class_attention import ClassAttention
 from attnkd.capture.adapters.dino_hub import DinoHub
 from attnkd.capture.adapters.hugging_face import HuggingFace
 from attnkd.capture.adapters.open_clip import OpenClip
-from attnkd.capture.adapters.staged import Hiera, PiT, Swin
+from attnkd.capture.adapters.staged import Hiera, MaxxVit, PiT, Swin
 from attnkd.capture.adapters.text import TextEncoder
 from attnkd.capture.adapters.timm_models import Timm
 from attnkd.capture.adapters.torchvision_models import Torchvision
@@ -35,6 +36,8 @@ _ADAPTERS: list[Adapter] = [
     Swin(),
     PiT(),
     Hiera(),
+    MaxxVit(),
+    ClassAttention(),
     Timm(),
 ]
 
@@ -82,11 +85,25 @@ def adapter_for(model: nn.Module, label: str = "model") -> Adapter:
                 f"{label}: expected a Vision Transformer, got {type(model).__name__} around one; give {label}.get_base_model(), which has "
                 "the adapters' weights in it, and trains them alone"
             )
-        families = ", ".join(one.family for one in _ADAPTERS)
         raise TypeError(
-            f"{label}: expected a Vision Transformer of a known family ({families}) or a timm name, got "
-            f"{type(model).__name__}. Another model needs an adapter of some twenty lines "
-            "(attnkd.capture.adapters.register_adapter, docs/models.md), or compare it in a loop of your own with "
+            f"{label}: expected a Vision Transformer or text encoder of a known family, or a timm name, got {type(model).__name__}"
+            f"{_why_not(model)}. Known families: {', '.join(one.family for one in _ADAPTERS)}. Another model needs an adapter of some "
+            "twenty lines (attnkd.capture.adapters.register_adapter, docs/models.md), or compare it in a loop of your own with "
             "AttentionTap and attention_divergence"
         )
     return adapter
+
+
+def _why_not(model: object) -> str:
+    """What is known of a model that no adapter speaks for: the reason, and its parts that some adapter speaks for."""
+    if not isinstance(model, nn.Module):
+        return ""
+    reasons = [reason for one in _ADAPTERS if (reason := one.refuses(model)) is not None]
+    parts: list[str] = []
+    for path, part in model.named_modules():
+        inside = any(path.startswith(f"{known}.") for known in parts)
+        if path and not inside and find_adapter(part) is not None:
+            parts.append(path)
+    if parts:
+        reasons.append(f"its part {' and '.join(map(repr, parts[:3]))} is of a known family: give that")
+    return "".join(f"; {reason}" for reason in reasons)

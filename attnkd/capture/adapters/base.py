@@ -45,6 +45,10 @@ class Adapter:
         """Whether this adapter speaks for the model. Cheap, and True for no model of another family."""
         raise NotImplementedError
 
+    def refuses(self, model: nn.Module) -> str | None:
+        """Why a model of this family's library is not taken, for the message; None where there is nothing to say."""
+        return None
+
     def blocks(self, model: nn.Module) -> list[str] | None:
         """The paths of the model's blocks in running order; None where they are its one list of modules with an attention each."""
         return None
@@ -57,6 +61,18 @@ class Adapter:
         """Over which tokens an attention runs, in words: two maps are compared only where these are equal. None: over all that the model
         puts out."""
         return None
+
+    def order(self, model: nn.Module, path: str) -> str | None:
+        """In what order the tokens of a block lie, in words: blocks are compared token by token only where these are equal. None: that of
+        the patches on a grid of :meth:`grids`."""
+        return None
+
+    def block_tokens(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """What a block called with ``args`` put out, as tokens [B, N, D]."""
+        listed = (
+            isinstance(output, (tuple, list)) and output
+        )  # Hugging Face: (tokens, attentions); DINOv3: a list of batches
+        return output[0] if listed else output
 
     def vocabulary(self, model: nn.Module) -> int | None:
         """The number of words that a text encoder knows; None for a model that takes images."""

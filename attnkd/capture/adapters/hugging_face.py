@@ -27,6 +27,16 @@ _PREFIX = {
 """Prefix tokens by ``config.model_type``, without registers. A model is known by being here: others may shuffle their patches
 (ViT-MAE), append tokens (YOLOS) or work in windows."""
 
+_WHY_NOT = {
+    "vit_mae": "it drops and shuffles its patches (its weights in a ViTModel are taken)",
+    "yolos": "it puts tokens behind its patches",
+    "swin": "it attends in windows (the Swin of timm is taken)",
+    "swinv2": "its attention is one of cosines",
+    "siglip2_vision_model": "it takes patches of several grids, with padding",
+    "dinov3_convnext": "it has no attention",
+}
+"""Why no model of a type is taken, by ``config.model_type``."""
+
 _ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 """Take images of any size without being told."""
 
@@ -41,6 +51,9 @@ class HuggingFace(Adapter):
             return False
         config: Any = getattr(_backbone(model), "config", None)
         return getattr(config, "model_type", None) in _PREFIX
+
+    def refuses(self, model: nn.Module) -> str | None:
+        return _WHY_NOT.get(str(getattr(getattr(model, "config", None), "model_type", None)))
 
     def layout(self, model: nn.Module) -> TokenLayout:
         config: Any = _backbone(model).config

@@ -59,9 +59,21 @@ class Swin(_Staged):
         return [[f"layers.{i}.blocks.{j}" for j in range(len(layer.blocks))] for i, layer in enumerate(model.layers)]
 
     def grid(self, model: nn.Module, size: Sequence[int]) -> Grid | None:
-        """The last stage's, where its attention sees all of it."""
+        """The last stage's, where its attention sees all of it in images of the size that the model was built for."""
         last: Any = model.get_submodule(self.blocks(model)[-1])
-        return None if _in_windows(last) else tuple(last.input_resolution)
+        return None if _in_windows(last) else self.grids(model, size)[-1]
+
+    def grids(self, model: Any, size: Sequence[int]) -> list[Grid]:
+        """Two by two tokens become one between two stages; what is odd is padded."""
+        height, width = model.patch_embed.dynamic_feat_size(size)
+        found = [(height, width)]
+        for _ in model.layers[1:]:
+            height, width = (height + 1) // 2, (width + 1) // 2
+            found.append((height, width))
+        return found
+
+    def block_tokens(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return output.flatten(1, 2)  # [B, H, W, D]
 
     def window(self, model: nn.Module, path: str) -> str | None:
         block: Any = model.get_submodule(path.rpartition(".")[0])
@@ -143,18 +155,25 @@ class Hiera(_Staged):
         height, width = (a // b**steps for a, b in zip(model.tokens_spatial_shape, model.q_stride, strict=True))
         return height, width
 
+    def order(self, model: Any, path: str) -> str | None:
+        stage = self.stage(model, path)
+        return None if stage == -1 and self.grid(model, ()) is not None else self._units(model, stage)
+
     def window(self, model: Any, path: str) -> str | None:
         attention, stage = model.get_submodule(path), self.stage(model, path)
-        if stage == -1 and attention.q_stride == 1 and self.grid(model, ()) is not None:
+        if attention.q_stride == 1 and self.order(model, path) is None:
             return None
+        said = self._units(model, stage)
+        if attention.use_mask_unit_attn:
+            said += f", windows of {attention.window_size}"
+        return said + (f", queries pooled by {attention.q_stride}" if attention.q_stride > 1 else "")
+
+    def _units(self, model: Any, stage: int) -> str:
         grid, unit, stride = (
             "x".join(map(str, sizes)) for sizes in (model.tokens_spatial_shape, model.mask_unit_size, model.q_stride)
         )
         steps = len(model.stage_ends) - 1
-        said = f"grid {grid} in units of {unit}, stage {stage + steps + 2} of {steps + 1} with {model.q_pool} poolings by {stride}"
-        if attention.use_mask_unit_attn:
-            said += f", windows of {attention.window_size}"
-        return said + (f", queries pooled by {attention.q_stride}" if attention.q_stride > 1 else "")
+        return f"grid {grid} in units of {unit}, stage {stage + steps + 2} of {steps + 1} with {model.q_pool} poolings by {stride}"
 
     def drops_patches(self, model: nn.Module) -> bool:
         return bool(model.patch_drop_rate) and model.training
@@ -169,6 +188,53 @@ class Hiera(_Staged):
 
     def check_features(self, label: str, model: nn.Module) -> None:
         """Every Hiera has that norm."""
+
+
+class MaxxVit(_Staged):
+    """``timm.models.maxxvit.MaxxVit``: MaxViT, CoAtNet and their relatives. Every attention is a block: over windows, over grids (every s-th token
+    in height and width), or over all tokens of its stage. Windows and grids lie in the batch. The first stages of a CoAtNet have none.
+    """
+
+    family, name, module = "MaxViT and CoAtNet of timm", "MaxxVit", "maxxvit"
+
+    def depths(self, model: Any) -> list[list[str]]:
+        found = []
+        for i, stage in enumerate(model.stages):
+            paths = [f"stages.{i}.{path}" for path, part in stage.named_modules() if hasattr(part, "fused_attn")]
+            parts = [path.rpartition(".")[0] for path in paths]
+            found.append([part if parts.count(part) == 1 else path for path, part in zip(paths, parts, strict=True)])
+        return found
+
+    def grid(self, model: Any, size: Sequence[int]) -> Grid | None:
+        """The last stage's, where the last attention sees all of it in images of the size that the model was built for."""
+        last = [path for path, part in model.named_modules() if hasattr(part, "fused_attn")][-1]
+        return self.grids(model, size)[-1] if self.window(model, last) is None else None
+
+    def grids(self, model: Any, size: Sequence[int]) -> list[Grid]:
+        strides = [info["reduction"] for info in model.feature_info[-len(model.stages) :]]
+        return [(-(-size[0] // stride), -(-size[1] // stride)) for stride in strides]
+
+    def window(self, model: Any, path: str) -> str | None:
+        part, stage = model.get_submodule(path.rpartition(".")[0]), self.stage(model, path)
+        grid = self.grids(model, model.img_size)[stage]
+        size = tuple(getattr(part, "partition_size", grid))
+        if size == grid:
+            return None if stage == -1 else "all of a grid of {}x{}".format(*grid)
+        side_by_side = getattr(part, "partition_block", path.endswith("attn_block"))
+        kind = "windows of {}x{}" if side_by_side else "{}x{} tokens, spread over the whole"
+        return "grid {}x{}, ".format(*grid) + kind.format(*size)
+
+    def block_tokens(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        channels_first = type(block).__name__.endswith("2d")
+        return output.flatten(2).mT if channels_first else output.flatten(1, 2)
+
+    def tokens(self, model: Any, images: Tensor) -> Tensor:
+        return model.forward_features(images).flatten(2).mT  # [B, D, H, W]
+
+    def run(self, model: Any, images: Tensor, train_head: bool) -> tuple[Tensor, Tensor | None]:
+        features = model.forward_features(images)
+        with torch.set_grad_enabled(train_head and torch.is_grad_enabled()):
+            return features.flatten(2).mT, model.forward_head(features)
 
 
 def _in_windows(block: Any) -> bool:

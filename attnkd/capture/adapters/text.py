@@ -28,6 +28,11 @@ class TextEncoder(Adapter):
             for base in type(model).__mro__
         )
 
+    def refuses(self, model: nn.Module) -> str | None:
+        config: Any = getattr(model, "config", None)
+        decodes = getattr(config, "model_type", None) in _TYPES and getattr(config, "is_decoder", False)
+        return "it is a decoder (is_decoder=True), and causal attention is not compared" if decodes else None
+
     def vocabulary(self, model: nn.Module) -> int | None:
         return model.config.vocab_size  # type: ignore[union-attr, return-value]
 

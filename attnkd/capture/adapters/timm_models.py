@@ -22,9 +22,10 @@ class Timm(Adapter):
         prefix, width = getattr(model, "num_prefix_tokens", None), getattr(model, "num_features", None)
         if not isinstance(prefix, int) or not isinstance(width, int):
             raise TypeError(
-                f"model: {type(model).__name__} does not say what its tokens are (num_prefix_tokens and num_features of a timm Vision "
-                "Transformer); it may work in stages or windows. An adapter says it (attnkd.capture.adapters.register_adapter, "
-                "docs/models.md), or compare it in a loop of your own with AttentionTap and attention_divergence"
+                f"model: {type(model).__name__} does not say what its tokens are (num_prefix_tokens of a plain Vision Transformer of timm), "
+                "and no adapter does: tokens of stages and windows are others in every block. Write an adapter "
+                "(attnkd.capture.adapters.register_adapter, docs/models.md), or compare attentions over the same tokens in a loop of "
+                "your own: AttentionTap with their paths, and attention_divergence"
             )
         owner = model if hasattr(model, "cls_token") else getattr(model, "embeds", None)  # NaFlexVit keeps it in embeds
         return TokenLayout(prefix, prefix > 0 and getattr(owner, "cls_token", None) is not None, width)
