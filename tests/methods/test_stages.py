@@ -148,8 +148,13 @@ def test_rows_of_the_last_stage_are_those_of_any_model(student: Any, teacher: An
 
 def test_maps_of_the_last_stage_are_those_of_any_model() -> None:
     """PiT has its class token and a grid in every stage."""
-    first = HeadKD(pit(), vit(patch=8), mode="block_to_block", blocks=1, teacher_blocks=0, verbose=False)
-    assert first(images(), torch.tensor([0, 1]))["attn_loss"] > 0
+    student = pit().train()
+    blocks = {"mode": "block_to_block", "blocks": 1, "teacher_blocks": 0}
+    first = HeadKD(student, vit(patch=8), **blocks, at_weight=1.0, label_teacher=vit(), verbose=False)
+    result = first(images(), torch.tensor([0, 1]))
+    assert result["attn_loss"] > 0 and result["at_loss"] > 0
+    result["label_loss"].backward()
+    assert bool(student.head_dist.weight.grad.any()) and student.head.weight.grad is None  # type: ignore[union-attr, operator]
     early = AttnDistill(pit(), vit(), blocks=1, verbose=False)
     assert early(images())["attn_loss"] > 0
     for ours in (pit(), hiera(), swin(img_size=64, window_size=8), maxvit()):
