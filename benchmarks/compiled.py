@@ -26,6 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from attnkd_kernels import replay
 from benchmarks.calls import Call
 from benchmarks.gate import SHARED
 from benchmarks.sass import matrix_loops
@@ -158,6 +159,7 @@ def unlaunched(target: str) -> Iterator[list[str]]:
         raise RuntimeError("TRITON_INTERPRET is set: this process interprets kernels and cannot compile them")
     driver = _loading_driver(target)  # one for all calls, because a loaded kernel keeps it
     triton.runtime.driver.set_active(driver)
+    replay.forget()  # of another target
     with _no_gpu(target):
         yield driver.launched
 

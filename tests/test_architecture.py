@@ -122,7 +122,8 @@ def test_nothing_fast_imports_a_reference_and_the_reference_nothing_but_torch():
         assert not {name for name in imports(file) if name.startswith(("triton", "attnkd_kernels"))}, file
     relation = {name for file in (ROOT / "attnkd/relation").rglob("*.py") for name in imports(file)}
     shared = {name for name in relation if name.startswith("attnkd.attention.")}
-    assert all(name.startswith(("attnkd.attention.checks", "attnkd.attention.dispatch")) for name in shared), shared
+    common = ("attnkd.attention.checks", "attnkd.attention.dispatch", "attnkd.attention.kinds")
+    assert all(name.startswith(common) for name in shared), shared
 
 
 def test_timm_has_one_home():

@@ -10,8 +10,9 @@ from torch import Tensor
 from attnkd.attention import chunked, dispatch, reference
 from attnkd.attention.call import AttentionCall, compared
 from attnkd.attention.checks import check_choice, check_temperature, kind
+from attnkd.attention.kinds import once_a_kind
 from attnkd.attention.merging import merge_logits, softmax_or_zero
-from attnkd.attention.problem import MERGES, REDUCTIONS, Problem, Side, make_problem, make_side
+from attnkd.attention.problem import MERGES, REDUCTIONS, Problem, Side, make_problem, make_side, unchecked
 from attnkd.attention.reductions import check_reduction, check_weight, reduced, summands, weighted
 
 if dispatch.TRITON_INSTALLED:
@@ -167,12 +168,38 @@ def attention_divergence(
             teacher_lse = calls[1].lse
     else:
         _refuse_rows(rows)
+    tensors = *in_autocast(student_query, student_key), *in_autocast(teacher_query, teacher_key)
+    if teacher_probs is student_mask is teacher_mask is student_lse is teacher_lse is row_weight is None:
+        student_scale, teacher_scale, implementation, factor = _decided(
+            *tensors, student_scale, teacher_scale, merge, divergence, temperature, reduction, impl
+        )
+        problem = unchecked(*tensors, student_scale, teacher_scale, merge, divergence, temperature)
+        return _per_row(implementation, problem) if factor is None else _weighted_sum(implementation, problem, factor)
     check_choice("reduction", reduction, REDUCTIONS)
     problem = make_problem(
-        *in_autocast(student_query, student_key), *in_autocast(teacher_query, teacher_key), teacher_probs,
-        student_scale, teacher_scale, student_mask, teacher_mask, merge, divergence, temperature, student_lse, teacher_lse,
+        *tensors, teacher_probs, student_scale, teacher_scale, student_mask, teacher_mask, merge, divergence, temperature,
+        student_lse, teacher_lse,
     )  # fmt: skip
     return divergence_of(problem, choose(impl, problem), row_weight, reduction)
+
+
+@once_a_kind
+def _decided(
+    student_query: Tensor, student_key: Tensor, teacher_query: Tensor | None, teacher_key: Tensor | None,
+    student_scale: float | None, teacher_scale: float | None, merge: str | None, divergence: str, temperature: float,
+    reduction: str, impl: str,
+) -> tuple[float, float, str, float | None]:  # fmt: skip
+    """The scales of both sides, the implementation, and what the sum of all rows is multiplied with (None: they are not summed); checked."""
+    check_choice("reduction", reduction, REDUCTIONS)
+    problem = make_problem(
+        student_query, student_key, teacher_query, teacher_key, None, student_scale, teacher_scale, None, None, merge, divergence,
+        temperature,
+    )  # fmt: skip
+    implementation = choose(impl, problem)
+    check_reduction(problem, reduction)
+    factor = None if reduction == "none" else summands(problem, None, reduction)
+    assert not isinstance(factor, Tensor)  # nothing is masked
+    return problem.student.scale, problem.teacher.scale, implementation, factor
 
 
 def divergence_of(problem: Problem, implementation: str, row_weight: Tensor | None, reduction: str) -> Tensor:
@@ -254,18 +281,30 @@ def attention_rows(
         query, key, mask, scale = call.query, call.key, call.mask, call.scale
     else:
         _refuse_rows(rows)
-    check_choice("merge", merge, MERGES)
-    check_temperature(temperature)
-    side = make_side("", *in_autocast(query, key), scale, mask)
-    assert side.query is not None
-    implementation = dispatch.choose(impl, (side.query, side.key), (side.mask,))
+    query, key = in_autocast(query, key)
+    assert not isinstance(query, AttentionCall)
+    scale, implementation = _rows_decided(query, key, scale, mask, merge, temperature, impl)
+    side = Side(query, key, None if mask is None else mask.expand(*query.shape[:3], key.shape[2]), scale)
     if implementation == "reference":
         probs = reference.attention_rows(side, merge, temperature)
-        return probs if side.query.dtype == torch.float64 else probs.float()
+        return probs if query.dtype == torch.float64 else probs.float()
+    if implementation == "triton" and mask is None and merge in (None, "logsum"):
+        return fused.row_probs(side, merge is not None, temperature)
     logits = _row_logits(implementation, side, merge == "logsum", temperature)
     if merge not in (None, "logsum"):
         logits = merge_logits(logits, merge)
     return logits.softmax(-1) if mask is None else softmax_or_zero(logits)
+
+
+@once_a_kind
+def _rows_decided(
+    query: Tensor, key: Tensor, scale: float | None, mask: Tensor | None, merge: str | None, temperature: float, impl: str
+) -> tuple[float, str]:  # fmt: skip
+    """The scale and the implementation of :func:`attention_rows`; checked."""
+    check_choice("merge", merge, MERGES)
+    check_temperature(temperature)
+    side = make_side("", query, key, scale, mask)
+    return side.scale, dispatch.choose(impl, (side.query, side.key), (side.mask,))
 
 
 def reduce_rows(
@@ -385,7 +424,7 @@ def in_autocast(query: Any, key: Any) -> tuple[Any, Any]:
 
 def all_in_autocast(*tensors: Any) -> tuple[Any, ...]:
     """The same for any number of tensors."""
-    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+    if not torch._C._is_any_autocast_enabled() or not all(isinstance(tensor, Tensor) for tensor in tensors):
         return tensors
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):

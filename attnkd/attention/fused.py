@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from attnkd.attention import dispatch, fused_maps, fused_rows
-from attnkd.attention.fused_rows import row_logits
+from attnkd.attention.fused_rows import row_logits, row_probs
 from attnkd.attention.problem import Problem
 
-__all__ = ["per_row", "row_logits", "why_not"]
+__all__ = ["per_row", "row_logits", "row_probs", "why_not"]
 
 
 def why_not(problem: Problem) -> str | None:

@@ -26,6 +26,7 @@ from attnkd_kernels.attention.tiles import WIDEST
 from attnkd_kernels.language import BOOL_ROW, NO_MASK
 from attnkd_kernels.launch import architecture, mask_kind
 from attnkd_kernels.map.launch import Maps, Model
+from attnkd_kernels.replay import replayed
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, "
@@ -78,12 +79,12 @@ def _attention_bwd_fake(grad, loss_grad, *inputs):
 
 _fwd = register(
     f"attention_fwd({_INPUTS}, Tensor? teacher_lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _attention_fwd,
+    replayed(_attention_fwd),
     _attention_fwd_fake,
 )
 _bwd = register(
     f"attention_bwd(Tensor grad, Tensor loss_grad, {_INPUTS}, {_SAVED}) -> Tensor[]",
-    _attention_bwd,
+    replayed(_attention_bwd),
     _attention_bwd_fake,
 )
 

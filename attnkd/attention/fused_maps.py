@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from attnkd.attention.problem import Problem, stored_mask
-from attnkd.attention.reductions import of_rows, total
+from attnkd.attention.reductions import total
 from attnkd.operators import first_order_only, keep, kept, register, without_autocast
 from attnkd_kernels.launch import architecture, num_processors
 from attnkd_kernels.map.launch import Maps, Model, Saved, allocate, map_bias_bwd, map_bwd, map_fwd
+from attnkd_kernels.replay import replayed
 
 MAX_WIDTH = 1024
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -70,12 +71,12 @@ def _map_bwd_fake(grad, *inputs):
 
 _fwd = register(
     f"map_fwd({_INPUTS}, {_KNOWN}, bool need_dq) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _map_fwd,
+    replayed(_map_fwd),
     _map_fwd_fake,
 )
 _bwd = register(
     f"map_bwd(Tensor grad, {_INPUTS}, {_SAVED}, bool need_dq, bool need_dk, bool need_dmask) -> (Tensor, Tensor, Tensor)",
-    _map_bwd,
+    replayed(_map_bwd),
     _map_bwd_fake,
 )
 
@@ -96,7 +97,7 @@ class MapDivergenceFunction(torch.autograd.Function):
         keep(ctx, qs, ks, stored_s, qt, kt, stored_t, *saved)
         ctx.options = (scale_s, scale_t, *how)
         ctx.mask_shape = None if ms is None else ms.shape
-        ctx.factor, ctx.rows = factor, loss.shape
+        ctx.factor = 1.0 if factor is None else factor
         return total(loss, factor)
 
     @staticmethod
@@ -106,7 +107,10 @@ class MapDivergenceFunction(torch.autograd.Function):
         scale_s, scale_t, *how = ctx.options
         need = ctx.needs_input_grad[:3]
         call = (qs, ks, stored_s, scale_s, qt, kt, stored_t, scale_t, *how)
-        grad = of_rows(grad, ctx.factor, ctx.rows)
+        if (
+            ctx.factor != 1.0
+        ):  # not later: a kernel's products take the upstream gradient in the inputs' dtype, and in float16 it can overflow
+            grad = grad * ctx.factor
         with without_autocast(qs.device.type):
             dq, dk, dmask = _bwd(grad, *call, *saved, *need)
         if need[2]:

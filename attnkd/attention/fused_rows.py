@@ -12,15 +12,18 @@ from torch.nn import functional as F
 
 from attnkd.attention.owned import alone, distinct, owners
 from attnkd.attention.problem import Problem, Side
-from attnkd.attention.reductions import of_rows, total
+from attnkd.attention.reductions import total
 from attnkd.operators import first_order_only, keep, kept, register
+from attnkd_kernels.replay import replayed
 from attnkd_kernels.row.backward import row_kl_add, row_kl_bwd
 from attnkd_kernels.row.kl import MAX_WIDTH, ONE_SWEEP, fits_whole, row_kl_fwd
 from attnkd_kernels.row.logits import row_logits_bwd, row_logits_fwd
 from attnkd_kernels.row.merge import KEYS_IN_REGISTERS, MAX_KEYS, row_merge
 
 
-def _row_kl_fwd_fake(qs, ks, ms, qt, kt, mt, probs, scale_s, scale_t, temperature, wide, divergence, need_grad):
+def _row_kl_fwd_fake(
+    qs, ks, ms, qt, kt, mt, probs, scale_s, scale_t, temperature, wide, divergence, need_grad, factor=1.0
+):
     B, H, M, D = qs.shape
     rows = (B, 1 if wide else H, M)
     empty = qs.new_empty(0, dtype=torch.float32)
@@ -65,37 +68,37 @@ def _row_merge_fake(logits_s, logits_t, probs, merge, divergence, need_grad):
 _row_kl_fwd = register(
     "row_kl_fwd(Tensor student_query, Tensor student_key, Tensor? student_mask, Tensor? teacher_query, Tensor? teacher_key, "
     "Tensor? teacher_mask, Tensor? teacher_probs, float student_scale, float teacher_scale, float temperature, bool wide, "
-    "str divergence, bool need_grad) -> (Tensor, Tensor, Tensor)",
-    row_kl_fwd,
+    "str divergence, bool need_grad, float factor=1.0) -> (Tensor, Tensor, Tensor)",
+    replayed(row_kl_fwd),
     _row_kl_fwd_fake,
 )
 _row_kl_bwd = register(
     "row_kl_bwd(Tensor grad, Tensor coef, Tensor unit_dq, Tensor query, Tensor key, float scale, float temperature, bool wide, "
     "bool need_dq, bool need_dk, bool need_dmask) -> (Tensor, Tensor, Tensor)",
-    row_kl_bwd,
+    replayed(row_kl_bwd),
     _row_kl_bwd_fake,
 )
 _row_kl_add = register(
     "row_kl_add(Tensor(a!) dq, Tensor(b!) dk, Tensor grad, Tensor coef, Tensor unit_dq, Tensor query, float scale, "
     "float temperature, bool wide) -> ()",
-    row_kl_add,
+    replayed(row_kl_add),
     lambda *args: None,
 )
 _row_logits_fwd = register(
     "row_logits_fwd(Tensor query, Tensor key, Tensor? mask, float scale, float temperature, bool wide) -> Tensor",
-    row_logits_fwd,
+    replayed(row_logits_fwd),
     _row_logits_fwd_fake,
 )
 _row_logits_bwd = register(
     "row_logits_bwd(Tensor grad, Tensor query, Tensor key, float scale, float temperature, bool wide, bool need_dq, "
     "bool need_dk, bool need_dmask) -> (Tensor, Tensor, Tensor)",
-    row_logits_bwd,
+    replayed(row_logits_bwd),
     _row_logits_bwd_fake,
 )
 _row_merge = register(
     "row_merge(Tensor student_logits, Tensor? teacher_logits, Tensor? teacher_probs, str? merge, str divergence, "
     "bool need_grad) -> (Tensor, Tensor)",
-    row_merge,
+    replayed(row_merge),
     _row_merge_fake,
 )
 
@@ -105,29 +108,28 @@ class RowKLFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qs, ks, ms, qt, kt, mt, probs, scale_s, scale_t, temperature, wide, divergence, need_grad, factor):
+        times = 1.0 if factor is None else factor
         loss, coef, unit_dq = _row_kl_fwd(
-            qs, ks, ms, qt, kt, mt, probs, scale_s, scale_t, temperature, wide, divergence, need_grad
+            qs, ks, ms, qt, kt, mt, probs, scale_s, scale_t, temperature, wide, divergence, need_grad, times
         )
         if need_grad:
             keep(ctx, coef, unit_dq, qs, ks)
-            ctx.options = (scale_s, temperature, wide)
+            ctx.options = (
+                scale_s,
+                temperature / times,
+                wide,
+            )  # what is left of the gradients is divided by the temperature
             ctx.mask_dtype = None if ms is None else ms.dtype
-            ctx.factor = factor
         return total(loss, factor)
 
     @staticmethod
     @first_order_only
     def backward(ctx, grad):
         coef, unit_dq, qs, ks = kept(ctx)
-        grad = of_rows(grad, ctx.factor, coef.shape[:3])
-        need_dq, need_dk, need_dmask = ctx.needs_input_grad[:3]
-        dq, dk, dmask = _row_kl_bwd(grad, coef, unit_dq, qs, ks, *ctx.options, need_dq, need_dk, need_dmask)
-        return (
-            dq if need_dq else None,
-            dk if need_dk else None,
-            dmask.to(ctx.mask_dtype) if need_dmask else None,
-            *[None] * 11,
-        )
+        need = ctx.needs_input_grad[:3]
+        return *_asked(_row_kl_bwd(grad, coef, unit_dq, qs, ks, *ctx.options, *need), need, ctx.mask_dtype), *[
+            None
+        ] * 11
 
 
 class BesideFunction(torch.autograd.Function):
@@ -171,6 +173,32 @@ def _beside_gradients(ctx, dq, dk, grad):
     return dq, keys if dk is None else dk + keys, *[None] * 11
 
 
+class RowMergeFunction(torch.autograd.Function):
+    """Per-row divergence [B, Ho, M], or ``factor`` times its sum, by way of the rows' logits: heads merged by mean, max or min, or a
+    divergence that needs whole rows."""
+
+    @staticmethod
+    def forward(
+        ctx, qs, ks, ms, qt, kt, mt, probs, scale_s, scale_t, temperature, wide, merge, divergence, need_grad, factor
+    ):
+        logits_s = _row_logits_fwd(qs, ks, ms, scale_s, temperature, wide)
+        logits_t = None if qt is None else _row_logits_fwd(qt, kt, mt, scale_t, temperature, wide)
+        loss, unit = _row_merge(logits_s, logits_t, probs, None if wide else merge, divergence, need_grad)
+        if need_grad:
+            keep(ctx, unit, qs, ks)
+            ctx.options = (scale_s, temperature if factor is None else temperature / factor, wide)
+            ctx.mask_dtype = None if ms is None else ms.dtype
+        return total(loss, factor)
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx, grad):
+        unit, qs, ks = kept(ctx)
+        need = ctx.needs_input_grad[:3]
+        unit = unit * (grad.unsqueeze(-1) if grad.ndim else grad)
+        return *_asked(_row_logits_bwd(unit, qs, ks, *ctx.options, *need), need, ctx.mask_dtype), *[None] * 12
+
+
 class RowLogitsFunction(torch.autograd.Function):
     """Logits [B, Ho, M, N] of a few rows."""
 
@@ -185,34 +213,34 @@ class RowLogitsFunction(torch.autograd.Function):
     @first_order_only
     def backward(ctx, grad):
         query, key = kept(ctx)
-        need_dq, need_dk, need_dmask = ctx.needs_input_grad[:3]
-        dq, dk, dmask = _row_logits_bwd(grad, query, key, *ctx.options, need_dq, need_dk, need_dmask)
-        return (
-            dq if need_dq else None,
-            dk if need_dk else None,
-            dmask.to(ctx.mask_dtype) if need_dmask else None,
-            None,
-            None,
-            None,
-        )
+        need = ctx.needs_input_grad[:3]
+        return *_asked(_row_logits_bwd(grad, query, key, *ctx.options, *need), need, ctx.mask_dtype), None, None, None
 
 
-class RowMergeFunction(torch.autograd.Function):
-    """Per-row divergence [B, Ho, M] of logits [B, Hs, M, N], heads merged by mean, max or min; or ``factor`` times its sum."""
+class RowProbsFunction(torch.autograd.Function):
+    """The softmax [B, Ho, M, N] of those logits; one node in the graph where there would be two."""
 
     @staticmethod
-    def forward(ctx, logits_s, logits_t, probs, merge, divergence, need_grad, factor):
-        loss, unit = _row_merge(logits_s, logits_t, probs, merge, divergence, need_grad)
-        if need_grad:
-            keep(ctx, unit)
-            ctx.factor, ctx.rows = factor, loss.shape
-        return total(loss, factor)
+    def forward(ctx, query, key, scale, temperature, wide):
+        probs = _row_logits_fwd(query, key, None, scale, temperature, wide).softmax(-1)
+        keep(ctx, query, key, probs)
+        ctx.options = (scale, temperature, wide)
+        return probs
 
     @staticmethod
     @first_order_only
     def backward(ctx, grad):
-        (unit,) = kept(ctx)
-        return unit * of_rows(grad, ctx.factor, ctx.rows).unsqueeze(-1), *[None] * 6
+        query, key, probs = kept(ctx)
+        need = (*ctx.needs_input_grad[:2], False)
+        unit = torch.ops.aten._softmax_backward_data(grad, probs, -1, probs.dtype)
+        dq, dk, _ = _asked(_row_logits_bwd(unit, query, key, *ctx.options, *need), need, None)
+        return dq, dk, None, None, None
+
+
+def _asked(grads, need, mask_dtype):
+    """dq, dk and dmask, the last in the mask's dtype; None for what is not needed."""
+    dq, dk, dmask = grads
+    return dq if need[0] else None, dk if need[1] else None, dmask.to(mask_dtype) if need[2] else None
 
 
 def why_not(problem: Problem) -> str | None:
@@ -236,16 +264,13 @@ def per_row(problem: Problem, factor: float | None = None) -> Tensor:
     need_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (student.query, student.key, student.mask)
     )
+    inputs = (
+        student.query, student.key, _merged_mask(student, wide), teacher.query, teacher.key, _merged_mask(teacher, wide),
+        teacher.probs, student.scale, teacher.scale, problem.temperature, wide,
+    )  # fmt: skip
     if _one_sweep(problem):
-        return RowKLFunction.apply(
-            student.query, student.key, _merged_mask(student, wide), teacher.query, teacher.key, _merged_mask(teacher, wide),
-            teacher.probs, student.scale, teacher.scale, problem.temperature, wide, problem.divergence, need_grad,
-            factor,
-        )  # fmt: skip
-    logits_s = row_logits(student, wide, problem.temperature)
-    logits_t = None if teacher.query is None else row_logits(teacher, wide, problem.temperature)
-    merge = None if wide else problem.merge
-    return RowMergeFunction.apply(logits_s, logits_t, teacher.probs, merge, problem.divergence, need_grad, factor)
+        return RowKLFunction.apply(*inputs, problem.divergence, need_grad, factor)
+    return RowMergeFunction.apply(*inputs, problem.merge, problem.divergence, need_grad, factor)
 
 
 def beside(query: Tensor, key: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -273,6 +298,11 @@ def beside(query: Tensor, key: Tensor, problem: Problem) -> tuple[Tensor, Tensor
 def row_logits(side: Side, wide: bool, temperature: float) -> Tensor:
     """Logits [B, H, M, N] in float32 ([B, 1, M, N], summed over heads, when ``wide``); −inf where a key is hidden."""
     return RowLogitsFunction.apply(side.query, side.key, _merged_mask(side, wide), side.scale, temperature, wide)
+
+
+def row_probs(side: Side, wide: bool, temperature: float) -> Tensor:
+    """softmax(logits) of :func:`row_logits` without a mask."""
+    return RowProbsFunction.apply(side.query, side.key, side.scale, temperature, wide)
 
 
 def _one_sweep(problem: Problem) -> bool:

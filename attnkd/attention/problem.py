@@ -147,6 +147,16 @@ def make_problem(
     return Problem(student, teacher, merge, divergence, temperature)
 
 
+def unchecked(
+    student_query: Tensor, student_key: Tensor, teacher_query: Tensor, teacher_key: Tensor, student_scale: float,
+    teacher_scale: float, merge: str | None, divergence: str, temperature: float,
+) -> Problem:  # fmt: skip
+    """The problem of queries and keys alone that :func:`make_problem` made of others of the same kind."""
+    student = Side(student_query, student_key, None, student_scale)
+    teacher = Side(_cut(teacher_query), _cut(teacher_key), None, teacher_scale)
+    return Problem(student, teacher, merge, divergence, temperature)
+
+
 def make_side(
     name: str, query: Tensor, key: Tensor, scale: float | None, mask: Tensor | None, lse: Tensor | None = None
 ) -> Side:

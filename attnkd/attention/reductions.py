@@ -59,20 +59,13 @@ def summands(problem: Problem, weight: Tensor | None, reduction: str) -> Tensor 
 
 
 def total(rows: Tensor, factor: float | None) -> Tensor:
-    """factor · Σ rows, or with None the rows as they are. Inside an autograd function, with :func:`of_rows` in its backward:
-    as operations of their own, sum and product would put two more nodes into the graph and two more launches on the way back."""
+    """factor · Σ rows, or with None the rows as they are. For the inside of an autograd function, whose backward knows the factor: as
+    operations of their own, sum and product would put two more nodes into the graph and two more launches on the way back."""
     if factor is None:
         return rows
     if factor == 1.0:
         return rows.sum()
     return rows.mean() if factor * rows.numel() == 1.0 else rows.sum() * factor  # one launch where it can be
-
-
-def of_rows(grad: Tensor, factor: float | None, shape: tuple[int, ...]) -> Tensor:
-    """The gradient of rows [B, Ho, M] = ``shape``, given that of their :func:`total`."""
-    if factor is None:
-        return grad
-    return (grad if factor == 1.0 else grad * factor).expand(shape)
 
 
 def reduced(rows: Tensor, problem: Problem, weight: Tensor | None, reduction: str) -> Tensor:

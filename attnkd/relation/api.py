@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnkd.attention import dispatch
 from attnkd.attention.checks import check_choice, check_tensor, integer
+from attnkd.attention.kinds import once_a_kind
 from attnkd.relation import chunked, reference
 
 if dispatch.TRITON_INSTALLED:
@@ -62,28 +63,42 @@ def relation_row_loss(
 
         loss = relation_row_loss(student_tokens, teacher_tokens)     # [B, 197, 192] and [B, 197, 768]
     """
-    check_choice("normalize_dim", normalize_dim, (-1, -2))
-    normalize_dim = int(normalize_dim)
-    check_choice("reduction", reduction, REDUCTIONS)
-    prefixes = _check_features(student_features, teacher_features, student_prefix_tokens, teacher_prefix_tokens)
-    teacher_features = teacher_features.detach()
-    implementation = dispatch.choose(
-        impl, (student_features, teacher_features), why_not_fused=lambda: _why_not_fused(normalize_dim)
+    implementation, normalize_dim, factor, prefix_s, prefix_t = _decided(
+        student_features, teacher_features, student_prefix_tokens, teacher_prefix_tokens, normalize_dim, reduction, impl
     )
-    features = student_features, teacher_features, *prefixes
+    features = student_features, teacher_features.detach(), prefix_s, prefix_t
     if implementation == "triton":
-        loss = fused.per_image(*features, reference.EPS)
-    elif implementation == "chunked":
+        return fused.per_image(*features, reference.EPS, factor)
+    if implementation == "chunked":
         loss = chunked.per_image(*features, normalize_dim, reference.EPS)
     else:
         loss = reference.per_image(*features, normalize_dim)
     if reduction == "none":
         return loss
-    if reduction == "sum":
-        return loss.sum()
-    if len(loss) == 0:
+    return loss.sum() if reduction == "sum" else loss.mean()
+
+
+@once_a_kind
+def _decided(
+    student: Tensor,
+    teacher: Tensor,
+    student_prefix: int,
+    teacher_prefix: int,
+    normalize_dim: int,
+    reduction: str,
+    impl: str,
+) -> tuple[str, int, float | None, int, int]:
+    """The implementation, the dimension, what the sum over images is multiplied with (None: no sum), the numbers of prefix tokens; checked."""
+    check_choice("normalize_dim", normalize_dim, (-1, -2))
+    normalize_dim = int(normalize_dim)
+    check_choice("reduction", reduction, REDUCTIONS)
+    prefixes = _check_features(student, teacher, student_prefix, teacher_prefix)
+    batch = student.shape[0]
+    if reduction == "mean" and batch == 0:
         raise ValueError("reduction: 'mean' of an empty batch is undefined, student_features has shape [0, ...]")
-    return loss.mean()
+    implementation = dispatch.choose(impl, (student, teacher), why_not_fused=lambda: _why_not_fused(normalize_dim))
+    factor = {"none": None, "sum": 1.0, "mean": 1.0 / max(batch, 1)}[reduction]
+    return implementation, normalize_dim, factor, *prefixes
 
 
 def _why_not_fused(normalize_dim: int) -> str | None:

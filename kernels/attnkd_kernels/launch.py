@@ -11,44 +11,34 @@ import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from attnkd_kernels import language
+from attnkd_kernels import language, replay
 from attnkd_kernels.language import HeadSpec, Operand, Side
 
 LOG2E = language.LOG2E.value
 OPTIONS = {"enable_fp_fusion": True}
 """Compiler options of every launch: multiply-adds may fuse, whatever Triton's default becomes."""
 
-_compiled: dict[tuple, tuple[CompiledKernel, list[Any]]] = {}
-_MOST_COMPILED = 4096
-_HIP = torch.version.hip is not None
 _HERE = contextlib.nullcontext()
 
 
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
-    """``kernel[grid](*args, **named)`` on the tensors' device, in a fraction of the host's time from the second launch of a kind on.
+    """``kernel[grid](*args, **named)`` on the tensors' device.
 
-    Triton binds and hashes all arguments and compares the kernel's globals in every launch, to find the compiled kernel. Which one
-    it is depends on no more than :func:`_describe` tells, so that is the key here; a hit hands its arguments to that kernel.
+    Triton binds and hashes all arguments and compares the kernel's globals, to find the compiled kernel; :mod:`attnkd_kernels.replay` keeps
+    what it found.
 
     Args:
         kernel: its constants are its last parameters.
         args: what is known at run time: tensors, numbers, None, and named tuples of them; at least one tensor.
         named: the constants and the compiler's options.
     """
-    first = _first_tensor(args)
-    described: list[Any] = [kernel.fn, first.get_device(), *named, *named.values()]
-    _describe(args, described)
-    key = tuple(described)
-    with _on_device(first):
-        if key in _compiled:
-            compiled, constants = _compiled[key]
-            compiled[grid if len(grid) == 3 else (*grid, 1, 1)](*args, *constants)
-            return
+    with _on_device(_first_tensor(args)):
         compiled = kernel[grid](*args, **named, **OPTIONS)
-    if isinstance(compiled, CompiledKernel):  # the interpreter has none
-        if len(_compiled) >= _MOST_COMPILED:  # sizes that never come twice
-            _compiled.clear()
-        _compiled[key] = compiled, [named[name] for name in kernel.arg_names[len(args) :]]
+    if isinstance(compiled, CompiledKernel):
+        constants = [named[name] for name in kernel.arg_names[len(args) :]]
+        replay.launched(compiled[(*grid, 1, 1)[:3]], (*args, *constants))
+    else:  # interpreted, or not launched
+        replay.launched(None, args)
 
 
 def _first_tensor(args: tuple) -> Any:
@@ -60,25 +50,6 @@ def _first_tensor(args: tuple) -> Any:
             if found is not None:
                 return found
     return None
-
-
-def _describe(args: tuple, into: list[Any]) -> None:
-    """What a compiled kernel depends on: integers, the dtype and alignment of tensors, and what is None."""
-    for arg in args:
-        kind = type(arg)
-        if kind is Operand:
-            into.append(arg[1:])  # the strides
-            arg = arg[0]
-        if arg is None or kind is int:
-            into.append(arg)
-        elif kind is float:
-            into.append(kind)
-        elif isinstance(arg, tuple):
-            _describe(arg, into)
-        else:
-            into += (arg.dtype, arg.data_ptr() % 16 == 0)
-            if _HIP:  # its compiler has other instructions for tensors up to 2 GiB
-                into.append(arg.untyped_storage().nbytes() >> 31)
 
 
 def cdiv(size: int, by: int) -> int:
@@ -94,6 +65,12 @@ def padded(size: int, at_least: int = 16) -> int:
 def operand(tensor: Tensor) -> Operand:
     """A tensor [B, H, rows, columns] with any strides."""
     return Operand(tensor, *tensor.stride())
+
+
+def row_strides(grad: Tensor) -> tuple[int, int, int]:
+    """The strides of an upstream gradient of rows [B, Ho, M]; one number, [], is that of every row."""
+    batch, head, row = grad.stride() or (0, 0, 0)
+    return batch, head, row
 
 
 def mask_operand(mask: Tensor) -> Operand:

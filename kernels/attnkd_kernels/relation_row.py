@@ -237,9 +237,12 @@ def _operand(features: Tensor) -> Operand:
 
 
 def relation_row_fwd(
-    student: Tensor, teacher: Tensor, student_prefix: int, teacher_prefix: int, eps: float, need_grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    student: Tensor, teacher: Tensor, student_prefix: int, teacher_prefix: int, eps: float, need_grad: bool,
+    factor: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss [B], coefficients a and b [B, 2, P] and partial b_0 [B, blocks], fp32 (the last two empty without grad).
+
+    With a ``factor`` the loss is [], the factor times the sum over images, and the coefficients are those of this number.
 
     Args:
         student: [B, Ns, Cs]; token 0 is the class token, tokens ``student_prefix``.. are the patches.
@@ -257,14 +260,16 @@ def relation_row_fwd(
         kept = (b_0, coef) if need_grad else (None, None)
         launch.run(
             _relation_row_fwd_kernel, (B * blocks,),
-            loss, *kept, eps * eps, 1.0 / P, P, blocks, _operand(student), _operand(teacher),
+            loss, *kept, eps * eps, (1.0 if factor is None else factor) / P, P, blocks, _operand(student), _operand(teacher),
             S=_spec(student_prefix, C_S), T=_spec(teacher_prefix, C_T), BN=BN, num_warps=8,
         )  # fmt: skip
+    if factor is not None:
+        return loss.sum(), coef, b_0
     return loss.sum(1) if blocks > 1 else loss.view(B), coef, b_0
 
 
 def relation_row_bwd(grad: Tensor, coef: Tensor, b_0: Tensor, student: Tensor, student_prefix: int) -> Tensor:
-    """dF [B, N, C] in the student's dtype and (where dense) layout, from the upstream gradient [B] and what the forward kept."""
+    """dF [B, N, C] in the student's dtype and (where dense) layout, from the upstream gradient, [B] or [], and what the forward kept."""
     B, N, C = student.shape
     P, blocks = N - student_prefix, b_0.shape[1]
     df = torch.empty_like(student)
@@ -276,7 +281,7 @@ def relation_row_bwd(grad: Tensor, coef: Tensor, b_0: Tensor, student: Tensor, s
     chunks = launch.cdiv(C, BC)
     splits, tiles = launch.split(launch.cdiv(P, BN), B * chunks, launch.num_processors(student.device))
     acc = coef.new_empty((B, splits, C)) if splits > 1 else None
-    upstream = Operand(grad, grad.stride(0), 0, 0, 0)
+    upstream = Operand(grad, grad.stride(0) if grad.ndim else 0, 0, 0, 0)
     constants = {"SPEC": SPEC, "BLOCKS": launch.padded(blocks), "num_warps": _warps(student)}
     operands = upstream, _operand(student), _operand(df)
     numbers = P, blocks, splits, tiles

@@ -129,9 +129,12 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_attention_divergence_refuses(name):
+    """Also behind good calls: checks are made once for all calls of a kind, and no error is remembered."""
     change, error, message = CASES[name]
-    with pytest.raises(error, match=message):
-        attention_divergence(**(good() | change))
+    for _ in range(2):
+        attention_divergence(**good())
+        with pytest.raises(error, match=message):
+            attention_divergence(**(good() | change))
 
 
 @pytest.mark.parametrize("impl", ["auto", "chunked", "triton"])
@@ -142,6 +145,7 @@ def test_gradients_by_torch_func_are_for_the_reference(impl):
     def loss(query, impl):
         return attention_divergence(query, **arguments, reduction="sum", impl=impl)
 
+    loss(query, impl)  # a good call of the same shapes before
     for transform in (torch.func.grad, torch.func.jacrev):
         with pytest.raises(NotImplementedError, match=f"impl='{impl}': gradients by torch.func .* impl='reference'"):
             transform(loss)(query, impl)
@@ -201,3 +205,32 @@ def test_attention_rows_and_merge_attention_refuse():
         merge_attention(torch.rand(B, H, M, N), None)
     with pytest.raises(ValueError, match="probs: expected 4 dimensions"):
         merge_attention(torch.rand(B, H, N), "mean")
+
+
+def test_equal_options_of_other_types_are_not_the_same_call():
+    arguments = good()
+    for scale in (1.0, 1):
+        attention_divergence(**arguments, temperature=1.0, student_scale=scale)
+        attention_rows(arguments["student_query"], arguments["student_key"], scale=scale)
+    for name, value in (
+        ("temperature", True),
+        ("student_scale", True),
+        ("temperature", torch.tensor(1.0)),
+        ("merge", 0),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"{name}: expected"):
+            attention_divergence(**arguments, **{name: value})
+    with pytest.raises(TypeError, match="scale: expected"):
+        attention_rows(arguments["student_query"], arguments["student_key"], scale=True)
+
+
+def test_what_a_transform_left_counts_as_its_value():
+    """Outside of the transform nothing is transformed: the reference says the same."""
+    arguments, left = good(), []
+    query, key = arguments.pop("student_query"), arguments.pop("student_key").requires_grad_()
+    torch.func.grad(lambda q: (left.append(q), q.sum())[1])(query)
+    torch.func.jvp(lambda q: (left.append(q), q.sum())[1], (query,), (query,))
+    for one in left:
+        losses = [attention_divergence(one, key, **arguments, impl=impl) for impl in ("chunked", "reference")]
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, key)[0] for loss in losses))

@@ -33,7 +33,7 @@ import json, sys, torch
 from dataclasses import replace
 from benchmarks import compiled
 from benchmarks.calls import Attention, Relation, gradients
-from attnkd_kernels import launch
+from attnkd_kernels import replay
 from triton.runtime.jit import JITFunction
 
 handed, by_triton = [], []
@@ -73,7 +73,7 @@ with compiled.unlaunched("sm90"):
     again = [launches(*case) for case in cases]
     fresh = []
     for case in cases:
-        launch._compiled.clear()
+        replay.forget()
         fresh.append(launches(*case))
 print(json.dumps({
     "same": [first == second for (first, _), (second, _) in zip(again, fresh)],
@@ -83,6 +83,86 @@ print(json.dumps({
     "kernels": len({h for found, _ in fresh for h, *_ in found}),
 }))
 """
+
+
+REPLAYED = """
+import json, torch
+from attnkd.operators import register
+from attnkd_kernels import replay
+
+bodies = []
+@replay.replayed
+def product(x, y, times):
+    bodies.append(1)
+    out = torch.empty_like(x)
+    torch.mul(x, y, out=out)
+    torch.promote_types(x.dtype, y.dtype)
+    return out, [(out[:, 1:].sum(1) * times).view(-1, 1)], None
+
+def right(x, y, times):
+    out, (sums,), none = product(x, y, times)
+    return torch.equal(out, x * y) and torch.equal(sums, ((x * y)[:, 1:].sum(1) * times).view(-1, 1)) and out.stride() == x.stride() and none is None
+
+@replay.replayed
+def of_values(x):
+    return x * 2 if x.sum().item() > 0 else x * 3
+
+@replay.replayed
+def of_the_outside(x):
+    return x + outside
+
+@replay.replayed
+def fails_for_one(x):
+    if x.shape[0] == 1:
+        raise ValueError("one")
+    return x + 1
+
+x, y = torch.randn(2, 3, 4)
+found = {"right": [], "bodies": []}
+def twice(*args):
+    before = len(bodies)
+    found["right"] += [right(*args), right(*args)]
+    found["bodies"].append(len(bodies) - before)
+twice(x, x, 2.0)                                     # one tensor twice ...
+twice(x, y, 2.0)                                     # ... is not remembered as one
+twice(x, y, 3.0)
+twice(x.double(), y.double(), 3.0)
+twice(x.mT, y.mT, 3.0)
+twice(torch.randn(13)[1:].view(3, 4), y, 3.0)        # not aligned
+twice(torch.randn(5, 4), torch.randn(5, 4), 3.0)
+operator = register(
+    "test_product(Tensor x, Tensor y, float times) -> (Tensor, Tensor)",
+    replay.replayed(lambda x, y, times: (torch.empty_like(x).copy_(x * y), x * times)),
+    lambda x, y, times: (torch.empty_like(x), torch.empty_like(x)),
+)
+for function in (operator, torch.compile(operator, backend="aot_eager", fullgraph=True)):
+    for mode in (torch.inference_mode(), torch.no_grad(), torch.enable_grad()):
+        with mode:
+            out, more = function(x, y, 2.0)
+        found["right"].append(torch.equal(out, x * y) and torch.equal(more, x * 2.0) and out.is_inference() == more.is_inference())
+found["values"] = [of_values(torch.full((2,), v)).tolist() for v in (1.0, -1.0, 1.0)]
+found["outside"] = []
+for value in (1.0, 2.0):
+    outside = torch.full((2,), value)
+    found["outside"] += of_the_outside(torch.zeros(2)).tolist()
+found["errors"] = 0
+for n in (2, 1, 2, 1):
+    try:
+        fails_for_one(torch.zeros(n))
+    except ValueError:
+        found["errors"] += 1
+print(json.dumps(found))
+"""
+
+
+def test_a_replayed_launcher_does_for_other_tensors_what_it_would_have_done():
+    """A record of its first call is run in its place, for tensors of exactly that kind, and only where it tells all."""
+    found = json.loads(_python("-c", REPLAYED).splitlines()[-1])
+    assert all(found["right"]) and len(found["right"]) == 20
+    assert found["bodies"] == [1, 0, 1, 1, 1, 1, 1]
+    assert found["values"] == [[2.0, 2.0], [-3.0, -3.0], [2.0, 2.0]], "the course depends on a value"
+    assert found["outside"] == [1.0, 1.0, 2.0, 2.0], "a tensor that was not given"
+    assert found["errors"] == 2
 
 
 def test_a_repeated_launch_gets_the_kernel_and_the_arguments_that_triton_would_give_it():

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnkd_kernels.language import BOOL_ROW, FLOAT_MASK, FLOAT_ROW, NO_MASK, Operand, Side
-from attnkd_kernels.launch import LOG2E, cdiv, mask_kind, mask_operand, operand, padded, run
+from attnkd_kernels.launch import LOG2E, cdiv, mask_kind, mask_operand, operand, padded, row_strides, run
 from attnkd_kernels.map.bias import Bias, _map_bias_kernel
 from attnkd_kernels.map.check import _map_check_kernel
 from attnkd_kernels.map.given import Given
@@ -187,10 +187,10 @@ def check(maps: Maps, lse_s: Tensor, lse_t: Tensor) -> None:
 
 
 def map_bwd(maps: Maps, saved: Saved, grad: Tensor, queries_left: bool) -> Tensor:
-    """dq [B, H, M, D] (``queries_left``) or dk [B, H, N, D], for the upstream gradient ``grad`` [B, Ho, M]."""
+    """dq [B, H, M, D] (``queries_left``) or dk [B, H, N, D], for the upstream gradient ``grad`` [B, Ho, M] or []."""
     out = torch.empty_like(maps.student.query if queries_left else maps.student.key)
     if queries_left and saved.unit_dq.ndim == 4:
-        return torch.mul(saved.unit_dq, grad.unsqueeze(-1), out=out)
+        return torch.mul(saved.unit_dq, grad.unsqueeze(-1) if grad.ndim else grad, out=out)
     B, H, M, N = maps.size
     heads = 1 if maps.merge == "logsum" else H
     tile = maps.tile("dq" if queries_left else "dk")
@@ -201,7 +201,7 @@ def map_bwd(maps: Maps, saved: Saved, grad: Tensor, queries_left: bool) -> Tenso
     if programs:
         run(
             _map_gradient_kernel, (programs,),
-            student, teacher, saved.rows, RowValues(grad, *grad.stride()), operand(out),
+            student, teacher, saved.rows, RowValues(grad, *row_strides(grad)), operand(out),
             maps.student.scale / maps.temperature / (H if maps.merge == "mean" else 1), heads, M, N,
             **specs, **_sweeps(maps, tile, queries_left, masks, columns), **tile.options,
         )  # fmt: skip
@@ -231,7 +231,7 @@ def map_bias_bwd(maps: Maps, saved: Saved, grad: Tensor, processors: int = 1) ->
     student, teacher, specs, _ = _sides(maps, tile)
     run(
         _map_bias_kernel, (tiles * splits,),
-        student, teacher, saved.rows, RowValues(grad, *grad.stride()), out,
+        student, teacher, saved.rows, RowValues(grad, *row_strides(grad)), out,
         1.0 / maps.temperature / (H if maps.merge == "mean" else 1), Bias(bb, hb, mb, nb, *sums), splits, heads, M, N,
         OVER_M=mb != M, OVER_N=nb != N, **specs, SWEEP=_sweeps(maps, tile, True, "any")["NARROW"],
         **tile.options,

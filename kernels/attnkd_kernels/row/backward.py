@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attnkd_kernels import language, launch
-from attnkd_kernels.language import at_head, dim_exists, head_dims, load_query, query_elements
+from attnkd_kernels.language import Operand, at_head, dim_exists, head_dims, load_query, query_elements
 
 TILE = 8192  # elements of a dk tile
 WARPS = 4
@@ -91,6 +91,7 @@ def row_kl_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq [B, H, M, D], dk [B, H, N, D] in the input dtype and dmask [B, Ho, M, N] fp32; empty where not needed.
 
+    ``grad`` is [B, Ho, M] or, the same for all rows, [].
     ``student_key`` lends its shape, dtype and layout only: no key is read.
     """
     B, H, M, D = student_query.shape
@@ -145,6 +146,6 @@ def _backward(
     launch.run(
         _row_kl_bwd_kernel, (B * HO, launch.cdiv(num_keys, BN)),
         coef, unit_dq, dmask, scale / temperature, 1.0 / temperature, num_keys, M, HO,
-        launch.operand(grad.unsqueeze(-1)), launch.operand(query), *(None if x is None else launch.operand(x) for x in (dq, dk)),
+        Operand(grad, *launch.row_strides(grad), 1), launch.operand(query), *(None if x is None else launch.operand(x) for x in (dq, dk)),
         SPEC=SPEC, BN=BN, ADD=add, num_warps=WARPS,
     )  # fmt: skip

@@ -105,10 +105,11 @@ def row_kl_fwd(
     wide: bool,
     divergence: str,
     need_grad: bool,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per-row loss [B, Ho, M], coefficients [B, Ho, M, N] and unit dq [B, H, M, D], all fp32 (the last two empty without grad).
 
-    Masks and probabilities are [B, Ho, M, N] views. Shapes and dtypes are the caller's responsibility.
+    The unit dq is ``factor`` times that of the loss: a reduction's divisor costs nothing here. Masks and probabilities are [B, Ho, M, N] views. Shapes and dtypes are the caller's responsibility.
     """
     B, H, M, D = student_query.shape
     N = student_key.shape[2]
@@ -130,7 +131,7 @@ def row_kl_fwd(
     if teacher_key is not None:
         keys.append((T.WIDTH.value, teacher_key.element_size()))
     c_out, unit_dq_out = (coef, unit_dq) if need_grad else (None, None)
-    dq_mul = student_scale / temperature
+    dq_mul = factor * student_scale / temperature
     BN = launch.padded(N)
     elements = BN * max(S.PADDED.value, T.PADDED.value)
     lone = M == 1 and elements > SHARED_PROCESSOR and B * HO > WAVES * launch.num_processors(loss.device)
