@@ -28,7 +28,7 @@ class TellEpoch(TrainerCallback):
 
 def distil(student: nn.Module, teacher: nn.Module, images: Dataset, folder: str, **arguments) -> nn.Module:
     """images: items {"images": [3, H, W]}; with a class loss also "targets"."""
-    student.gradient_checkpointing_enable()  # of the student: the Trainer's own option asks its model, the task, for it
+    student.gradient_checkpointing_enable()  # or give the Trainer activation_checkpointing=True
     task = AttnDistill(student, teacher, attn_weight=Schedule(0.1, warmup=10), verbose=False)
     options = TrainingArguments(folder, remove_unused_columns=False, ddp_find_unused_parameters=True, **arguments)
     Trainer(task, options, train_dataset=images, callbacks=[TellEpoch(task)]).train()

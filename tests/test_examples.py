@@ -164,6 +164,9 @@ def test_trainer_of_transformers(tmp_path: Path) -> None:
     module = example("transformers_trainer")
     student, teacher = hugging_face_vit(), timm_vit(0)
     before, taught = copied(student), copied(teacher)
+    twin = module.AttnDistill(hugging_face_vit(), timm_vit(0), verbose=False)  # as with activation_checkpointing=True
+    twin.activation_checkpointing_enable(activation_checkpointing_kwargs=None, every_n_layers=1, offload=False)
+    assert all(layer.gradient_checkpointing for layer in twin.student.layers)
     data = [{"images": image} for image in images()]
     given = module.distil(student, teacher, data, str(tmp_path), max_steps=3, per_device_train_batch_size=4, **CPU)
     assert any("attention" in name for name in changed(before, student)) and not changed(taught, teacher)

@@ -47,17 +47,6 @@ def default_blocks(model: nn.Module, count: int) -> list[int]:
     return sorted({-(-k * depth // 3) - 1 for k in range(1, count + 1)})  # −(−a // b) is ⌈a / b⌉
 
 
-def block_path(path: str) -> str | None:
-    """The path of the block that a module path lies in: 'blocks.3' of 'blocks.3.attn'. None outside a list 'blocks'."""
-    parts = path.split(
-        "."
-    )  # no regular expression: the tap's forward asks, and torch.compile cannot trace them everywhere
-    for index in range(len(parts) - 1, 0, -1):
-        if parts[index - 1] == "blocks" and parts[index].isdigit():
-            return ".".join(parts[: index + 1])
-    return None
-
-
 def block_index(model: nn.Module, path: str) -> int:
     """The index of the block that a module path lies in."""
     return next(index for index, block in enumerate(block_stack(model)) if f"{path}.".startswith(f"{block}."))
@@ -69,11 +58,14 @@ def block_around(model: nn.Module, path: str) -> str:
     Raises:
         ValueError: it lies in none.
     """
-    stack = block_stack(model)
-    found = next((block for block in stack if f"{path}.".startswith(f"{block}.")), None)
-    if found is None:
+    try:
+        stack = block_stack(model)
+    except ValueError:  # several lists of blocks
+        stack = [path for name, part in _lists(model).items() for path in _children(name, part)]
+    around = [block for block in stack if f"{path}.".startswith(f"{block}.")]
+    if not around:
         raise ValueError(f"blocks: {path} lies in none of the blocks of {type(model).__name__} ({_shortened(stack)})")
-    return found
+    return max(around, key=lambda block: (block.split(".")[-2:-1] == ["blocks"], len(block)))
 
 
 def block_owner(model: nn.Module, path: str) -> str:
@@ -169,21 +161,30 @@ def block_stack(model: nn.Module, name: str = "blocks") -> list[str]:
     known = None if adapter is None else adapter.blocks(model)
     if known is not None:
         return known
-    lists = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module)
-    }
+    lists = _lists(model)
     stacks = [path for path in lists if path == "blocks"]
     stacks = stacks or [path for path in lists if path.split(".")[-1] == "blocks"]
     stacks = stacks or [path for path, module in lists.items() if all(attentions_of(block) for block in module)]
     if len(stacks) == 1:
-        return [f"{stacks[0]}.{child}" for child in lists[stacks[0]]._modules]  # a shared block too
+        return _children(stacks[0], lists[stacks[0]])
     found = f"its lists of blocks are {', '.join(stacks)}" if stacks else "it has none"
     raise ValueError(
         f"{name}: indices need a model with one list of blocks, {type(model).__name__}: {found}; give module paths. Its "
         f"attentions are {attentions_in_words(model)}"
     )
+
+
+def _lists(model: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module)
+    }
+
+
+def _children(path: str, module: nn.Module) -> list[str]:
+    """Paths of a module's children, those that are one module in several places too."""
+    return [f"{path}.{child}" if path else child for child in module._modules]
 
 
 def attentions_in_words(model: nn.Module) -> str:

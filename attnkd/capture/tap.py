@@ -45,7 +45,7 @@ class AttentionTap(nn.Module):
     Args:
         model: any module whose tapped attentions call ``F.scaled_dot_product_attention`` once per forward on
             [B, H, N, D] tensors: timm Vision Transformers, Hugging Face models with ``attn_implementation='sdpa'``.
-        blocks: which attentions. An index into ``model.blocks`` or a sequence of them (negative counts from the end),
+        blocks: which attentions. An index of a block or a sequence of them (negative counts from the end),
             'all', or a module path such as 'layers.11.attention' or a sequence of them, in the order wanted.
         stop: end the model's forward as soon as everything asked for is captured, before that block's softmax; the
             output is then None. The captured tensors are bit-identical to those of a full forward.

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from attnkd import files
-from attnkd.capture.blocks import Blocks, attention_paths, block_path, plain_class
+from attnkd.capture.adapters import adapter_or_plain
+from attnkd.capture.blocks import Blocks, attention_paths, block_around, plain_class
 from attnkd.capture.models import evaluating
 from attnkd.methods.silence import copies, silenced
 from attnkd.methods.whole_map import num_heads
@@ -112,10 +113,10 @@ def head_importance(
     blocks an image instead of 216 · 12.
 
     Args:
-        model: timm Vision Transformer on the loader's device; put in evaluation mode, otherwise unchanged.
+        model: a model of images on the loader's device; put in evaluation mode, otherwise unchanged.
         loader: (images [B, C, H, W], class indices [B]) in an order that does not change from run to run. Of any length: it is
             read once, batch by batch.
-        blocks: index, sequence of indices, 'all', or module paths of attentions inside ``model.blocks``.
+        blocks: index, sequence of indices, 'all', or module paths of attentions.
         combinations: one head a block silenced at a time in all combinations; False silences one head alone.
         classifier: from the model's output to class scores [B, classes], for a model without classifier (a linear
             probe). None takes the output as scores.
@@ -134,9 +135,7 @@ def head_importance(
         RuntimeError: an attention that does not call ``F.scaled_dot_product_attention``.
     """
     paths = attention_paths(model, blocks)
-    owners = [block_path(path) for path in paths]
-    if None in owners:
-        raise ValueError(f"blocks: expected attentions inside a list named 'blocks', got {paths}")
+    owners = [block_around(model, path) for path in paths]
     running = [name for name, _ in model.named_modules() if name in owners]
     if owners != running:
         raise ValueError(f"blocks: expected at most one attention a block, in running order, got {paths}")
@@ -307,7 +306,7 @@ class _Counter:
 
     def scores(self, images: Tensor) -> Tensor:
         """Class scores [B, classes] of the model as it is now."""
-        output = self.model(images) if self.forward is None else self.forward(self.model, images)
+        output = (self.forward or adapter_or_plain(self.model).forward)(self.model, images)
         return output if self.classifier is None else self.classifier(output)
 
     def __call__(self, images: Tensor, targets: Tensor, search: Sequence[str], shape: Sequence[int]) -> Tensor:
@@ -331,8 +330,9 @@ class _Counter:
                 # What puts outputs of several blocks together cannot run with batches that grow from block to
                 # block. If that is not the reason, the next lines raise the same error.
                 self.at_once = True
-        with silenced(self.model, heads, at_once=True):
-            return self.scores(images.repeat_interleave(copies(self.model, heads), 0))
+        images = images.repeat_interleave(copies(self.model, heads), 0)
+        with silenced(self.model, heads, at_once=len(images)):
+            return self.scores(images)
 
 
 def _progress(show: bool, loader: Iterable[tuple[Tensor, Tensor]]) -> Iterable[tuple[Tensor, Tensor]]:

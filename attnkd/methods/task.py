@@ -14,6 +14,7 @@ from attnkd.attention.dispatch import IMPLS
 from attnkd.capture.adapters import adapter_for, adapter_or_plain
 from attnkd.capture.adapters.text import is_text
 from attnkd.capture.blocks import attentions_in_words
+from attnkd.capture.checkpointing import recompute_blocks
 from attnkd.capture.models import (
     TrainingTask,
     check_images,
@@ -103,6 +104,27 @@ class DistillTask(TrainingTask):
     def set_step(self, step: int) -> None:
         """Tell the number of optimizer steps done to numbers scheduled by step."""
         self.schedules.set_step(step)
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Let the student recompute its blocks in the backward: the Trainer of transformers asks its model, here the task, for it.
+
+        Args:
+            options: of the same method of a Hugging Face student; others have none.
+
+        Raises:
+            ValueError: options for another student, or one that cannot recompute.
+        """
+        own: Any = getattr(self.student, "activation_checkpointing_enable", None)
+        if own is not None:
+            own(**options)
+            return
+        plain = {"activation_checkpointing_kwargs": None, "every_n_layers": 1, "offload": False}
+        unknown = {name: value for name, value in options.items() if name not in plain or value != plain[name]}
+        if unknown:
+            raise ValueError(
+                f"student: {type(self.student).__name__} recomputes its blocks without options, got {unknown}"
+            )
+        recompute_blocks(self.student, "student")
 
     def check_inputs(self, images: Tensor, targets: Tensor | None) -> None:
         """Looks at the arguments of a training step before any model runs.

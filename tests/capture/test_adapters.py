@@ -505,5 +505,6 @@ def test_what_cannot_be_found_lists_the_attentions() -> None:
         AttentionProbe(timm_vit(), timm_vit(), 0.9, blocks="blocks.1.attn", teacher_blocks=1, verbose=False)
     with pytest.raises(TypeError, match="student: ResNet does not say .* Its attentions are none that calls"):
         HeadKD(timm.create_model("test_resnet"), timm_vit(), verbose=False)
+    assert AttentionTap(nn.Sequential(HubBlock(False), HubBlock(False)), -1).paths == ["1.attn"]
     wrapped = nn.ModuleDict({"backbone": hub("reg")})
     assert AttentionTap(wrapped, -1).paths == ["backbone.blocks.3.attn"]

@@ -9,10 +9,12 @@ import timm
 import torch
 from torch.nn import functional as F
 
+from attnkd.capture.adapters import adapter_for
 from attnkd.evaluation.features import class_tokens
 from attnkd.methods.head_importance import HeadImportance, head_importance, select_heads
 from attnkd.methods.silence import silenced
 from attnkd.methods.ssta import SSTA
+from tests.stirred import stirred
 
 
 def vit(heads, depth=3, dim=48, seed=0, classes=10, **options):
@@ -265,6 +267,33 @@ def test_importance_of_single_heads(held_out):
         expected = [(full - right_without(model, {block: head}, images, targets)) / 40 for head in range(3)]
         assert importance.tolist() == expected
     assert found.best() == [int(importance.argmax()) for importance in found.importance()]
+
+
+@pytest.mark.parametrize("kind", ["Swin", "Hiera", "Hugging Face"])
+def test_importance_in_models_of_windows_and_of_other_libraries(kind):
+    """The windows of an image lie in the batch beside the copies of it."""
+    if kind == "Hugging Face":
+        transformers = pytest.importorskip("transformers")
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+        model = transformers.ViTForImageClassification(
+            transformers.ViTConfig(**sizes, image_size=64, patch_size=16, num_labels=5)
+        )
+    elif kind == "Swin":
+        sizes = {"patch_size": 4, "window_size": 8, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
+        model = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, num_classes=5, **sizes)
+    else:
+        sizes = {"embed_dim": 16, "num_heads": 2, "stages": (1, 1, 1, 1)}
+        model = timm.create_model("hiera_tiny_224", img_size=64, num_classes=5, **sizes)
+    model, images = stirred(model), torch.randn(24, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    run = adapter_for(model).forward
+    with torch.no_grad():
+        targets = run(model, images).argmax(-1)
+    found = head_importance(model, [(images, targets)], blocks=[0, 1], progress=False)
+    first, second = found.paths
+    for one, two in [(0, 1), (1, 0)]:
+        with silenced(model, {first: one, second: two}), torch.no_grad():
+            assert found.correct[one][two] == int((run(model, images).argmax(-1) == targets).sum())
+    assert len(set(itertools.chain(*found.correct))) > 1
 
 
 def test_an_interrupted_search_continues(held_out, tmp_path):

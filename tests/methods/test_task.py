@@ -194,6 +194,16 @@ def test_a_message_names_the_model_it_belongs_to(name):
         TASKS[name](vit(), nn.Linear(2, 2))
 
 
+def test_the_trainer_of_transformers_asks_the_task_for_checkpointing():
+    task, asked = TASKS["HeadKD"](vit(), vit(1)), {"activation_checkpointing_kwargs": None, "every_n_layers": 1}
+    task.activation_checkpointing_enable(**asked, offload=False)
+    assert task.student.grad_checkpointing
+    with pytest.raises(
+        ValueError, match="student: VisionTransformer recomputes .* without options, got {'offload': True}"
+    ):
+        task.activation_checkpointing_enable(**asked, offload=True)
+
+
 def test_a_model_without_final_norm_compares_attention_alone():
     teacher = vit(1, final_norm=False)  # as RADIO and InternViT
     with pytest.raises(ValueError, match="teacher: .* neither norm nor fc_norm.*pa_weight=0 and patch_weight=0"):
