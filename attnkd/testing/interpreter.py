@@ -9,7 +9,8 @@ replaces those parts:
 * **dots** of fp32 operands drop the mantissa bits that TF32 drops unless the kernel asked for
   ``input_precision="ieee"``, and refuse ``K < 16``, as the compiler does.
 * **int32 overflow** and a failed ``tl.device_assert`` raise.
-* **speed**: a call of a device function (``tl.sum`` is one) no longer patches the whole language again.
+* **speed**: a call of a device function (``tl.sum`` is one) no longer patches the whole language again, and NumPy's name of a
+  type is looked up once.
 
 All of this is private API of Triton 3.6 to 3.9, so :func:`install` checks the shape of what it replaces and fails loudly
 when it has moved. Only this process's interpreter is touched, and compiled kernels not at all.
@@ -53,6 +54,7 @@ _EXPECTED: list[tuple[Any, str, tuple[str, ...]]] = [
     (interp.InterpretedFunction, "rewrite", ("self",)),
     (interp, "_patch_lang", ("fn",)),
     (interp, "_patch_lang_tensor", ("tensor", "scope")),
+    (interp, "_get_np_dtype", ("tt_dtype",)),
     (TritonSemantic, "binary_op_sanitize_overflow_impl", ("self", "lhs", "rhs", "binary_op")),
 ]
 
@@ -285,7 +287,15 @@ def _install_checks() -> None:
 
 def _install_fast_calls() -> None:
     original_patch, original_tensor_patch = interp._patch_lang, interp._patch_lang_tensor
-    original_launch = interp.GridExecutor.__call__
+    original_launch, original_np_dtype = interp.GridExecutor.__call__, interp._get_np_dtype
+    np_dtypes: dict[str, Any] = {}
+
+    def np_dtype(tt_dtype: Any) -> Any:
+        if type(tt_dtype) is not tl.dtype:  # of pointers and blocks
+            return original_np_dtype(tt_dtype)
+        if tt_dtype.name not in np_dtypes:
+            np_dtypes[tt_dtype.name] = original_np_dtype(tt_dtype)
+        return np_dtypes[tt_dtype.name]
 
     def patch_lang(fn: Any) -> Any:
         """Patches the language once a launch, for the kernel and for every device function it calls."""
@@ -304,4 +314,4 @@ def _install_fast_calls() -> None:
 
     interp._patch_lang, interp._patch_lang_tensor = patch_lang, patch_lang_tensor
     interp.InterpretedFunction.__call__ = call_device_function
-    interp.GridExecutor.__call__ = launch
+    interp.GridExecutor.__call__, interp._get_np_dtype = launch, np_dtype
