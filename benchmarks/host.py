@@ -121,4 +121,4 @@ def _sample(work: dict[str, Callable[[], Any]], seconds: float) -> dict[str, dic
                 samples[name].append((time.perf_counter() - start) / CALLS_A_SAMPLE * 1e6)
     finally:
         gc.enable()
-    return {name: summarise(found).as_dict() | {"fastest": round(min(found), 3)} for name, found in samples.items()}
+    return {name: summarise(found).as_dict() | {"fastest": min(found)} for name, found in samples.items()}

@@ -218,10 +218,16 @@ def search(
 @contextlib.contextmanager
 def configured(tunable: Tunable, config: Config) -> Iterator[None]:
     """The kernel's configuration replaced while it lasts; nothing replaced for {}."""
+    from attnkd_kernels import replay
+
     with contextlib.ExitStack() as stack:
         for module, attribute, value in tunable.apply(config) if config else []:
             stack.enter_context(mock.patch.object(importlib.import_module(module), attribute, value))
-        yield
+        replay.forget()  # the launches of another configuration
+        try:
+            yield
+        finally:
+            replay.forget()
 
 
 def summary(tunable: Tunable, shape: Any, records: list[dict[str, Any]]) -> Iterator[str]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,6 +28,7 @@ _plans: dict[tuple, Callable[..., Any]] = {}
 _MOST_PLANS = 4096
 _HIP = torch.version.hip is not None
 _this_thread = threading.local()
+_CONSTANTS = (float, torch.dtype, torch.device, torch.layout, torch.memory_format, tl.constexpr, Callable)
 _ALLOCATIONS = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default,
@@ -126,6 +128,7 @@ class _Record(TorchDispatchMode):
             return f"({inside})" if isinstance(value, tuple) else f"[{inside}]"
         if value is None or type(value) in (int, bool, str):
             return repr(value)
+        self.complete = self.complete and isinstance(value, _CONSTANTS)  # anything else may hold a pointer
         name = f"c{len(self.constants)}"
         self.constants[name] = value
         return name

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from attnkd_kernels import replay
 from benchmarks import (
     conditions,
     judge,
@@ -501,12 +502,15 @@ def test_the_search_reaches_the_launch_and_leaves_nothing_behind(tunable):
     replaced = [(importlib.import_module(module), attribute) for module, attribute, _ in tunable.apply(config)]
     usual = [getattr(module, attribute) for module, attribute in replaced]
     read: set[str] = set()
+    replay._plans["launches", "of the usual configuration"] = print
     with tune.configured(tunable, config):
+        assert not replay._plans
+        replay._plans["launches", "of this configuration"] = print
         for module, attribute in replaced:
             _watch(module, attribute, read)
         ours = operation.implementations[0]
         found = measure.Run(expected.call, ours, SETTINGS).once(expected.upstream)
-    assert _right(expected.judge(ours, *found))
+    assert _right(expected.judge(ours, *found)) and not replay._plans
     assert [getattr(module, attribute) for module, attribute in replaced] == usual
     functions = {attribute for module, attribute in replaced if callable(getattr(module, attribute))}
     if tunable.kernel.startswith("map_"):

@@ -208,8 +208,22 @@ def test_a_subset_is_all_that_is_trained_on(experiment, tmp_path, monkeypatch):
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
 
 
-def test_changed_settings_are_named(experiment, monkeypatch):
+def test_changed_settings_are_named(experiment, tmp_path, monkeypatch):
+    """A run that began before a setting was there continues with its default."""
     train(experiment(), 1, monkeypatch)
+    path = tmp_path / "run" / checkpoint.NAME
+    state = checkpoint.load(path)
+    for settings, name in (
+        (state["settings"], "teacher_cache"),
+        (state["settings"]["train"], "cutmix"),
+        (state["settings"]["options"], "patch_weight"),
+    ):
+        settings.pop(name)
+    checkpoint.save(path, state)
+    with pytest.raises(
+        ValueError, match=r"other settings \(options.patch_weight was 0.0, now 1.0; train.cutmix was 0.0"
+    ):
+        train(experiment(method__patch_weight=1.0, train__cutmix=0.1))
     with pytest.raises(
         ValueError, match=r"output: .*other settings \(options.attn_weight was 0.1, now 0.2; train.base_lr"
     ):
