@@ -33,7 +33,7 @@ def _row_kl_bwd_kernel(
     N,
     M,
     HO,
-    G,  # Operand [B, Ho, M, 1]: upstream gradient
+    G,  # Operand [B, Ho, M, 1]: upstream gradient; None for 1
     Q,  # Operand [B, H, M, D]
     DQ,  # Operand [B, H, M, D]; None where not needed
     DK,  # Operand [B, H, N, D]; None where not needed
@@ -45,11 +45,13 @@ def _row_kl_bwd_kernel(
     block = tl.program_id(1)
     h = group % HO
     b = group // HO
-    g_rows = at_head(G, b, h)
     n = block * BN + tl.arange(0, BN)
     dk = tl.zeros([BN, SPEC.PADDED], tl.float32)
     for m in range(M):
-        g = tl.load(g_rows.pointer + m * g_rows.row).to(tl.float32)
+        g = 1.0
+        if G is not None:
+            g_rows = at_head(G, b, h)
+            g = tl.load(g_rows.pointer + m * g_rows.row).to(tl.float32)
         at = (group * M + m) * N + n
         gc = tl.load(COEF + at, mask=n < N, other=0.0) * g
         if DMASK is not None:
@@ -77,7 +79,7 @@ def _row_kl_bwd_kernel(
 
 
 def row_kl_bwd(
-    grad: Tensor,
+    grad: Tensor | None,
     coef: Tensor,
     unit_dq: Tensor,
     student_query: Tensor,
@@ -91,13 +93,13 @@ def row_kl_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq [B, H, M, D], dk [B, H, N, D] in the input dtype and dmask [B, Ho, M, N] fp32; empty where not needed.
 
-    ``grad`` is [B, Ho, M] or, the same for all rows, [].
+    ``grad`` is [B, Ho, M] or, the same for all rows, []; None is 1.
     ``student_key`` lends its shape, dtype and layout only: no key is read.
     """
     B, H, M, D = student_query.shape
     N = student_key.shape[2]
-    empty = grad.new_empty(0)
-    dq = torch.empty((B, H, M, D), dtype=student_query.dtype, device=grad.device) if need_dq else empty
+    empty = coef.new_empty(0)
+    dq = torch.empty((B, H, M, D), dtype=student_query.dtype, device=coef.device) if need_dq else empty
     dk = torch.empty_like(student_key) if need_dk else empty
     dmask = torch.empty_like(coef) if need_dmask else empty
     if B * M == 0:
@@ -126,7 +128,7 @@ def row_kl_add(
 
 
 def _backward(
-    grad: Tensor,
+    grad: Tensor | None,
     coef: Tensor,
     unit_dq: Tensor,
     query: Tensor,
@@ -146,6 +148,7 @@ def _backward(
     launch.run(
         _row_kl_bwd_kernel, (B * HO, launch.cdiv(num_keys, BN)),
         coef, unit_dq, dmask, scale / temperature, 1.0 / temperature, num_keys, M, HO,
-        Operand(grad, *launch.row_strides(grad), 1), launch.operand(query), *(None if x is None else launch.operand(x) for x in (dq, dk)),
+        None if grad is None else Operand(grad, *launch.row_strides(grad), 1), launch.operand(query),
+        *(None if x is None else launch.operand(x) for x in (dq, dk)),
         SPEC=SPEC, BN=BN, ADD=add, num_warps=WARPS,
     )  # fmt: skip

@@ -124,8 +124,7 @@ def row_logits_bwd(
     N = key.shape[2]
     HO = 1 if wide else H
     grad = grad.contiguous()
-    one = torch.ones((), dtype=torch.float32, device=grad.device)
-    _, dk, dmask = row_kl_bwd(one, grad, grad, query, key, scale, temperature, wide, False, need_dk, need_dmask)
+    _, dk, dmask = row_kl_bwd(None, grad, grad, query, key, scale, temperature, wide, False, need_dk, need_dmask)
     dq = torch.empty((B, H, M, D) if need_dq else (0,), dtype=query.dtype, device=grad.device)
     if dq.numel():
         SPEC = launch.head_spec(H if wide else 1, D, language.NO_MASK.value)
