@@ -35,10 +35,10 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None:
     with _on_device(_first_tensor(args)):
         compiled = kernel[grid](*args, **named, **OPTIONS)
     if isinstance(compiled, CompiledKernel):
-        constants = [named[name] for name in kernel.arg_names[len(args) :]]
-        replay.launched(compiled[(*grid, 1, 1)[:3]], (*args, *constants))
+        constants = tuple(named[name] for name in kernel.arg_names[len(args) :])
+        replay.launched(compiled[(*grid, 1, 1)[:3]], args, constants)
     else:  # interpreted, or not launched
-        replay.launched(None, args)
+        replay.launched(None, args, ())
 
 
 def _first_tensor(args: tuple) -> Any:

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,7 +27,7 @@ _plans: dict[tuple, Callable[..., Any]] = {}
 _MOST_PLANS = 4096
 _HIP = torch.version.hip is not None
 _this_thread = threading.local()
-_CONSTANTS = (float, torch.dtype, torch.device, torch.layout, torch.memory_format, tl.constexpr, Callable)
+_CONSTANTS = (float, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _ALLOCATIONS = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default,
@@ -71,12 +70,13 @@ def forget() -> None:
     _plans.clear()
 
 
-def launched(kernel: Callable[..., Any] | None, args: tuple) -> None:
-    """To be told of every launch: of the compiled kernel, bound to its grid, with these arguments; None if it was not compiled."""
+def launched(kernel: Callable[..., Any] | None, args: tuple, constants: tuple) -> None:
+    """To be told of every launch: of the compiled kernel, bound to its grid, with these arguments and compile-time constants, which hold no
+    tensor; None if it was not compiled."""
     record = getattr(_this_thread, "record", None)
     if record is not None:
         record.complete = record.complete and kernel is not None
-        record.lines.append(f"{record.source(kernel)}(*{record.source(args)})")
+        record.lines.append(f"{record.constant(kernel)}(*{record.source(args)}, *{record.constant(constants)})")
 
 
 def _record(key: tuple, *args: Any) -> Any:
@@ -129,6 +129,9 @@ class _Record(TorchDispatchMode):
         if value is None or type(value) in (int, bool, str):
             return repr(value)
         self.complete = self.complete and isinstance(value, _CONSTANTS)  # anything else may hold a pointer
+        return self.constant(value)
+
+    def constant(self, value: Any) -> str:
         name = f"c{len(self.constants)}"
         self.constants[name] = value
         return name
@@ -147,7 +150,7 @@ class _Record(TorchDispatchMode):
             kwargs = {"dtype": result.dtype, "device": result.device}
         given = [self.source(arg) for arg in args] + [f"{name}={self.source(arg)}" for name, arg in kwargs.items()]
         name = f"t{len(self.lines)}"
-        self.lines.append(f"{name} = {self.source(func)}({', '.join(given)})")
+        self.lines.append(f"{name} = {self.constant(func)}({', '.join(given)})")
         self.name(result, name)
         return result
 
