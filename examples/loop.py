@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import torch
@@ -14,7 +15,8 @@ from torchvision.datasets import ImageFolder
 def images(folder: str, size: int = 224, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD) -> DataLoader:
     """Batches of images [B, 3, size, size] and classes [B] of a folder of images by class, augmented; normalised as the teacher wants them."""
     data = ImageFolder(folder, create_transform(size, is_training=True, mean=mean, std=std))
-    return DataLoader(data, batch_size=256, shuffle=True, num_workers=8, drop_last=True)
+    workers = min(8, os.cpu_count() or 1)
+    return DataLoader(data, batch_size=min(256, len(data)), shuffle=True, num_workers=workers, drop_last=True)
 
 
 def train(task: nn.Module, batches: Iterable[tuple[Tensor, ...]], lr: float = 5e-4) -> list[float]:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -131,6 +132,17 @@ def test_a_pair_of_the_gallery(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     attention = [key for key in changed(before, student) if "qkv.weight" in key or "attention.q_lin" in key]
     assert attention
     assert bool(changed(taught, teacher)) == (name == "ema_self_distillation")
+
+
+def test_the_images_of_a_small_folder_are_a_batch(tmp_path: Path) -> None:
+    for name, count in (("cat", 2), ("dog", 1)):
+        for index in range(count):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.new("RGB", (40, 30)).save(tmp_path / name / f"{index}.png")
+    loader = example("loop").images(str(tmp_path), size=32)
+    loader = DataLoader(loader.dataset, loader.batch_size, drop_last=loader.drop_last)  # without its processes
+    ((batch, classes),) = loader
+    assert batch.shape == (3, 3, 32, 32) and sorted(classes.tolist()) == [0, 0, 1]
 
 
 def test_every_file_is_tested_and_listed_and_its_models_exist() -> None:

@@ -73,14 +73,25 @@ def class_maps(
         temperatures: of the merged maps, see :func:`attnkd.attention.merging.merge_attention` (AttnDistill, Fig. 3).
 
     Raises:
-        ValueError: no class token, or a block that does not exist.
+        ValueError: no class token, a block that does not exist, or a rollout through blocks of several grids.
+        NotImplementedError: attention that cannot be captured, in any block for the rollout.
     """
     check_choice("merge", merge, MERGES[1:])
     layout = token_layout(model)
     if not layout.has_cls:
         raise ValueError(f"model: {type(model).__name__} has no class token whose attention could be shown")
     wanted = attention_paths(model, block)[0]
-    tap = AttentionTap(model, "all" if rollout else block, stop=True)
+    alone = "rollout=False (--no-rollout) shows one block alone"
+    if rollout and adapter_for(model).stages(model) is not None:
+        raise ValueError(
+            f"rollout: goes through all blocks, but the grid of {type(model).__name__} shrinks on the way; {alone}"
+        )
+    try:
+        tap = AttentionTap(model, "all" if rollout else block, stop=True)
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f"rollout: goes through all blocks, but {error}; {alone}" if rollout else str(error)
+        ) from None
     with evaluating(model):
         _, calls = tap.capture(adapter_for(model).forward, model, images)
     call = class_row(calls[tap.paths.index(wanted)], layout.num_prefix_tokens)

@@ -22,7 +22,7 @@ from attnkd.capture.models import resolve_model, unwrap_model
 from attnkd.capture.outputs import BlockOutputs, BlockTokens
 from attnkd.capture.pairs import pair_blocks
 from attnkd.capture.tokens import check_same_grid, filled_in, mean_token, token_layout
-from attnkd.methods.logits import kd_loss
+from attnkd.methods.logits import UNKNOWN_CLASSES, kd_loss
 from attnkd.methods.noise_adaptation import NoiseAdaptation, noisy_cross_entropy
 from attnkd.methods.schedule import Schedule
 from attnkd.methods.student_teacher import FrozenTeacher, TrainedStudent
@@ -112,6 +112,7 @@ class AttentionProbe(DistillTask):
         if theirs is None or theirs < 2 or classes != theirs:
             raise ValueError(
                 f"student: expected a classifier of the teacher's classes, got num_classes {classes} and {theirs}"
+                f"{UNKNOWN_CLASSES if None in (classes, theirs) else ''}"
             )
         if normalize_dim not in (-1, -2):
             raise ValueError(f"normalize_dim: expected -1 or -2, got {normalize_dim!r}")

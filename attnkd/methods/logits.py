@@ -11,6 +11,9 @@ KD_TEMPERATURE = 3.0
 """That of DeiT's soft distillation (Touvron et al., ICML 2021)."""
 
 
+UNKNOWN_CLASSES = "; None: neither an attribute num_classes of the model nor a method of its adapter says it"
+
+
 def kd_loss(output: Tensor, target_output: Tensor, temperature: float) -> Tensor:
     """T²·KL(softmax(target / T) ‖ softmax(output / T)) of scores [B, K], averaged over the batch."""
     log_p, log_t = ((x.float() / temperature).log_softmax(1) for x in (output, target_output))
@@ -26,6 +29,6 @@ def check_classes(student: nn.Module, teacher: nn.Module) -> None:
     classes, theirs = map(num_classes, (student, teacher))
     if not classes or theirs != classes:
         raise ValueError(
-            f"kd_weight: expected student and teacher with classifiers of the same classes, got num_classes {classes} and "
-            f"{theirs}"
+            f"kd_weight: expected student and teacher with classifiers of the same classes, got num_classes {classes} and {theirs}"
+            f"{UNKNOWN_CLASSES if None in (classes, theirs) else ''}"
         )

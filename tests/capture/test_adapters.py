@@ -461,6 +461,10 @@ def test_an_adapter_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
         register_adapter(TwoLinesAdapter)  # type: ignore[arg-type]
     register_adapter(TwoLinesAdapter())
     step(HeadKD(TwoLines(), timm_vit(0), criterion=None, alpha=0.0, verbose=False))
+    with pytest.raises(
+        ValueError, match="got num_classes None and 5; None: neither an attribute .* nor a method of its adapter"
+    ):
+        AttentionProbe(TwoLines(), timm_vit(), 0.9, rows="mean", verbose=False)
     _, (call,) = AttentionTap(TwoLines(), -1)(images(48, 40))
     assert (call.num_prefix_tokens, call.has_cls, call.grid) == (0, False, (6, 5))
 

@@ -221,3 +221,17 @@ def test_refusals_with_models(checkpoints, capsys, tmp_path):
     assert "blocks: expected" in capsys.readouterr().err
     with pytest.raises(ValueError, match="has no class token whose attention could be shown"):
         class_maps(vit(2, class_token=False, global_pool="avg"), torch.randn(1, 1, 16, 16))
+
+
+def test_models_without_a_rollout_show_a_block_alone():
+    small = {"img_size": 32, "patch_size": 8, "num_classes": 3}
+    pit = timm.create_model("pit_ti_224", base_dims=(8, 8, 8), heads=(2, 2, 2), depth=(1, 1, 1), stride=4, **small)
+    cait = timm.create_model("cait_xxs24_224", embed_dim=32, depth=1, num_heads=4, **small)
+    images = torch.randn(1, 3, 32, 32)
+    with pytest.raises(ValueError, match="rollout: .* the grid of PoolingVisionTransformer shrinks .*--no-rollout"):
+        class_maps(pit, images)
+    with pytest.raises(NotImplementedError, match=r"rollout: .* blocks.0.attn .TalkingHeadAttn.: .*--no-rollout"):
+        class_maps(cait, images)
+    for model in (pit, cait):
+        shown = class_maps(model, images, rollout=False)
+        torch.testing.assert_close(shown.rows.sum(-1), torch.ones_like(shown.rows[..., 0]))
