@@ -35,6 +35,8 @@ _HEAVY: Table = {  # masks, and js
     ("fwd", "sm90"): Tile(64, 32, 32, 4, 2),
     ("dq", "sm90"): Tile(64, 32, 32, 4, 2),
     ("dkv", "sm90"): Tile(64, 32, 32, 4, 2),
+    ("fwd", "sm100"): Tile(64, 32, 32, 8, 2),
+    ("dkv", "sm120"): Tile(64, 32, 32, 8, 2),
 }
 _SPLIT: Table = {  # no masks, 65 to 96 channels
     ("fwd", "sm80"): Tile(64, 32, 32, 4, 2),
@@ -52,6 +54,8 @@ _SPLIT_HEAVY: Table = {  # the same with masks, and js
     ("dkv", "sm90"): Tile(64, 16, 16, 4, 2),
     ("fwd", "sm100"): Tile(64, 32, 16, 8, 2),
     ("dq", "sm100"): Tile(64, 32, 32, 8, 2),
+    ("fwd", "sm120"): Tile(64, 32, 16, 8, 2),
+    ("dq", "sm120"): Tile(64, 32, 32, 8, 2),
 }
 
 
