@@ -1,14 +1,15 @@
-"""The second call of a kind: what a launcher did for tensors of the same shapes and layouts is done again, and not worked out again.
+"""From the third call of a kind on: what a launcher did for tensors of the same shapes and layouts is done again, and not worked out again.
 
 What a launcher allocates, and which kernels it launches with which grids, strides and constants, depends on no more than the shapes, strides,
-dtypes and alignment of its tensors, its other arguments and the device. So the first call of a kind is recorded, every operation of
-PyTorch and every launch in order, and from the second on a function written from that record takes its place. It is a straight line:
+dtypes and alignment of its tensors, its other arguments and the device. So the second call of a kind is recorded, every operation of
+PyTorch and every launch in order, and from then on a function written from that record takes its place. (Not the first: a temperature that
+changes in every step makes every call the first of its kind, and a record takes longer than a call.) It is a straight line:
 
     t0 = empty((2, 6, 1), (6, 1, 1), …)
     launch(t0, 197, 1, 6, (a0, 384, 64, 64, 1), …)
     return t0
 
-A launcher whose course depends on the values in a tensor gets no such function: reading a value ends the record.
+A launcher whose course depends on the values in a tensor gets no such function, since a value was read, and is called as before.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_plans: dict[tuple, Callable[..., Any]] = {}
+_plans: dict[tuple, Callable[..., Any] | None] = {}
+"""What is called in place of a launcher; None where the next call is to be recorded."""
 _MOST_PLANS = 4096
 _HIP = torch.version.hip is not None
 _this_thread = threading.local()
@@ -56,7 +58,7 @@ def replayed(launcher: Callable[..., Any]) -> Callable[..., Any]:
                 kind.append(arg)
         kind.append(device)
         key = tuple(kind)
-        run = _plans.get(key) or functools.partial(_record, key)
+        run = _plans.get(key) or _next(key)
         if device < 0 or device == torch.cuda.current_device():
             return run(*args)
         with torch.cuda.device(device):
@@ -79,8 +81,18 @@ def launched(kernel: Callable[..., Any] | None, args: tuple, constants: tuple) -
         record.lines.append(f"{record.constant(kernel)}(*{record.source(args)}, *{record.constant(constants)})")
 
 
+def _next(key: tuple) -> Callable[..., Any]:
+    """The launcher, the first of the key, for the first call of a kind; with a record for the second."""
+    if key in _plans:
+        return functools.partial(_record, key)
+    if len(_plans) >= _MOST_PLANS:  # sizes that never come twice
+        _plans.clear()
+    _plans[key] = None
+    return key[0]
+
+
 def _record(key: tuple, *args: Any) -> Any:
-    """Calls the launcher, the first of the key, and keeps the record."""
+    """Calls the launcher and keeps the record."""
     record = _Record(args)
     outer, _this_thread.record = getattr(_this_thread, "record", None), record
     try:
@@ -88,11 +100,8 @@ def _record(key: tuple, *args: Any) -> Any:
             results = key[0](*record.args)
     finally:
         _this_thread.record = outer
-    plan = record.plan(results)
-    if plan is not None and outer is None:
-        if len(_plans) >= _MOST_PLANS:  # sizes that never come twice
-            _plans.clear()
-        _plans[key] = plan
+    if outer is None:
+        _plans[key] = record.plan(results) or key[0]
     return results
 
 

@@ -68,7 +68,7 @@ def launches(call, shift):
     return list(handed), len(by_triton)
 
 with compiled.unlaunched("sm90"):
-    for case in cases:
+    for case in 2 * cases:
         launches(*case)
     again = [launches(*case) for case in cases]
     fresh = []
@@ -119,17 +119,17 @@ def fails_for_one(x):
 
 x, y = torch.randn(2, 3, 4)
 found = {"right": [], "bodies": []}
-def twice(*args):
+def thrice(*args):
     before = len(bodies)
-    found["right"] += [right(*args), right(*args)]
+    found["right"] += [right(*args), right(*args), right(*args)]
     found["bodies"].append(len(bodies) - before)
-twice(x, x, 2.0)                                     # one tensor twice ...
-twice(x, y, 2.0)                                     # ... is not remembered as one
-twice(x, y, 3.0)
-twice(x.double(), y.double(), 3.0)
-twice(x.mT, y.mT, 3.0)
-twice(torch.randn(13)[1:].view(3, 4), y, 3.0)        # not aligned
-twice(torch.randn(5, 4), torch.randn(5, 4), 3.0)
+thrice(x, x, 2.0)                                     # one tensor twice ...
+thrice(x, y, 2.0)                                     # ... is not remembered as one
+thrice(x, y, 3.0)
+thrice(x.double(), y.double(), 3.0)
+thrice(x.mT, y.mT, 3.0)
+thrice(torch.randn(13)[1:].view(3, 4), y, 3.0)        # not aligned
+thrice(torch.randn(5, 4), torch.randn(5, 4), 3.0)
 operator = register(
     "test_product(Tensor x, Tensor y, float times) -> (Tensor, Tensor)",
     replay.replayed(lambda x, y, times: (torch.empty_like(x).copy_(x * y), x * times)),
@@ -140,13 +140,13 @@ for function in (operator, torch.compile(operator, backend="aot_eager", fullgrap
         with mode:
             out, more = function(x, y, 2.0)
         found["right"].append(torch.equal(out, x * y) and torch.equal(more, x * 2.0) and out.is_inference() == more.is_inference())
-found["values"] = [of_values(torch.full((2,), v)).tolist() for v in (1.0, -1.0, 1.0)]
+found["values"] = [of_values(torch.full((2,), v)).tolist() for v in (1.0, -1.0, 1.0, -1.0)]
 found["outside"] = []
-for value in (1.0, 2.0):
+for value in (1.0, 2.0, 3.0, 4.0):
     outside = torch.full((2,), value)
     found["outside"] += of_the_outside(torch.zeros(2)).tolist()
 found["errors"] = 0
-for n in (2, 1, 2, 1):
+for n in (2, 1, 2, 1, 2, 1):
     try:
         fails_for_one(torch.zeros(n))
     except ValueError:
@@ -158,11 +158,11 @@ print(json.dumps(found))
 def test_a_replayed_launcher_does_for_other_tensors_what_it_would_have_done():
     """A record of its first call is run in its place, for tensors of exactly that kind, and only where it tells all."""
     found = json.loads(_python("-c", REPLAYED).splitlines()[-1])
-    assert all(found["right"]) and len(found["right"]) == 20
-    assert found["bodies"] == [1, 0, 1, 1, 1, 1, 1]
-    assert found["values"] == [[2.0, 2.0], [-3.0, -3.0], [2.0, 2.0]], "the course depends on a value"
-    assert found["outside"] == [1.0, 1.0, 2.0, 2.0], "a tensor that was not given"
-    assert found["errors"] == 2
+    assert all(found["right"]) and len(found["right"]) == 27
+    assert found["bodies"] == [2, 0, 2, 2, 2, 2, 2]
+    assert found["values"] == [[2.0, 2.0], [-3.0, -3.0]] * 2, "the course depends on a value"
+    assert found["outside"] == [1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 4.0, 4.0], "a tensor that was not given"
+    assert found["errors"] == 3
 
 
 def test_a_repeated_launch_gets_the_kernel_and_the_arguments_that_triton_would_give_it():
