@@ -211,8 +211,9 @@ def read(settings: Mapping[str, Any]) -> Experiment:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two experiments' settings, without what may change when a run continues. A setting that came after a run began
     has its default there."""
-    with contextlib.suppress(TypeError):  # one that is gone: it is named below
-        old = read(old).settings()
+    if old["method"] in METHODS:  # `attnkd eval finetune` has settings of its own
+        with contextlib.suppress(TypeError):  # one that is gone: it is named below
+            old = read(old).settings()
     before, now = ({k: v for k, v in x.items() if k not in FREE} for x in (old, new))
     changed = list(_differences(before, now, ""))
     for name in ("precision",):  # of how a run is carried out this alone is more than rounding

@@ -161,7 +161,7 @@ def test_torch_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, message in (
         (f"hub:{tmp_path}", "expected hub:REPOSITORY:ENTRY"),
         (f"hub:{tmp_path}:none", "could not be loaded .RuntimeError: Cannot find callable none"),
-        (f"hub:{tmp_path}:other", "expected a Vision Transformer of a known family"),
+        (f"hub:{tmp_path}:other", "expected a Vision Transformer or text encoder of a known family"),
     ):
         with pytest.raises((ValueError, RuntimeError, TypeError), match=message):
             load_model("teacher", name)

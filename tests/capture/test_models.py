@@ -43,7 +43,9 @@ def test_token_layout(name: str, changes: dict, prefix: int, has_cls: bool) -> N
 
 
 def test_token_layout_needs_a_vision_transformer() -> None:
-    with pytest.raises(TypeError, match="model: expected a Vision Transformer of a known family .*, got Linear"):
+    with pytest.raises(
+        TypeError, match="model: expected a Vision Transformer or text encoder of a known family.*, got Linear"
+    ):
         token_layout(nn.Linear(2, 2))
 
 

@@ -55,6 +55,8 @@ def child(work, words, file_limit, log):
     os.dup2(stream, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     if file_limit is not None:
+        # Python would cut off what it compiles, too, and keep it.
+        sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     status = work(*words)
     sys.stdout.flush()
