@@ -16,7 +16,7 @@ from torch import nn
 
 from attnkd import files
 from attnkd.capture.loading import image_config, image_transform, load_model, load_saved
-from attnkd.commands.options import choose_device
+from attnkd.commands.options import add_loading, choose_device
 from attnkd.evaluation.agreement import alignment, look, overlap
 from attnkd.evaluation.features import Features, batches, extract_together
 from attnkd.evaluation.finetune import LAYER_DECAY, RECIPE, finetune
@@ -24,7 +24,7 @@ from attnkd.evaluation.knn import KS, TEMPERATURE, knn
 from attnkd.evaluation.linear import RATES, linear_probe
 from attnkd.evaluation.results import as_text, compared
 from attnkd.methods.recipes import Recipe
-from attnkd.training.carrying import PRECISIONS, WORKERS, Carrying
+from attnkd.training.carrying import PRECISIONS, Carrying
 from attnkd.training.config import saved_settings
 from attnkd.training.distributed import World, joined
 from attnkd.training.run import CONFIG, DESCRIPTION, WEIGHTS
@@ -84,14 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="finetune: numbers of attnkd.methods.recipes.Recipe, such as batch_size=256 mixup=0, and layer_decay",
     )
     option("--output", type=Path, metavar="DIR", help="finetune: its folder (default: finetune in the run's folder)")
-    option("--batch-size", type=int, default=256, metavar="N", help="images at a time (default: 256)")
-    option(
-        "--workers",
-        type=int,
-        default=WORKERS,
-        metavar="N",
-        help="processes that decode images (default: 4, or the number of cores)",
-    )
+    add_loading(parser)
     option("--precision", choices=tuple(PRECISIONS), default="fp32", help="of the model's autocast (default: fp32)")
     option("--seed", type=int, default=0, help="of everything random (default: 0)")
     option("--device", metavar="NAME", help="a PyTorch device (default: cuda if there is one, else cpu)")

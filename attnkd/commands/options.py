@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,20 @@ from pathlib import Path
 import torch
 
 from attnkd.attention.checks import check_device
+from attnkd.training.carrying import WORKERS
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """--batch-size and --workers, of commands that run a model on images."""
+    option = parser.add_argument
+    option("--batch-size", type=int, default=256, metavar="N", help="images at a time (default: 256)")
+    option(
+        "--workers",
+        type=int,
+        default=WORKERS,
+        metavar="N",
+        help="processes that decode images (default: 4, or the number of cores)",
+    )
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -16,12 +16,11 @@ from torch.utils.data import Dataset, Subset
 from attnkd import files
 from attnkd.capture.loading import image_config, image_transform, load_model
 from attnkd.capture.models import input_channels
-from attnkd.commands.options import check_format, choose_device, require
+from attnkd.commands.options import add_loading, check_format, choose_device, require
 from attnkd.evaluation.embedding import draw_points, sampled, tsne
 from attnkd.evaluation.features import batches, extract
 from attnkd.methods.image_stream import ENCODING, open_image
 from attnkd.methods.selection import Selection, select_images
-from attnkd.training.carrying import WORKERS
 from attnkd.training.sources import open_source
 
 DRAWN = 300
@@ -76,14 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     option("--crop-pct", type=float, metavar="X", help="share of the image that is kept (default: the model's)")
     option("--interpolation", metavar="NAME", help="of resizing (default: the model's)")
-    option("--batch-size", type=int, default=256, metavar="N", help="images at a time (default: 256)")
-    option(
-        "--workers",
-        type=int,
-        default=WORKERS,
-        metavar="N",
-        help="processes that decode images (default: 4, or the number of cores)",
-    )
+    add_loading(parser)
     option("--device", metavar="NAME", help="a PyTorch device (default: cuda if there is one, else cpu)")
     option("--amp", action="store_true", help="run the teacher in bfloat16 autocast")
     option(
