@@ -159,7 +159,6 @@ def unlaunched(target: str) -> Iterator[list[str]]:
         raise RuntimeError("TRITON_INTERPRET is set: this process interprets kernels and cannot compile them")
     driver = _loading_driver(target)  # one for all calls, because a loaded kernel keeps it
     triton.runtime.driver.set_active(driver)
-    replay.forget()  # of another target
     with _no_gpu(target):
         yield driver.launched
 
@@ -184,7 +183,18 @@ def _no_gpu(target: str) -> Iterator[None]:
                 for function, answer in answers.items():
                     if hasattr(module, function):
                         stack.enter_context(mock.patch.object(module, function, answer))
-        yield
+        _forget()  # what was found for another target, or for the CPU
+        try:
+            yield
+        finally:
+            _forget()
+
+
+def _forget() -> None:
+    from attnkd.attention import kinds
+
+    replay.forget()
+    kinds.forget()
 
 
 def _what(error: Exception) -> str:

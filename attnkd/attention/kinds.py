@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,11 +22,21 @@ MOST = 1024
 """Kinds of an operation that are remembered; then all are forgotten, since sizes that never come again would stay."""
 
 
+_memories: list[dict[tuple, Any]] = []
+
+
+def forget() -> None:
+    """The next call of every kind is looked at again; for whoever changes what else decides, such as the interpreter."""
+    for known in _memories:
+        known.clear()
+
+
 def once_a_kind(decide: Callable[..., Decision]) -> Callable[..., Decision]:
     """Decorates a function of tensors, numbers, words and None, called without keywords, whose result holds no tensor and depends on nothing
     of the tensors but what is described here. Anything else among the arguments, a tensor of another type or layout, a transform of
     torch.func or a compiler is asked about each time."""
     known: dict[tuple, Decision] = {}
+    _memories.append(known)
 
     @functools.wraps(decide)
     def decided(*args: object) -> Decision:
@@ -45,12 +55,12 @@ def once_a_kind(decide: Callable[..., Decision]) -> Callable[..., Decision]:
             else:
                 return decide(*args)
         kind = tuple(described)
-        if kind not in known:
+        decision = known.get(kind)
+        if decision is None:  # no decision is None
             decision = decide(*args)
             if len(known) >= MOST:
                 known.clear()
             known[kind] = decision
-            return decision
-        return known[kind]
+        return decision
 
     return decided

@@ -16,6 +16,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from attnkd.attention.dispatch import TRITON_INSTALLED
+
 __all__ = ["LAYOUTS", "canaries", "guarded", "lay_out", "poisoned_empty"]
 
 LAYOUTS = ("contiguous", "packed_qkv", "transposed", "guarded", "padded_dim", "expanded_batch", "expanded_heads")
@@ -135,6 +137,7 @@ def canaries() -> Iterator[list[Tensor]]:
         return lambda *args, **kwargs: between_canaries(function(*args, **kwargs))
 
     with (
+        _as_launched(),
         mock.patch.object(torch, "empty", wrap(empty)),
         mock.patch.object(torch, "empty_like", wrap(empty_like)),
         mock.patch.object(torch, "empty_strided", wrap(empty_strided)),
@@ -148,3 +151,12 @@ def canaries() -> Iterator[list[Tensor]]:
                     f"{int(dead.sum())} bytes {side} an output of shape {tuple(tensor.shape)} and dtype {tensor.dtype} "
                     "were overwritten"
                 )
+
+
+def _as_launched() -> contextlib.AbstractContextManager[None]:
+    """A recorded call would allocate what it allocated before."""
+    if not TRITON_INSTALLED:
+        return contextlib.nullcontext()
+    from attnkd_kernels import replay
+
+    return replay.as_launched()

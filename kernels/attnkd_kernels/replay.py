@@ -9,14 +9,17 @@ changes in every step makes every call the first of its kind, and a record takes
     launch(t0, 197, 1, 6, (a0, 384, 64, 64, 1), …)
     return t0
 
-A launcher whose course depends on the values in a tensor gets no such function, since a value was read, and is called as before.
+A launcher whose course depends on the values in a tensor gets no such function, since a value was read or a shape depended on them, and is
+called as before. (``tolist`` and ``numpy`` read unseen: no launcher may use them.) Triton's own settings are read when a kernel is recorded:
+whoever changes them, or what a launcher reads besides its arguments, calls :func:`forget`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _plans: dict[tuple, Callable[..., Any] | None] = {}
 """What is called in place of a launcher; None where the next call is to be recorded."""
 _MOST_PLANS = 4096
+_recording = True
 _HIP = torch.version.hip is not None
 _this_thread = threading.local()
 _CONSTANTS = (float, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -72,6 +76,19 @@ def forget() -> None:
     _plans.clear()
 
 
+@contextlib.contextmanager
+def as_launched() -> Iterator[None]:
+    """Every launcher is called itself, and nothing is recorded: for whoever replaces what launchers call."""
+    global _recording
+    forget()
+    before, _recording = _recording, False
+    try:
+        yield
+    finally:
+        _recording = before
+        forget()
+
+
 def launched(kernel: Callable[..., Any] | None, args: tuple, constants: tuple) -> None:
     """To be told of every launch: of the compiled kernel, bound to its grid, with these arguments and compile-time constants, which hold no
     tensor; None if it was not compiled."""
@@ -83,6 +100,8 @@ def launched(kernel: Callable[..., Any] | None, args: tuple, constants: tuple) -
 
 def _next(key: tuple) -> Callable[..., Any]:
     """The launcher, the first of the key, for the first call of a kind; with a record for the second."""
+    if not _recording:
+        return key[0]
     if key in _plans:
         return functools.partial(_record, key)
     if len(_plans) >= _MOST_PLANS:  # sizes that never come twice
@@ -115,10 +134,16 @@ class _Record(TorchDispatchMode):
         self.names: dict[int, str] = {}  # of tensors, by their ids
         self.held: list[Any] = []  # alive, so that no other tensor gets the id of one of them
         self.constants: dict[str, Any] = {}
+        self.args: list[Any] = []
         for i, arg in enumerate(args):
             again = isinstance(arg, Tensor) and id(arg) in self.names
-            self.name(arg.detach() if again else arg, f"a{i}")  # what is given twice need not be the same the next time
-        self.args = tuple(self.held)
+            self.args.append(arg.detach() if again else arg)  # what is given twice need not be the same the next time
+            self.name(self.args[-1], f"a{i}")
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: PyTorch else wraps the method below in a call that imports the compiler, for seconds, and keeps the tensors of that call alive."""
+        return False
 
     def name(self, value: Any, name: str) -> None:
         self.held.append(value)
@@ -154,6 +179,7 @@ class _Record(TorchDispatchMode):
         if isinstance(result, (bool, int, float)):  # a value that was read, if not one of types alone
             self.complete = self.complete and not any(isinstance(arg, Tensor) for arg in args)
             return result
+        self.complete = self.complete and torch.Tag.dynamic_output_shape not in func.tags
         if func in _ALLOCATIONS:
             func, args = torch.empty_strided, (tuple(result.shape), result.stride())
             kwargs = {"dtype": result.dtype, "device": result.device}

@@ -86,9 +86,12 @@ print(json.dumps({
 
 
 REPLAYED = """
-import json, torch
+import json, sys, torch
+import attnkd
 from attnkd.operators import register
+from attnkd.testing import guard
 from attnkd_kernels import replay
+from benchmarks import compiled
 
 bodies = []
 @replay.replayed
@@ -106,6 +109,14 @@ def right(x, y, times):
 @replay.replayed
 def of_values(x):
     return x * 2 if x.sum().item() > 0 else x * 3
+
+@replay.replayed
+def of_shapes(x):
+    return torch.empty_like(x.nonzero()).fill_(1).sum(0)
+
+@replay.replayed
+def of_a_pair(x, pair):
+    return x * pair[0] + pair[1]
 
 @replay.replayed
 def of_the_outside(x):
@@ -130,6 +141,23 @@ thrice(x.double(), y.double(), 3.0)
 thrice(x.mT, y.mT, 3.0)
 thrice(torch.randn(13)[1:].view(3, 4), y, 3.0)        # not aligned
 thrice(torch.randn(5, 4), torch.randn(5, 4), 3.0)
+found["compiler"] = "torch._dynamo" in sys.modules
+found["shapes"] = [of_shapes(torch.tensor(given)).tolist() for given in ([1, 1], [1, 1], [0, 1], [0, 0])]
+found["right"] += [torch.equal(of_a_pair(x, (2.0, 3.0)), x * 2 + 3) for _ in range(3)]
+found["guarded"] = []
+for _ in range(2):
+    with guard.canaries() as allocated:
+        found["right"] += [right(x, y, 2.0) for _ in range(3)]
+    found["right"] += [right(x, y, 2.0) for _ in range(3)]
+    found["guarded"].append(len(allocated))
+q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 20, 16)
+try:
+    with compiled.unlaunched("sm90"):
+        attnkd.attention_divergence(q, k, q, k, impl="triton")
+    attnkd.attention_divergence(q, k, q, k, impl="triton")
+    found["refused"] = False
+except NotImplementedError:
+    found["refused"] = True
 operator = register(
     "test_product(Tensor x, Tensor y, float times) -> (Tensor, Tensor)",
     replay.replayed(lambda x, y, times: (torch.empty_like(x).copy_(x * y), x * times)),
@@ -158,11 +186,15 @@ print(json.dumps(found))
 def test_a_replayed_launcher_does_for_other_tensors_what_it_would_have_done():
     """A record of its first call is run in its place, for tensors of exactly that kind, and only where it tells all."""
     found = json.loads(_python("-c", REPLAYED).splitlines()[-1])
-    assert all(found["right"]) and len(found["right"]) == 27
+    assert all(found["right"]) and len(found["right"]) == 42
     assert found["bodies"] == [2, 0, 2, 2, 2, 2, 2]
     assert found["values"] == [[2.0, 2.0], [-3.0, -3.0]] * 2, "the course depends on a value"
     assert found["outside"] == [1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 4.0, 4.0], "a tensor that was not given"
     assert found["errors"] == 3
+    assert found["shapes"] == [[2], [2], [1], [0]], "a shape depends on a value"
+    assert not found["compiler"], "a record imported torch.compile"
+    assert found["guarded"] == [3, 3], "a record hides allocations from the proof, or keeps the proof's"
+    assert found["refused"], "what was decided for a GPU stayed"
 
 
 def test_a_repeated_launch_gets_the_kernel_and_the_arguments_that_triton_would_give_it():
