@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -25,9 +26,25 @@ def register(schema: str, function: Callable[..., Any], fake: Callable[..., Any]
         fake: the same on tensors without data: allocates the results.
     """
     name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _unseen(function), "CompositeExplicitAutograd")
     torch.library.register_fake(f"attnkd::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.attnkd, name).default
+
+
+def _unseen(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, into which torch.compile does not look either where it runs the operator itself: after a graph break it looks at all frames that
+    Python runs, launchers too, the backward's among them. A process without the compiler does not import it for this."""
+    disabled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args)
+
+    return call
 
 
 def composite(schema: str, function: Callable[..., Any]) -> Any:

@@ -158,6 +158,15 @@ try:
     found["refused"] = False
 except NotImplementedError:
     found["refused"] = True
+
+def step(query, key):
+    attnkd.attention_divergence(query, key, query.detach(), key.detach(), impl="triton").backward()
+
+with compiled.unlaunched("sm90") as launched:
+    launched.clear()
+    for _ in range(4):
+        torch.compile(step, backend="eager")(q.requires_grad_(), k.requires_grad_())
+    found["launched in a compiled step"] = list(launched)
 operator = register(
     "test_product(Tensor x, Tensor y, float times) -> (Tensor, Tensor)",
     replay.replayed(lambda x, y, times: (torch.empty_like(x).copy_(x * y), x * times)),
@@ -194,6 +203,7 @@ def test_a_replayed_launcher_does_for_other_tensors_what_it_would_have_done():
     assert found["shapes"] == [[2], [2], [1], [0]], "a shape depends on a value"
     assert not found["compiler"], "a record imported torch.compile"
     assert found["guarded"] == [3, 3], "a record hides allocations from the proof, or keeps the proof's"
+    assert found["launched in a compiled step"] == ["_row_kl_fwd_kernel", "_row_kl_bwd_kernel"] * 4
     assert found["refused"], "what was decided for a GPU stayed"
 
 
