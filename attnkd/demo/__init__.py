@@ -8,7 +8,6 @@ from pathlib import Path
 from attnkd.commands.options import require
 
 EXTRA = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich", "safetensors": "safetensors"}
-QUICK = {"epochs": 2, "teacher_epochs": 2, "seeds": 2, "train_size": 320, "test_size": 200}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""What the students of `attnkd demo --all` learn from, and which of them are compared."""
+"""What the demo's students learn from, and which of them are compared."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Arm:
     """One way to train a student.
 
     group: the rows of the table that it belongs to. words: what the student learns from. task: 'attn_distill', 'labels',
-    'head_kd', 'ssta' or 'probe'. options: of the task. heads: how the teachers' heads are chosen. images: how the images
+    'head_kd', 'ssta' or 'attention_probe'. options: of the task. heads: how the teachers' heads are chosen. images: how the images
     without labels are. labels: of 'some' or 'all' training images, or None.
     """
 
@@ -48,11 +48,11 @@ ARMS = {
     "ssta_random": Arm("SSTA", "labels, maps of random heads", "ssta", heads="random", labels="some"),
     "ssta_average": Arm("SSTA", "labels, mean maps of all heads", "ssta", heads="average", labels="some"),
     "ssta": Arm("SSTA", "labels, maps of important heads", "ssta", labels="some"),
-    "random": Arm("Attention Probe", "output, random images", "probe", OUTPUT_ALONE, images="random"),
-    "va": Arm("Attention Probe", "output, images by V_a", "probe", OUTPUT_ALONE, images="V_a"),
-    "vn": Arm("Attention Probe", "output, images by V_n", "probe", OUTPUT_ALONE, images="V_n"),
-    "v": Arm("Attention Probe", "output, images by V", "probe", OUTPUT_ALONE, images="V"),
-    "probe": Arm("Attention Probe", "output, relation rows, images by V", "probe", images="V"),
+    "random": Arm("Attention Probe", "output, random images", "attention_probe", OUTPUT_ALONE, images="random"),
+    "va": Arm("Attention Probe", "output, images by V_a", "attention_probe", OUTPUT_ALONE, images="V_a"),
+    "vn": Arm("Attention Probe", "output, images by V_n", "attention_probe", OUTPUT_ALONE, images="V_n"),
+    "v": Arm("Attention Probe", "output, images by V", "attention_probe", OUTPUT_ALONE, images="V"),
+    "probe": Arm("Attention Probe", "output, relation rows, images by V", "attention_probe", images="V"),
 }
 
 RULERS = {
@@ -84,7 +84,12 @@ class Comparison:
         return self.unit == "points"
 
 
-COMPARISONS = (
+GUIDANCE = (
+    Comparison("AG added to PA: k-NN top-1", "pa", "pa_ag", "knn"),
+    Comparison("AG added to PA: linear probe top-1", "pa", "pa_ag", "linear_probe"),
+    Comparison("AG added to PA: distance to the attention", "pa", "pa_ag", "pa_ag_distance", NATS),
+)
+METHODS = (
     Comparison("AttnDistill: AG added to PA (linear probe)", "pa", "pa_ag", "linear_probe"),
     Comparison("a teacher's output added to labels", "labels", "logits"),
     Comparison("head-specific KD: maps added to labels", "labels", "head_kd"),

@@ -22,23 +22,17 @@ from rich.progress import Progress as Bars
 from attnkd import files
 from attnkd.commands.info import versions
 from attnkd.commands.options import choose_device
-from attnkd.demo import QUICK, comparison, comparison_report, figures, report, wild
-from attnkd.demo.arms import ARMS
-from attnkd.demo.comparison import AllMethods, ComparisonConfig
-from attnkd.demo.experiment import ARMS as TWO_ARMS
-from attnkd.demo.experiment import Config, Experiment
-from attnkd.demo.stages import Trained
-from attnkd.demo.training import Record
+from attnkd.demo import data, figures, report
+from attnkd.demo.config import ALL, QUICK, QUICK_ALL, Config
+from attnkd.demo.experiment import Demo, Outcome
 from attnkd.demo.workers import one_thread, usual_jobs, workers
 
 
 def run(args: argparse.Namespace) -> int:
     names = ("epochs", "teacher_epochs", "seeds", "attn_weight", "temperature", "resample_mode")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    kind: Any = ComparisonConfig if args.all else Config
-    quick: dict[str, Any] = comparison.QUICK if args.all else QUICK
-    work: Any = compare if args.all else demonstrate
-    config = kind(**{**(quick if args.quick else {}), **given})
+    usual = [[{}, QUICK], [ALL, QUICK_ALL]][args.all][args.quick]
+    config = Config(**{**usual, **given})
     device = choose_device(args.device)
     if args.jobs is not None and args.jobs < 1:
         raise ValueError(f"jobs: expected an integer >= 1, got {args.jobs}")
@@ -49,72 +43,53 @@ def run(args: argparse.Namespace) -> int:
     # A pipe or a log file has no width of its own; 80 columns would fold the table.
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 150)
     wall, cpu = time.perf_counter(), cpu_time()
-    at_once = f", {jobs} students at a time" if jobs > 1 else ""
+    at_once = f", {jobs} at a time" if jobs > 1 else ""
     console.print(f"attnkd demo on {device_name(device)}{at_once}, results in {directory}", markup=False)
     with files.locked(directory / "lock"), one_thread():
-        summary = work(config, directory, device, jobs, console)
-        seconds = {
-            "wall": time.perf_counter() - wall,
-            "cpu": cpu_time() - cpu,
-        }
-        summary |= {
-            "config": asdict(config),
-            "device": device_name(device),
-            "jobs": jobs,
-            "seconds": seconds,
-            "versions": versions(),
-        }
-        files.write_json(directory / "summary.json", summary)
+        outcome = train(config, directory, device, jobs, console)
+        summary = report.summarise(outcome)
+        seconds = {"wall": time.perf_counter() - wall, "cpu": cpu_time() - cpu}
+        summary |= {"config": asdict(config), "device": device_name(device), "jobs": jobs, "seconds": seconds}
+        show(outcome, summary, directory, console)
+        files.write_json(directory / "summary.json", {**summary, "versions": versions()})
     console.print(f"{seconds['wall']:.0f} s ({seconds['cpu']:.0f} s of CPU time)")
     return 0
 
 
-def demonstrate(config: Config, directory: Path, device: torch.device, jobs: int, console: Console) -> dict[str, Any]:
-    """The demo: AttnDistill without and with attention guidance. Returns what goes into summary.json."""
+def train(config: Config, directory: Path, device: torch.device, jobs: int, console: Console) -> Outcome:
+    teachers = "two teachers" if config.assisted else "a teacher"
     console.print(
-        f"A teacher, {config.teacher_epochs} epochs; then {len(TWO_ARMS) * config.seeds} students, {config.epochs} epochs "
-        f"each: {config.seeds} with {TWO_ARMS['pa']}, {config.seeds} with {TWO_ARMS['pa_ag']}",
+        f"{config.seeds} seeds: for each {teachers}, {config.teacher_epochs} epochs, and a student in each of "
+        f"{len(config.arms)} arms",
         markup=False,
     )
-    epochs = config.teacher_epochs + len(TWO_ARMS) * config.seeds * config.epochs
-    make = functools.partial(Experiment, config, directory, device)
-    with Progress(console, epochs) as progress, workers(make, jobs, progress) as run:
-        outcome = make(progress).run(run)
-    summary = report.summarise(outcome)
+    make = functools.partial(Demo, config, directory, device)
+    with Progress(console, config.all_epochs()) as progress:
+        demo = make(progress)  # makes the data, before others look for them
+        with workers(make, jobs, progress) as run:
+            return demo.run(run)
+
+
+def show(outcome: Outcome, summary: dict[str, Any], directory: Path, console: Console) -> None:
+    """The table and the sentences on the screen, and pictures and a page into the folder."""
     console.print(report.table(summary))
-    for sentence in summary["verdict"]:
-        console.print(sentence)
-    checkpoints = list_checkpoints(outcome.stages(), directory, console)
-    wild.save_pictures(directory / "images", outcome.digits)
-    figures.draw_curves(outcome, directory / "curves.png")
-    figures.draw_attention(outcome, directory / "attention.png")
-    files.write_json(directory / "curves.json", report.curves(outcome))
-    console.print(f"summary.json, curves.json, curves.png and attention.png are in {directory}")
-    return {**summary, "checkpoints": checkpoints}
-
-
-def compare(
-    config: ComparisonConfig, directory: Path, device: torch.device, jobs: int, console: Console
-) -> dict[str, Any]:
-    """All four methods, and what they are compared with; returns as :func:`demonstrate`."""
-    console.print(
-        f"{config.seeds} seeds: for each two teachers, {config.teacher_epochs} epochs, and a student in each of {len(ARMS)} arms",
-        markup=False,
-    )
-    make = functools.partial(AllMethods, config, directory, device)
-    with Progress(console, comparison.count_epochs(config)) as progress, workers(make, jobs, progress) as run:
-        methods = make(progress)
-        outcome = methods.run(run)
-    summary = comparison_report.summarise(outcome)
-    console.print(comparison_report.table(summary))
+    for line in report.teachers_in_words(summary):
+        console.print(line)
     for compared in summary["comparisons"]:
         console.print(compared["verdict"])
-    checkpoints = list_checkpoints(outcome.stages(), directory, console)
-    wild.save_pictures(directory / "images", methods.lab.digits)
-    figures.draw_comparison(summary, directory / "methods.png")
-    files.write_text(directory / "methods.md", comparison_report.markdown(summary))
-    console.print(f"summary.json, methods.md (the table) and methods.png are in {directory}")
-    return {**summary, "checkpoints": checkpoints}
+    data.save_pictures(directory / "images", outcome.digits)
+    if len(outcome.config.arms) == 2:
+        drawn = ["curves.png", "attention.png"]
+        figures.draw_curves(outcome, directory / "curves.png")
+        figures.draw_attention(outcome, directory / "attention.png")
+    else:
+        drawn = ["methods.png"]
+        figures.draw_comparison(summary, directory / "methods.png")
+    files.write_text(directory / "results.md", report.markdown(summary))
+    console.print(f"{', '.join(drawn)}, results.md (the table) and summary.json are in {directory}")
+    console.print(
+        f"Each run is a folder for attnkd eval, maps and export, and its config.yaml one for attnkd train: {summary['runs'][-1]}"
+    )
 
 
 class Progress:
@@ -141,20 +116,15 @@ class Progress:
         self.stages[name] = self.bars.add_task(name, total=epochs, completed=done, values="")
         self.bars.advance(self.whole, done)
 
-    def epoch(self, name: str, record: Record) -> None:
-        values = (f"{part} {record[part]:.3g}" for part in ("loss", "top1", "knn", "kl") if part in record)
+    def epoch(self, name: str, record: Mapping[str, float]) -> None:
+        values = (f"{part} {record[part]:.3g}" for part in ("loss", "attn_loss") if part in record)
         self.bars.update(self.stages[name], advance=1, values="  ".join(values))
         self.bars.advance(self.whole)
 
     def end(self, name: str, scores: Mapping[str, float]) -> None:
-        self.bars.remove_task(self.stages.pop(name))
+        if name in self.stages:
+            self.bars.remove_task(self.stages.pop(name))
         self.console.print(f"{name}: {report.scores_in_words(scores)}", markup=False)
-
-
-def list_checkpoints(stages: list[Trained], directory: Path, console: Console) -> list[str]:
-    """The stages' files; each was compared with the trained model when it was written."""
-    console.print(f"\n{len(stages)} checkpoints loaded again by timm.create_model: features equal bit for bit")
-    return [str(stage.checkpoint.relative_to(directory)) for stage in stages]
 
 
 def cpu_time() -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +18,33 @@ class SimCLR(nn.Module):
 
     Args:
         model: output [B, D], its ``num_features``.
-        augment: (batch, CPU generator) → a random view of every image.
         temperature: of the cosine similarities.
     """
 
-    def __init__(
-        self, model: nn.Module, augment: Callable[[Tensor, torch.Generator], Tensor], temperature: float = 0.2
-    ) -> None:
+    def __init__(self, model: nn.Module, temperature: float = 0.2) -> None:
         super().__init__()
         dim = int(model.num_features)  # type: ignore[arg-type]
-        self.model, self.augment, self.temperature = model, augment, temperature
+        self.model, self.temperature = model, temperature
         self.projector = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim)).to(
             next(model.parameters()).device
         )
 
-    def forward(self, images: Tensor, targets: Tensor | None = None) -> dict[str, Tensor]:
-        """images [B, C, H, W], not augmented → loss; targets are not looked at."""
-        # The default generator is part of the saved state of a training run, so a continued run draws the same views.
-        views = torch.cat([self.augment(images, torch.default_generator) for _ in range(2)])
-        projected = F.normalize(self.projector(self.model(views)), dim=1)
+    def forward(self, views: Tensor, targets: Tensor | None = None) -> dict[str, Tensor]:
+        """views [B, 2, C, H, W] → loss; targets are not looked at."""
+        projected = F.normalize(self.projector(self.model(views.transpose(0, 1).flatten(0, 1))), dim=1)
         similarity = projected @ projected.T / self.temperature
-        similarity = similarity.masked_fill(torch.eye(len(views), dtype=torch.bool, device=views.device), -torch.inf)
-        other_view = torch.arange(len(views), device=views.device).roll(len(images))
+        similarity = similarity.masked_fill(
+            torch.eye(len(projected), dtype=torch.bool, device=views.device), -torch.inf
+        )
+        other_view = torch.arange(len(projected), device=views.device).roll(len(views))
         return {"loss": F.cross_entropy(similarity, other_view)}
+
+
+class TwoViews:
+    """image → [2, C, H, W], each augmented by itself."""
+
+    def __init__(self, transform: Callable[[Any], Tensor]) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Any) -> Tensor:
+        return torch.stack([self.transform(image), self.transform(image)])

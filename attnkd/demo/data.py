@@ -1,89 +1,116 @@
-"""Handwritten digits from scikit-learn: 1,797 real 8x8 images, upsampled to 16x16, with a fixed stratified split."""
+"""Real images that come with scikit-learn, as folders that every command takes: handwritten digits by class, and a wild folder of
+digits among pieces of two photographs, as Attention Probe meets it."""
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+import numpy as np
+from PIL import Image
+
+from attnkd import files
+from attnkd.training.sources import DIGITS, Source, open_source
 
 IMAGE_SIZE = 16
 SPLIT_SEED = 0
+STATS = {name: getattr(open_source(DIGITS, "train", mode="L"), name) for name in ("mean", "std")}
+"""Of the digits' pixels, which are 0 to 1."""
 
 
-class Digits(NamedTuple):
-    """Images are normalised with the training images' mean and standard deviation; ``background`` is an empty pixel."""
-
-    train_images: Tensor
-    """[n, 1, 16, 16] float32."""
-    train_labels: Tensor
-    """[n] int64."""
-    test_images: Tensor
-    test_labels: Tensor
-    spare_images: Tensor
-    """The images that are in neither part: there to choose heads or images with."""
-    spare_labels: Tensor
-    background: float
-    stats: tuple[float, float]
-    """Mean and standard deviation of the training images' pixels, which are 0 to 1 before normalisation."""
-
-    def to(self, device: torch.device) -> Digits:
-        return Digits._make(value.to(device) if isinstance(value, Tensor) else value for value in self)
-
-
-def load_digits(train_size: int, test_size: int) -> Digits:
-    """Load and split the digits; classes keep their shares in both parts.
-
-    Raises:
-        ValueError: sizes that leave a class out or exceed the 1,797 images.
-    """
-    from sklearn.datasets import load_digits as sklearn_digits
-    from sklearn.model_selection import train_test_split
-
-    data = sklearn_digits()
-    total = len(data.target)
-    if min(train_size, test_size) < 10 or train_size + test_size > total:
-        raise ValueError(
-            f"train_size, test_size: expected at least 10 each, at most {total} in all, got {train_size}, {test_size}"
-        )
-    train, test = train_test_split(
-        range(total), train_size=train_size, test_size=test_size, random_state=SPLIT_SEED, stratify=data.target
-    )
-    spare = sorted(set(range(total)) - {*train, *test})
-    images = torch.from_numpy(data.images).float()[:, None] / 16
-    images = F.interpolate(images, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", align_corners=False).clamp(0, 1)
-    labels = torch.from_numpy(data.target).long()
-    mean, std = images[train].mean(), images[train].std()
-    images = (images - mean) / std
-    parts = [part[chosen] for chosen in (train, test, spare) for part in (images, labels)]
-    return Digits._make([*parts, float(-mean / std), (float(mean), float(std))])
-
-
-class RandomAffine:
-    """A light random rotation, scaling, shear and shift of every image of a batch, in one grid_sample.
-
-    The random numbers come from the given CPU generator alone: a batch is the same on every device and after a resume.
+def digits_folder(parent: Path, train: int, test: int, labelled: int) -> Path:
+    """The 1,797 digits as split/class/number.png: 'train', 'validation', 'labelled' (some of 'train'), and the others as 'spare'.
 
     Args:
-        background: pixel value outside the image.
-        degrees, scale, shear, shift: largest rotation in degrees, relative change of size, shear, and shift as a share
-            of half the image.
+        train, test, labelled: images of the splits; classes have their shares in each of the first two.
+
+    Raises:
+        ValueError: sizes that leave a class out, or more images than there are.
     """
+    from sklearn.model_selection import train_test_split
 
-    def __init__(
-        self, background: float, degrees: float = 7.5, scale: float = 0.075, shear: float = 0.1, shift: float = 0.075
-    ) -> None:
-        self.background = background
-        self.limits = torch.tensor([math.radians(degrees), scale, shear, shift, shift])
+    images = [pair for split in ("train", "validation") for pair in open_source(DIGITS, split, mode="L").images]
+    if min(train, test) < 10 or train + test > len(images) or not 0 <= labelled <= train:
+        raise ValueError(
+            f"train_size, test_size: expected at least 10 each, at most {len(images)} in all, got {train}, {test} "
+            f"(labelled, at most train_size: {labelled})"
+        )
+    chosen = train_test_split(
+        range(len(images)), train_size=train, test_size=test, random_state=SPLIT_SEED, stratify=[y for _, y in images]
+    )
+    spare = sorted(set(range(len(images))) - {*chosen[0], *chosen[1]})
+    splits = {"train": chosen[0], "validation": chosen[1], "labelled": chosen[0][:labelled], "spare": spare}
+    folder = parent / f"digits-{train}-{test}-{labelled}"
+    with _complete(folder) as new:
+        if new is not None:
+            for split, indices in splits.items():
+                for index in indices:
+                    image, label = images[index]
+                    _save(image, new / split / str(label) / f"{index:04}.png")
+    return folder
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """images [B, C, H, W] → the same shape."""
-        draws = (2 * torch.rand(len(images), 5, generator=generator) - 1) * self.limits
-        angle, scale, shear, shift_x, shift_y = draws.unbind(1)
-        cos, sin = angle.cos() / (1 + scale), angle.sin() / (1 + scale)
-        rows = [torch.stack([cos, shear - sin, shift_x], 1), torch.stack([sin, cos, shift_y], 1)]
-        theta = torch.stack(rows, 1).to(images)
-        grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-        return F.grid_sample(images - self.background, grid, align_corners=False) + self.background
+
+def wild_folder(folder: Path, digits: Path, num_digits: int, num_photos: int, seed: int) -> Path:
+    """Spare digits as digits/*.png, and squares of 16 to 128 pixels out of two photographs as photos/*.png.
+
+    Raises:
+        ValueError: fewer spare digits than asked for.
+    """
+    from sklearn.datasets import load_sample_images
+
+    spare = sorted((digits / "spare").rglob("*.png"), key=lambda path: path.name)[:num_digits]
+    if len(spare) < num_digits:
+        raise ValueError(f"train_size, test_size: expected to leave {num_digits} digits over, leave {len(spare)}")
+    with _complete(folder) as new:
+        if new is not None:
+            (new / "digits").mkdir(parents=True)
+            for path in spare:
+                shutil.copy(path, new / "digits")
+            photos = [Image.fromarray(array).convert("L") for array in load_sample_images().images]
+            generator = np.random.default_rng(seed)
+            for index in range(num_photos):
+                photo = photos[index % len(photos)]
+                side = int(generator.integers(IMAGE_SIZE, 129))
+                x, y = int(generator.integers(photo.width - side)), int(generator.integers(photo.height - side))
+                square = photo.crop((x, y, x + side, y + side))
+                square = square.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+                _save(square, new / "photos" / f"{index:04}.png")
+    return folder
+
+
+def open_digits(folder: Path, split: str) -> Source:
+    """Images and labels of a split of :func:`digits_folder`."""
+    return open_source(str(folder), split, mode="L")
+
+
+def first_of_each(folder: Path) -> list[Path]:
+    """The first test image of every digit."""
+    return [min((folder / "validation" / str(digit)).glob("*.png")) for digit in range(10)]
+
+
+def save_pictures(folder: Path, digits: Path) -> None:
+    """These as 'digit 0.png' to 'digit 9.png', for `attnkd maps` to look at."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for digit, path in enumerate(first_of_each(digits)):
+        files.write_bytes(folder / f"digit {digit}.png", path.read_bytes())
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+@contextmanager
+def _complete(folder: Path) -> Iterator[Path | None]:
+    """A new folder that gets its name when the block ends, so that one of that name is complete; None if there is one."""
+    if folder.exists():
+        yield None
+        return
+    new = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    with files.named(folder):
+        yield new
+        os.replace(new, folder)

@@ -1,194 +1,253 @@
-"""The experiment: a teacher, then students with fewer heads and fewer patches, without and with attention guidance."""
+"""The experiment: in every seed teachers, then a student in each arm, all trained and scored in the same way."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import math
-from collections.abc import Iterable
+import functools
+import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from timm.task import ClassificationTask
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from attnkd import __version__
-from attnkd.capture.models import evaluating
-from attnkd.demo import models
-from attnkd.demo.attention import attention_divergence_per_image, cls_attention
-from attnkd.demo.data import Digits, RandomAffine, load_digits
-from attnkd.demo.stages import Listener, Stages, Trained
-from attnkd.demo.training import Record, recipe
+from attnkd import files
+from attnkd.capture.loading import image_config, image_transform
+from attnkd.capture.models import num_classes
+from attnkd.demo import data, runs
+from attnkd.demo.arms import ARMS, RULERS, Arm
+from attnkd.demo.config import Config
+from attnkd.demo.runs import STUDENT, Listener, Runs, Trained
 from attnkd.demo.workers import Run
-from attnkd.evaluation.features import Features, extract
+from attnkd.evaluation.features import batches, extract
+from attnkd.evaluation.finetune import accuracy
 from attnkd.evaluation.knn import knn
 from attnkd.evaluation.linear import linear_probe
-from attnkd.methods.attn_distill import AttnDistill
+from attnkd.methods.head_importance import HeadImportance, head_importance, select_heads
+from attnkd.methods.selection import select_images
+from attnkd.training import models
+from attnkd.training.config import Experiment, experiment
 
-ARMS = {"pa": "PA only", "pa_ag": "PA + AG"}
 
+class Teachers(NamedTuple):
+    """Who the students of a seed learn from, and what."""
 
-@dataclass(frozen=True)
-class Config:
-    """What the command line decides; everything that determines the result is in here or in the code.
-
-    attn_weight is the paper's λ. temperature is the number of the teacher's heads, so that 'logsum' takes the geometric
-    mean of its heads (the paper's 10 is made for 6 and 12 heads). resample_mode is not the paper's 'bicubic': on grids
-    this small its negative weights take about a fifth of all entries to the floor, and a patch that is at the floor in
-    one head is dark after merging, however bright it is in the others.
-    """
-
-    epochs: int = 30
-    teacher_epochs: int = 20
-    seeds: int = 3
-    attn_weight: float = 0.1
-    temperature: float = 4.0
-    resample_mode: str = "area"
-    train_size: int = 1197
-    test_size: int = 600
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "teacher_epochs", "seeds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
-        for name in ("attn_weight", "temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a finite number > 0, got {getattr(self, name)}")
-
-    def arm_weight(self, arm: str) -> float:
-        return self.attn_weight if arm == "pa_ag" else 0.0
+    teacher: Trained
+    assistant: Trained | None
+    heads: dict[str, Any]
+    """How they are chosen → whose → heads in every block."""
+    wild: Path | None
+    """The folder with the wild images, and beside it a list of those chosen for each way of choosing."""
+    chosen: dict[str, list[str]]
 
 
 @dataclass
 class Outcome:
-    """Everything that table, figures and summary are made of. ``students[arm][seed]``."""
+    """Everything that table, figures and summary are made of. ``students[arm][seed]``, ``before[seed]`` untrained scores."""
 
     config: Config
-    digits: Digits
-    target: Tensor
-    """[test images, 1 + student patches]: the teacher's attention rows, resized to the student's grid and merged."""
-    teacher: Trained
+    digits: Path
+    teachers: list[Teachers]
     students: dict[str, list[Trained]]
+    before: list[dict[str, float]]
 
-    def stages(self) -> list[Trained]:
-        return [self.teacher, *(run for runs in self.students.values() for run in runs)]
+    def runs(self) -> list[Trained]:
+        first = [run for each in self.teachers for run in (each.teacher, each.assistant) if run is not None]
+        return first + [run for runs in self.students.values() for run in runs]
 
 
-class Experiment:
-    """Trains the stages and continues what ``directory`` already has of exactly this experiment."""
+class Demo:
+    """Trains teachers and all arms, and continues what ``directory`` already has of exactly this experiment."""
 
     def __init__(self, config: Config, directory: Path, device: torch.device, listener: Listener) -> None:
-        self.config, self.device = config, device
-        self.digits = load_digits(config.train_size, config.test_size).to(device)
-        self.augment = RandomAffine(self.digits.background)
-        side = models.STUDENT["img_size"] // models.STUDENT["patch_size"]
-        self.student_grid = (side, side)
-        packages = {name: importlib.metadata.version(name) for name in ("torch", "timm")}
-        circumstances = {
-            "digits": {"train": config.train_size, "test": config.test_size},
-            "augment": [round(limit, 6) for limit in self.augment.limits.tolist()],
-            "device": device.type,
-            "versions": {"attnkd": __version__, **packages},
-        }
-        self.stages = Stages(directory, circumstances, listener, self.digits.stats, self.digits.test_images)
+        self.config, self.directory, self.device = config, directory, device
+        self.runs = Runs(directory, device, listener)
+        self.digits = data.digits_folder(directory, config.train_size, config.test_size, config.labelled)
 
     def run(self, run: Run) -> Outcome:
-        """All stages; students do not depend on each other."""
-        (teacher,) = run(Experiment.train_teacher, [("teacher", models.TEACHER)])
-        calls = [(arm, seed, teacher) for seed in range(1, self.config.seeds + 1) for arm in ARMS]
-        trained = run(Experiment.train_student, calls)
-        students = {arm: trained[place :: len(ARMS)] for place, arm in enumerate(ARMS)}
-        return Outcome(self.config, self.digits, self.target(teacher), teacher, students)
+        """All runs; those that do not depend on each other at the same time."""
+        config, seeds = self.config, range(1, self.config.seeds + 1)
+        names = ["teacher"] + ["assistant"] * config.assisted
+        trained = run(Demo.train_teacher, [(name, seed) for seed in seeds for name in names])
+        pairs = [trained[place : place + len(names)] for place in range(0, len(trained), len(names))]
+        teachers = run(Demo.choose, [(seed, *pair) for seed, pair in zip(seeds, pairs, strict=True)])
+        calls = [(arm, seed, each) for seed, each in zip(seeds, teachers, strict=True) for arm in config.arms]
+        trained = run(Demo.train_student, calls)
+        students = {arm: trained[place :: len(config.arms)] for place, arm in enumerate(config.arms)}
+        before = [self.untrained(seed, each) for seed, each in zip(seeds, teachers, strict=True)]
+        return Outcome(config, self.digits, teachers, students, before)
 
-    def target(self, teacher: Trained) -> Tensor:
-        """[test images, 1 + student patches]: the teacher's attention, resized to the student's grid and merged."""
-        images, config = self.digits.test_images, self.config
-        return cls_attention(teacher.model, images, config.temperature, self.student_grid, config.resample_mode)
+    def train_teacher(self, name: str, seed: int) -> Trained:
+        epochs, arguments = self.config.teacher_epochs, {**runs.TEACHER, "patch_size": self.config.teacher_patch}
+        if name == "assistant":
+            return self.runs.contrast(f"{name}-seed{seed}", arguments, seed, self.digits, epochs, self.scores)
+        return self.runs.supervise(f"{name}-seed{seed}", arguments, seed, self.digits, "train", epochs, self.scores)
 
-    def train_teacher(self, name: str, args: dict[str, Any], seed: int = 0) -> Trained:
-        model, digits = models.create(args, seed).to(self.device), self.digits
-        method = ClassificationTask(model, device=self.device, verbose=False)
-        settings = {"task": "classification", "model": args, "seed": seed}
+    def choose(self, seed: int, teacher: Trained, assistant: Trained | None = None) -> Teachers:
+        """The heads and the images that a seed's students learn from, by how they are chosen."""
+        if assistant is None:
+            return Teachers(teacher, None, {}, None, {})
+        folder = self.directory / f"wild-{teacher.folder.name}"
+        chosen = self.choose_images(folder, seed, teacher)
+        return Teachers(teacher, assistant, self.choose_heads(seed, teacher, assistant), folder, chosen)
 
-        def score(history: list[Record]) -> dict[str, float]:
-            known = self.top1(model, digits.train_images, digits.train_labels)
-            return {**self.scores(model, history), "train_top1": known}
+    def choose_heads(self, seed: int, teacher: Trained, assistant: Trained) -> dict[str, dict[str, Any]]:
+        """By importance on the images and labels that the teacher learned from: heads cost no further labels."""
+        probe = linear_probe(*self.features(assistant.model), device=self.device)
+        weight, bias = probe.weight.to(self.device), probe.bias.to(self.device)
 
-        epochs = self.config.teacher_epochs
-        return self.stage(
-            name, method, model, settings, epochs, evaluate=lambda: {"top1": self.top1(model)}, score=score
-        )
+        def search(whose: Trained, combinations: bool, **options: Any) -> HeadImportance:
+            path = self.directory / f"importance-{'combinations' if combinations else 'heads'}-{whose.folder.name}.json"
+            return head_importance(
+                whose.model,
+                self.images("train"),
+                "all",
+                combinations=combinations,
+                path=path,
+                progress=False,
+                **options,
+            )
 
-    def train_student(self, arm: str, seed: int, teacher: Trained) -> Trained:
-        config, target = self.config, self.target(teacher)
-        student = models.create(models.STUDENT, seed).to(self.device)
-        # The projector is drawn right after the student, so both arms start a seed from the same weights.
-        method = AttnDistill(
-            student,
-            teacher.model,
-            attn_weight=config.arm_weight(arm),
-            temperature=config.temperature,
-            resample_mode=config.resample_mode,
-            verbose=False,
-        )
-        settings = {
-            "task": "AttnDistill",
-            "attn_weight": config.arm_weight(arm),
-            "temperature": config.temperature,
-            "resample_mode": config.resample_mode,
-            "teacher": {"sha256": teacher.sha256},
-            "model": models.STUDENT,
-            "seed": seed,
+        alone = search(teacher, combinations=False).importance()
+        wanted = STUDENT["num_heads"]
+        draw = random.Random(seed)
+        return {
+            "importance": {
+                "head_kd": [sorted(importance.topk(wanted).indices.tolist()) for importance in alone],
+                "teacher": search(teacher, combinations=True).best(),
+                "assistant": search(
+                    assistant, combinations=True, classifier=lambda output: F.linear(output, weight, bias)
+                ).best(),
+            },
+            "random": {
+                "head_kd": [sorted(draw.sample(range(len(importance)), wanted)) for importance in alone],
+                "teacher": select_heads("random", teacher.model, "all", seed=seed),
+                "assistant": select_heads("random", assistant.model, "all", seed=seed + 1_000_003),
+            },
+            "average": {"teacher": "average", "assistant": "average"},
         }
 
-        def evaluate() -> Record:
-            rows = cls_attention(student, self.digits.test_images, config.temperature)
-            return {
-                "knn": self.knn(*self.features(student)),
-                "kl": attention_divergence_per_image(target, rows).mean().item(),
-            }
+    def choose_images(self, folder: Path, seed: int, teacher: Trained) -> dict[str, list[str]]:
+        """Names of images of the seed's own wild folder; also as lists in ``folder``."""
+        count, wild = self.config.wild_digits, folder / "images"
+        data.wild_folder(wild, self.digits, count, self.config.wild_photos, seed)
+        everything = sorted(str(path.relative_to(wild)) for path in wild.rglob("*.png"))
+        transform = image_transform(image_config(teacher.model))
 
-        return self.stage(f"student-{arm}-seed{seed}", method, student, settings, config.epochs, evaluate=evaluate)
+        def chosen(**options: Any) -> list[str]:
+            out = folder / "selected.txt"
+            return select_images(
+                teacher.model, wild, out, count, transform, device=self.device, progress=False, **options
+            ).names()
 
-    def stage(
-        self, name: str, method: nn.Module, model: nn.Module, settings: dict[str, Any], epochs: int, **options: Any
-    ) -> Trained:
-        """Train on the digits; by default score features, and what ``evaluate`` measured after the last epoch."""
+        found = {
+            "random": random.Random(seed).sample(everything, count),
+            "V_n": chosen(restart=True, attn_weight=0.0),
+            "V_a": chosen(output_weight=0.0),
+            "V": chosen(),
+        }
+        for how, names in found.items():
+            files.write_text(folder / f"{how}.txt", "".join(f"{name}\n" for name in names))
+        return found
 
-        data = self.digits.train_images, self.digits.train_labels
-        defaults = {"data": data, "augment": self.augment, "score": lambda history: self.scores(model, history)}
-        return self.stages.train(name, method, model, settings, recipe(epochs), **{**defaults, **options})
-
-    def scores(self, model: nn.Module, history: list[Record]) -> dict[str, float]:
-        """What was measured after the last epoch, and scores of the features."""
-        measured = {key: value for key, value in history[-1].items() if key in ("top1", "kl")}
-        train, test = self.features(model)
-        probe = linear_probe(train, test, device=self.device)
-        return {**measured, "knn": self.knn(train, test), "linear_probe": probe.top1}
-
-    def features(self, model: nn.Module) -> tuple[Features, Features]:
-        """Of all training images and of the test images."""
-        digits = self.digits
-        return (
-            extract(model, batches(digits.train_images, digits.train_labels)),
-            extract(model, batches(digits.test_images, digits.test_labels)),
+    def experiment(self, name: str, seed: int, teachers: Teachers, **options: Any) -> Experiment:
+        """What `attnkd train` is told for a student of an arm, with ``options`` of the method beside the arm's own."""
+        arm, config = ARMS[name], self.config
+        epochs, options = config.epochs_of(arm), {**arm.options, **options}
+        settings: dict[str, Any] = {"data": str(self.digits)}
+        if arm.images is not None:
+            assert teachers.wild is not None
+            settings = {"data": str(teachers.wild / f"{arm.images}.txt"), "data_root": str(teachers.wild / "images")}
+        elif arm.labels == "some":
+            settings["train_split"] = "labelled"
+        if arm.task == "attn_distill":
+            weights = {"attn_weight": config.attn_weight, "temperature": config.temperature}
+            options = {**weights, "resample_mode": config.resample_mode, **options}
+        elif arm.task == "head_kd":
+            options["teacher_heads"] = teachers.heads[arm.heads]["head_kd"]
+        elif arm.task == "attention_probe":
+            options["teacher_accuracy"] = teachers.teacher.scores["train_top1"] / 100
+        elif arm.task == "ssta":
+            assert teachers.assistant is not None
+            heads = teachers.heads[arm.heads]
+            own = {"teacher_heads": heads["teacher"], "assistant_heads": heads["assistant"]}
+            options = {"blocks": "all", "stop_epoch": epochs / 3, **own, **options}  # as the paper: 100 of 300
+            settings["assistant"] = str(teachers.assistant.weights)
+        return experiment(
+            arm.task,
+            options,
+            output="",
+            student=runs.MODEL,
+            student_kwargs=STUDENT,
+            pos_embed="sincos",
+            teacher=str(teachers.teacher.weights),
+            seed=seed,
+            train=runs.recipe(epochs),
+            run=runs.carrying(config.images(arm)),
+            **settings,
         )
 
-    def knn(self, train: Features, test: Features) -> float:
-        """Top-1 accuracy in percent with 20 neighbours, as DINO's."""
-        return knn(train, test, ks=(20,), device=self.device)[20]["top1"]
+    def train_student(self, name: str, seed: int, teachers: Teachers) -> Trained:
+        arm = ARMS[name]
+
+        def score(student: nn.Module) -> dict[str, float]:
+            listed = teachers.chosen.get(arm.images or "", [])
+            kept = {"digits_kept": sum(image.startswith("digits/") for image in listed)} if listed else {}
+            return {**self.scores(student), **kept, **self.distances(arm, student, seed, teachers)}
+
+        run = f"student-{name}-seed{seed}"
+        if arm.task == "labels":
+            split = "labelled" if arm.labels == "some" else "train"
+            return self.runs.supervise(run, STUDENT, seed, self.digits, split, self.config.epochs_of(arm), score)
+        return self.runs.distil(run, self.experiment(name, seed, teachers), score)
+
+    def untrained(self, seed: int, teachers: Teachers) -> dict[str, float]:
+        """Distances of a student to its teachers' attention before training."""
+        groups = {arm.group: arm for arm in (ARMS[name] for name in self.config.arms)}
+        found: dict[str, float] = {}
+        for arm in groups.values():
+            own = {} if arm.classifies else {"num_classes": 0}
+            student = runs.new_classifier({**STUDENT, **own}, seed).to(self.device)
+            found |= self.distances(arm, student, seed, teachers)
+        return found
 
     @torch.no_grad()
-    def top1(self, model: nn.Module, images: Tensor | None = None, labels: Tensor | None = None) -> float:
-        """Accuracy in percent of a classifier, on the test images unless others are given."""
-        if images is None or labels is None:
-            images, labels = self.digits.test_images, self.digits.test_labels
-        with evaluating(model):
-            right = sum(int((model(some).argmax(1) == theirs).sum()) for some, theirs in batches(images, labels))
-        return 100 * right / len(labels)
+    def distances(self, arm: Arm, student: nn.Module, seed: int, teachers: Teachers) -> dict[str, float]:
+        """The attention losses between a student and its teachers, on the test images, that its arm is compared by."""
+        found = {}
+        images, labels = (torch.cat(parts).to(self.device) for parts in zip(*self.images("validation"), strict=True))
+        for name in RULERS[arm.group]:
+            options = {"stop_epoch": None} if ARMS[name].task == "ssta" else {}
+            asked = self.experiment(name, seed, teachers, **options)
+            inputs = models.Inputs(1, (data.IMAGE_SIZE,) * 2, **data.STATS)
+            task: Any = models.build_task(
+                asked, student, models.build_teachers(asked), inputs, self.device, verbose=False
+            )
+            result: dict[str, Tensor] = task.eval()(images, labels)
+            task.untap()
+            parts = [value.item() for key, value in result.items() if key.endswith(("attn_loss", "relation_loss"))]
+            found[f"{name}_distance"] = sum(parts) / len(parts)
+        return found
 
+    @functools.cache  # noqa: B019  there is one for each process
+    def images(self, split: str) -> list[Any]:
+        """Batches (images, labels) of a split, as all the models want them."""
+        transform = image_transform(image_config(runs.new_classifier(STUDENT, 0)))
+        return list(batches(data.open_digits(self.digits, split).images, transform, 256, 0))
 
-def batches(images: Tensor, labels: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """[n, C, H, W] and [n] → batches of both."""
-    return zip(images.split(256), labels.split(256), strict=True)
+    def features(self, model: nn.Module) -> tuple[Any, Any]:
+        """Of the training and the test images."""
+        return tuple(extract(model, self.images(split)) for split in ("train", "validation"))  # type: ignore[return-value]
+
+    def scores(self, model: nn.Module) -> dict[str, float]:
+        """In percent: of the features, and of the classifier if there is one."""
+        train, test = self.features(model)
+        found = {
+            "knn": knn(train, test, ks=(20,), device=self.device)[20]["top1"],  # as `attnkd eval knn --k 20`
+            "linear_probe": linear_probe(train, test, device=self.device).top1,  # as `attnkd eval linear`
+        }
+        if num_classes(model):
+            found["top1"] = accuracy(model, self.images("validation"))[0]
+            found["train_top1"] = accuracy(model, self.images("train"))[0]
+        return found

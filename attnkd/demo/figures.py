@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from attnkd import files
-from attnkd.demo.attention import attention_divergence_per_image, cls_attention
-from attnkd.demo.experiment import ARMS, Outcome
-from attnkd.demo.training import Record
+from attnkd.attention.merging import merge_attention
+from attnkd.attention.resample import resample_attention
+from attnkd.capture.class_maps import class_maps
+from attnkd.capture.loading import image_config, image_transform
+from attnkd.demo.data import IMAGE_SIZE, first_of_each
+from attnkd.demo.experiment import Outcome
+from attnkd.demo.runs import Trained
+from attnkd.training.report import LOG
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+ARMS = {"pa": "PA only", "pa_ag": "PA + AG"}
 STYLES: dict[str, Any] = {
     "pa": {"color": "#0072B2", "linestyle": "--"},
     "pa_ag": {"color": "#D55E00", "linestyle": "-"},
@@ -25,80 +35,89 @@ STYLES: dict[str, Any] = {
 
 
 def draw_curves(outcome: Outcome, path: Path) -> None:
-    """Per epoch and arm, mean over seeds and from lowest to highest seed: PA loss, KL to the teacher, k-NN."""
+    """Left: the loss of both arms over the epochs, mean over seeds and from lowest to highest. Then a line or dot for each seed:
+    distance to the teacher's attention before and after training, and k-NN."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = _new_figure((12, 4.2))
-    panels = figure.subplots(1, 3)
-    for axes, key, title, unit in zip(
-        panels,
-        ("pa_loss", "kl", "knn"),
-        ("PA loss, training images", "KL to the teacher's attention, test images", "k-NN top-1, test images"),
-        ("mean squared error", "nats", "%"),
-        strict=True,
-    ):
-        for arm, runs in outcome.students.items():
-            _band(axes, [run.history for run in runs], key, ARMS[arm], STYLES[arm])
-        axes.set(title=title, xlabel="epoch", ylabel=unit)
-        axes.margins(x=0)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+    loss, distance, accuracy = figure.subplots(1, 3)
+    for place, (arm, runs) in enumerate(outcome.students.items()):
+        _band(loss, runs, "pa_loss", ARMS[arm], STYLES[arm])
+        for run, before in zip(runs, outcome.before, strict=True):
+            distance.plot(
+                (0, 1), [scores["pa_ag_distance"] for scores in (before, run.scores)], marker="o", **STYLES[arm]
+            )
+        accuracy.plot([place] * len(runs), [run.scores["knn"] for run in runs], "o", color=STYLES[arm]["color"])
+    loss.set(title="PA loss, training images", xlabel="epoch", ylabel="mean squared error", yscale="log")
+    loss.margins(x=0)
+    loss.xaxis.get_major_locator().set_params(integer=True)
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.yaxis.set_minor_formatter(NullFormatter())
+    distance.set(
+        title="KL to the teacher's attention, test images", ylabel="nats", xlim=(-0.2, 1.2), ylim=(0, None),
+        xticks=(0, 1), xticklabels=("untrained", "trained"),
+    )  # fmt: skip
+    accuracy.plot(
+        [2] * len(outcome.teachers), [each.teacher.scores["knn"] for each in outcome.teachers], "o", color="0.35"
+    )
+    accuracy.set(title="k-NN top-1, test images", ylabel="%", xlim=(-0.5, 2.5))
+    accuracy.set_xticks(range(3), [*ARMS.values(), "teachers"])
+    for axes in (loss, distance, accuracy):
         axes.grid(alpha=0.25)
-    panels[0].set_yscale("log")
-    panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    panels[0].yaxis.set_major_formatter("{x:g}")
-    panels[0].yaxis.set_minor_formatter(NullFormatter())
-    panels[1].set_ylim(bottom=0)
-    teacher = outcome.teacher.scores["knn"]
-    panels[2].axhline(teacher, color="0.35", linestyle=":", label=f"teacher, {teacher:.1f} %")
-    figure.legend(*panels[2].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     seeds = outcome.config.seeds
-    figure.suptitle(f"line: mean, band: lowest to highest of {seeds} seeds" if seeds > 1 else "one seed")
+    figure.suptitle(f"{seeds} seeds; left, line: mean, band: lowest to highest" if seeds > 1 else "one seed")
     files.write_figure(path, figure)
 
 
+@torch.no_grad()
 def draw_attention(outcome: Outcome, path: Path) -> None:
-    """For one test image of every digit: where the class token looks, in teacher and students."""
+    """For one test image of every digit: where the class token looks, in the teacher and the students of the first seed."""
     from matplotlib.colors import PowerNorm
 
-    digits, temperature = outcome.digits, outcome.config.temperature
-    labels = digits.test_labels.tolist()
-    chosen = [labels.index(digit) for digit in range(10)]
-    images, target = digits.test_images[chosen], outcome.target[chosen]
-    teacher = cls_attention(outcome.teacher.model, images, temperature)
-    students = {arm: cls_attention(runs[0].model, images, temperature) for arm, runs in outcome.students.items()}
+    config, teacher = outcome.config, outcome.teachers[0].teacher
+    pictures = [Image.open(file) for file in first_of_each(outcome.digits)]
+    transform = image_transform(image_config(teacher.model, crop_pct=1.0))
+    images = torch.stack([transform(picture) for picture in pictures]).to(teacher.device)
+
+    def look(model: Any) -> Any:
+        return class_maps(model, images, merge="logsum", rollout=False, temperatures=[config.temperature])
+
+    seen, students = look(teacher.model), {arm: look(runs[0].model) for arm, runs in outcome.students.items()}
+    grid = next(iter(students.values())).grid
+    resized = resample_attention(seen.rows, seen.grid, grid, config.resample_mode)
+    target = merge_attention(resized, "logsum", config.temperature)[:, 0, 0]
     # A teacher patch covers a part of a student patch: scaled by the areas, one colour bar serves all maps.
-    area = (teacher.shape[1] - 1) / (target.shape[1] - 1)
+    area = seen.grid[0] * seen.grid[1] / (grid[0] * grid[1])
     rows: list[tuple[str, Tensor]] = [
-        (f"teacher, {_sides(teacher)} patches", teacher * area),
-        (f"teacher on {_sides(target)}\n(what AG matches)", target),
-        *((f"student, {ARMS[arm]}", rows) for arm, rows in students.items()),
+        (f"teacher, {seen.grid[0]}×{seen.grid[1]} patches", seen.merged[:, 0, 0] * area),
+        (f"teacher on {grid[0]}×{grid[1]}\n(what AG matches)", target),
+        *((f"student, {ARMS[arm]}", maps.merged[:, 0, 0]) for arm, maps in students.items()),
     ]
-    kl = {
-        index: attention_divergence_per_image(target, rows).tolist()
-        for index, rows in enumerate(students.values(), start=2)
-    }
     # Few patches hold most of the attention; on a square-root scale the others can be told apart too.
     scale = PowerNorm(0.5, vmin=0, vmax=max(float(values[:, 1:].max()) for _, values in rows))
 
     figure = _new_figure((13, 6.5))
-    grid = figure.subplots(1 + len(rows), 10)
-    pixels = images[:, 0].cpu().numpy()
-    half = (digits.background + pixels.max((1, 2))) / 2
-    for column in range(10):
-        top = grid[0][column]
-        top.imshow(pixels[column], cmap="gray_r")
-        top.set_title(str(column), fontsize=11)
+    cells = figure.subplots(1 + len(rows), 10)
+    for column, picture in enumerate(pictures):
+        pixels = np.asarray(picture.convert("L"))
+        cells[0][column].imshow(pixels, cmap="gray_r")
+        cells[0][column].set_title(str(column), fontsize=11)
         for index, (_, values) in enumerate(rows):
-            axes = grid[1 + index][column]
-            image = axes.imshow(_as_map(values[column]), cmap="viridis", norm=scale, extent=(-0.5, 15.5, 15.5, -0.5))
-            axes.contour(pixels[column], levels=[half[column]], colors="white", linewidths=0.8)
-            if index in kl:
-                axes.set_xlabel(f"KL {kl[index][column]:.2f}", fontsize=9, labelpad=3)
-    for axes in grid.flat:
+            axes, row = cells[1 + index][column], values[column]
+            side = round((len(row) - 1) ** 0.5)
+            extent = (-0.5, IMAGE_SIZE - 0.5, IMAGE_SIZE - 0.5, -0.5)
+            image = axes.imshow(row[1:].reshape(side, side).cpu().numpy(), cmap="viridis", norm=scale, extent=extent)
+            axes.contour(pixels, levels=[pixels.max() / 2], colors="white", linewidths=0.8)
+            if index > 1:
+                kl = F.kl_div(row.log(), target[column], reduction="sum").item()
+                axes.set_xlabel(f"KL {kl:.2f}", fontsize=9, labelpad=3)
+    for axes in cells.flat:
         axes.set(xticks=[], yticks=[])
-    for axes, name in zip(grid[:, 0], ["test image", *(name for name, _ in rows)], strict=True):
+    for axes, name in zip(cells[:, 0], ["test image", *(name for name, _ in rows)], strict=True):
         axes.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8)
-    bar = figure.colorbar(image, ax=grid[1:, :], fraction=0.025, pad=0.01)
+    bar = figure.colorbar(image, ax=cells[1:, :], fraction=0.025, pad=0.01)
     bar.set_label("attention per student patch (square-root scale)")
     figure.suptitle("Attention of the class token over the patches, last block, heads merged (seed 1)")
     files.write_figure(path, figure)
@@ -157,18 +176,9 @@ def _new_figure(size: tuple[float, float]) -> Figure:
     return figure
 
 
-def _band(axes: Axes, histories: Sequence[Sequence[Record]], key: str, label: str, style: dict[str, Any]) -> None:
-    epochs = [int(record["epoch"]) for record in histories[0] if key in record]
-    values = np.array([[record[key] for record in history if key in record] for history in histories])
+def _band(axes: Axes, runs: list[Trained], name: str, label: str, style: dict[str, Any]) -> None:
+    logs = [(run.folder / LOG).read_text(encoding="utf-8").splitlines() for run in runs]
+    values = np.array([[json.loads(line)[name] for line in log] for log in logs])
+    epochs = range(1, values.shape[1] + 1)
     axes.plot(epochs, values.mean(0), label=label, **style)
     axes.fill_between(epochs, values.min(0), values.max(0), color=style["color"], alpha=0.18, linewidth=0)
-
-
-def _as_map(row: Tensor) -> np.ndarray:
-    side = round((len(row) - 1) ** 0.5)
-    return row[1:].reshape(side, side).cpu().numpy()
-
-
-def _sides(rows: Tensor) -> str:
-    side = round((rows.shape[1] - 1) ** 0.5)
-    return f"{side}×{side}"

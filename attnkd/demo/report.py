@@ -1,135 +1,164 @@
-"""From an outcome to numbers, a table and sentences; the same numbers go to the screen and into summary.json."""
+"""From an outcome to numbers, a table and sentences; the same numbers go to the screen, into summary.json and into results.md."""
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from attnkd.demo.experiment import ARMS, Outcome, Trained
-from attnkd.demo.models import describe
+from attnkd.demo.arms import ARMS, RULERS, Arm, Comparison
+from attnkd.demo.config import Config
+from attnkd.demo.experiment import Outcome
+from attnkd.evaluation.pairs import difference, holm, spread
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch import nn
 
-METRICS = {
-    # name: (words, unit, digits after the point, does more mean better)
-    "knn": ("k-NN top-1", "points", 1, True),
-    "linear_probe": ("linear probe top-1", "points", 1, True),
-    "kl": ("KL to the teacher", "nats", 3, False),
-}
+HEAD = ("", "the student learns from", "labels", "accuracy %", "k-NN top-1 %", "distance to the attention", "digits")
+LEVEL = 0.05
 
 
 def summarise(outcome: Outcome) -> dict[str, Any]:
-    """Scores of teacher and students, and the paired differences between the two arms, seed by seed."""
-    arms: dict[str, dict[str, Any]] = {}
-    for arm, runs in outcome.students.items():
-        arms[arm] = {
-            "name": ARMS[arm],
-            "attn_weight": outcome.config.arm_weight(arm),
-            **describe(runs[0].model),
-            "kl_before": spread([run.history[0]["kl"] for run in runs]),
-            **{metric: spread([run.scores[metric] for run in runs]) for metric in METRICS},
-        }
-    differences = {
-        metric: difference(arms["pa"][metric]["values"], arms["pa_ag"][metric]["values"]) for metric in METRICS
-    }
+    """Scores of all teachers and arms, and all comparisons."""
+    arms, teachers = {}, {}
+    for name, runs in outcome.students.items():
+        arm = ARMS[name]
+        metrics = {score: spread([run.scores[score] for run in runs]) for score in runs[0].scores}
+        arms[name] = {"group": arm.group, "name": arm.words, "labels": _labels(arm, outcome.config), **metrics}
+    for name in ("teacher", "assistant"):
+        runs = [run for each in outcome.teachers if (run := getattr(each, name)) is not None]
+        if runs:
+            scores = {score: spread([run.scores[score] for run in runs]) for score in runs[0].scores}
+            teachers[name] = {**describe(runs[0].model), **scores}
     return {
-        "teacher": {**describe(outcome.teacher.model), **outcome.teacher.scores},
-        "students": arms,
-        "differences": differences,
-        "verdict": [sentence(metric, differences[metric]) for metric in METRICS],
+        "teachers": teachers,
+        "heads": [each.heads for each in outcome.teachers],
+        "student": describe(next(iter(outcome.students.values()))[0].model),
+        "before": {name: spread([scores[name] for scores in outcome.before]) for name in outcome.before[0]},
+        "arms": arms,
+        "comparisons": _compare(outcome.config.comparisons, arms),
+        "runs": [run.folder.name for run in outcome.runs()],
     }
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and sample standard deviation (None for one value) over seeds."""
+def describe(model: nn.Module) -> dict[str, Any]:
+    """The numbers by which two Vision Transformers compare."""
+    parts: Any = model
     return {
-        "mean": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else None,
-        "values": list(values),
+        "heads": parts.blocks[-1].attn.num_heads,
+        "patches": parts.patch_embed.num_patches,
+        "width": parts.embed_dim,
+        "depth": len(parts.blocks),
+        "parameters": sum(p.numel() for p in model.parameters()),
     }
 
 
-def difference(without: Sequence[float], with_guidance: Sequence[float]) -> dict[str, Any]:
-    """Paired difference (with − without), its 95 % t interval, and the p of the two-sided t test (None for one seed)."""
-    from scipy.stats import t
-
-    result = spread([b - a for a, b in zip(without, with_guidance, strict=True)])
-    interval, p = None, None
-    if result["std"] is not None:
-        seeds = len(without)
-        error = result["std"] / math.sqrt(seeds)
-        reach = float(t.ppf(0.975, seeds - 1)) * error
-        interval = [result["mean"] - reach, result["mean"] + reach]
-        size = abs(result["mean"])
-        p = 2 * float(t.sf(size / error, seeds - 1)) if error else float(size == 0)
-    return {**result, "interval_95": interval, "p": p}
+def _labels(arm: Arm, config: Config) -> dict[str, int]:
+    """Labels of training images that the student sees, and that reach it through its teachers and the choice of heads."""
+    own = {None: 0, "some": config.labelled, "all": config.train_size}[arm.labels]
+    return {"own": own, "teachers": config.train_size if arm.taught else 0}
 
 
-def holm(ps: Sequence[float]) -> list[float]:
-    """p values corrected for their number: whoever calls those below 0.05 real is wrong even once in 5 % of such families.
-
-    Holm: A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6, 1979.
-    """
-    corrected, largest = [0.0] * len(ps), 0.0
-    for done, place in enumerate(sorted(range(len(ps)), key=lambda place: ps[place])):
-        largest = max(largest, min(1.0, (len(ps) - done) * ps[place]))
-        corrected[place] = largest
-    return corrected
-
-
-def sentence(metric: str, change: dict[str, Any]) -> str:
-    """What the numbers allow to be said about attention guidance and one metric."""
-    words, unit, digits, more_is_better = METRICS[metric]
-    mean, interval = change["mean"], change["interval_95"]
-    by = f"{mean:+.{digits}f} {unit}"
-    if interval is None:
-        return f"{words}: {by} with attention guidance in one seed, which cannot show whether this is chance."
-    span = f"95 % interval {interval[0]:+.{digits}f} to {interval[1]:+.{digits}f}, {len(change['values'])} seeds, one teacher"
-    if interval[0] <= 0 <= interval[1]:
-        return f"{words}: no difference shown ({by}; {span})."
-    verdict = "better" if (mean > 0) == more_is_better else "worse"
-    return f"{words}: {verdict} with attention guidance, {by} ({span})."
+def _compare(comparisons: tuple[Comparison, ...], arms: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every comparison's paired differences, and p corrected by Holm for all of them together."""
+    found = [
+        {**asdict(each), **difference(arms[each.against][each.score]["values"], arms[each.arm][each.score]["values"])}
+        for each in comparisons
+    ]
+    if found[0]["p"] is not None:
+        for change, p in zip(found, holm([change["p"] for change in found]), strict=True):
+            change["p_holm"] = p
+    for each, change in zip(comparisons, found, strict=True):
+        change["verdict"] = sentence(each, change)
+    return found
 
 
-def table(summary: dict[str, Any]) -> Table:
+def sentence(comparison: Comparison, change: Mapping[str, Any]) -> str:
+    """What the numbers allow to be said."""
+    digits = 1 if comparison.more_is_better else 3
+    by = f"{change['mean']:+.{digits}f} {comparison.unit}"
+    if change["interval_95"] is None:
+        return f"{comparison.question}: {by} in one seed, which cannot show whether this is chance."
+    low, high = change["interval_95"]
+    numbers = f"{by}, 95 % interval {low:+.{digits}f} to {high:+.{digits}f}, p = {_p(change['p_holm'])}"
+    if change["p_holm"] >= LEVEL:
+        return f"{comparison.question}: no difference shown ({numbers})."
+    return f"{comparison.question}: {'better' if (change['mean'] > 0) == comparison.more_is_better else 'worse'} ({numbers})."
+
+
+def _p(p: float) -> str:
+    return f"{p:.2f}" if p >= 0.095 else f"{p:.1g}"
+
+
+def rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The table: its head, then an arm each; without columns that are empty."""
+    made: list[tuple[str, ...]] = [HEAD]
+    group = None
+    for arm in summary["arms"].values():
+        rulers, before = RULERS[arm["group"]], summary["before"]
+        distance = f"{rulers[0]}_distance" if len(rulers) == 1 else None
+        made.append(
+            (
+                "" if arm["group"] == group else arm["group"],
+                arm["name"],
+                " + ".join(str(count) if count else "–" for count in arm["labels"].values()),
+                plus_minus(arm["top1" if "top1" in arm else "linear_probe"], 1),
+                plus_minus(arm["knn"], 1),
+                "" if distance is None else f"{before[distance]['mean']:.3f} → {plus_minus(arm[distance], 3)}",
+                plus_minus(arm["digits_kept"], 0) if "digits_kept" in arm else "",
+            )
+        )
+        group = arm["group"]
+    kept = [place for place in range(len(HEAD)) if any(row[place] for row in made[1:])]
+    return [tuple(row[place] for place in kept) for row in made]
+
+
+def table(summary: Mapping[str, Any]) -> Table:
     from rich import box
     from rich.table import Table
 
-    teacher, arms = summary["teacher"], summary["students"]
-    seeds = len(arms["pa"]["knn"]["values"])
-    students = f"students: mean ± std over {seeds} seeds" if seeds > 1 else "students: one seed"
-    made = Table(box=box.SIMPLE_HEAD, title=f"Test images; {students}", title_justify="left")
-    made.add_column("")
-    for heading in ("heads", "patches", "k-NN top-1 %", "linear probe %", "KL to teacher"):
-        made.add_column(heading, justify="right")
-    sizes = [str(teacher[key]) for key in ("heads", "patches")]
-    made.add_row("teacher", *sizes, f"{teacher['knn']:.1f}", f"{teacher['linear_probe']:.1f}", "")
-    for arm in arms.values():
-        made.add_row(
-            arm["name"],
-            str(arm["heads"]),
-            str(arm["patches"]),
-            plus_minus(arm["knn"], 1),
-            plus_minus(arm["linear_probe"], 1),
-            f"{arm['kl_before']['mean']:.3f} → {plus_minus(arm['kl'], 3)}",
-        )
+    seeds = len(next(iter(summary["arms"].values()))["knn"]["values"])
+    title = f"Test images; mean ± std over {seeds} seeds" if seeds > 1 else "Test images; one seed"
+    made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    head, *others = rows(summary)
+    for place, heading in enumerate(head):
+        made.add_column(heading, justify="left" if place < 2 else "right")
+    for row in others:
+        made.add_row(*row)
     return made
+
+
+def teachers_in_words(summary: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name}: {found['heads']} heads, {found['patches']} patches, k-NN {plus_minus(found['knn'], 1)} %, "
+        f"linear probe {plus_minus(found['linear_probe'], 1)} %"
+        for name, found in {**summary["teachers"]}.items()
+    ]
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """The same table for a page, and the sentences below it."""
+    head, *others = rows(summary)
+    lines = [_line(head), "|---|---" + "|---:" * (len(head) - 2) + "|", *map(_line, others)]
+    return "\n".join([*lines, "", *[f"* {comparison['verdict']}" for comparison in summary["comparisons"]]]) + "\n"
+
+
+def _line(cells: tuple[str, ...]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def scores_in_words(scores: Mapping[str, float]) -> str:
     names = {
-        "top1": ("top-1", 1),
-        "train_top1": ("top-1 on its training images", 1),
-        "digits_kept": ("digits among the images", 0),
-        **{metric: (words, digits) for metric, (words, _, digits, _) in METRICS.items()},
+        "knn": "k-NN",
+        "linear_probe": "linear probe",
+        "top1": "top-1",
+        "train_top1": "top-1 on its training images",
     }
 
     def words(key: str, value: float) -> str:
-        name, digits = names.get(key, (key.replace("_", " "), 3))
-        return f"{name} {value:.{digits}f}"
+        name, digits = names.get(key, key.replace("_", " ")), 3 if key.endswith("distance") else 1
+        return f"{name} {value:.{0 if key == 'digits_kept' else digits}f}"
 
     return ", ".join(words(key, value) for key, value in scores.items())
 
@@ -137,12 +166,3 @@ def scores_in_words(scores: Mapping[str, float]) -> str:
 def plus_minus(value: dict[str, Any], digits: int) -> str:
     std = "" if value["std"] is None else f" ± {value['std']:.{digits}f}"
     return f"{value['mean']:.{digits}f}{std}"
-
-
-def curves(outcome: Outcome) -> dict[str, Any]:
-    """Every epoch of every stage: {"teacher": [...], "pa": [[...] for every seed], "pa_ag": [[...] for every seed]}."""
-
-    def histories(runs: Sequence[Trained]) -> list:
-        return [run.history for run in runs]
-
-    return {"teacher": outcome.teacher.history, **{arm: histories(runs) for arm, runs in outcome.students.items()}}

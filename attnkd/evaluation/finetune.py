@@ -20,6 +20,7 @@ from attnkd.training.loop import Trainer
 from attnkd.training.models import class_loss
 from attnkd.training.run import opened, save_student
 from attnkd.training.sources import Source
+from attnkd.training.watchers import Watcher
 
 RECIPE = Recipe(
     epochs=100,
@@ -64,6 +65,7 @@ def finetune(
     seed: int = 0,
     device: torch.device,
     say: Callable[[str], None] = print,
+    watcher: Watcher | None = None,
 ) -> Finetuned:
     """Train, or continue what was stopped or killed, in the same way as `attnkd train`: exactly, and on many processes.
 
@@ -75,6 +77,7 @@ def finetune(
             ``timm.create_model`` arguments of the model.
         recipe: of the training. Mixing, augmentation and schedule as in `attnkd train`.
         layer_decay: above 0; 1 is the same learning rate for all layers.
+        watcher: is told how the training goes, in place of the screen.
 
     Raises:
         ValueError: data without labels, numbers out of range, settings that are not those of the run in the folder.
@@ -112,7 +115,7 @@ def finetune(
         trainer = Trainer(
             task, augmented, len(train.images), recipe, run.world, carrying, seed=seed, mix=mix, layer_decay=layer_decay
         )  # fmt: skip
-        finished = run.carry_out(trainer, state, known, say)
+        finished = run.carry_out(trainer, state, known, say, run.log(watcher))
         result = Finetuned(finished, trainer.done, trainer.steps)
         if finished and run.world.first:
             best = trainer.trained if trainer.averaged is None else trainer.averaged

@@ -186,6 +186,26 @@ def parse(method: str | None, words: Sequence[str]) -> Experiment:
     return build(found.as_dict(), method)
 
 
+def experiment(method: str, options: Mapping[str, Any] | None = None, **settings: Any) -> Experiment:
+    """An experiment from Python.
+
+    Args:
+        method: a name of :data:`METHODS`.
+        options: the method's own arguments; the others have its defaults.
+        settings: fields of :class:`TrainConfig`.
+
+    Raises:
+        ValueError: an unknown method, or an argument that it does not have or that the run itself makes.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    known = [name for name in inspect.signature(method_class(method)).parameters if name not in GIVEN]
+    unknown = sorted(set(options or {}) - set(known))
+    if unknown:
+        raise ValueError(f"options: expected arguments of {method} ({', '.join(known)}), got {', '.join(unknown)}")
+    return Experiment(method, {**_defaults(method), **(options or {})}, TrainConfig(**settings))
+
+
 def build(values: Mapping[str, Any], method: str) -> Experiment:
     """The experiment of parsed values, as :meth:`Experiment.settings` writes them (method's options also under 'method')."""
     values = dict(values)

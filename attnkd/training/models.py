@@ -123,9 +123,13 @@ def build_student(experiment: Experiment, arguments: dict[str, Any], inputs: Inp
     return student
 
 
-def described(name: str, student: nn.Module, arguments: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
+def described(
+    name: str, student: nn.Module, arguments: dict[str, Any], inputs: Inputs, recipe: Recipe
+) -> dict[str, Any]:
     """What a student's ``model.json`` has: :func:`attnkd.capture.loading.load_saved` builds it again."""
-    overlay: dict[str, Any] = {"mean": list(inputs.mean), "std": list(inputs.std)}
+    # Cut from images with borders, it was trained on whole images.
+    overlay: dict[str, Any] = {} if recipe.crop_padding is None else {"crop_pct": 1.0}
+    overlay |= {**arguments.get("pretrained_cfg_overlay", {}), "mean": list(inputs.mean), "std": list(inputs.std)}
     if library_of(name) is not None:
         overlay["input_size"] = [inputs.channels, *inputs.size]
     return {**description(name, student, arguments), "pretrained_cfg_overlay": overlay}

@@ -24,10 +24,14 @@ class Report(Watcher):
         folder: of the run.
         device: whose memory is shown.
         trackers: get every record too.
+        shown: on the screen too.
     """
 
-    def __init__(self, folder: Path, device: torch.device, trackers: Sequence[Tracker] = ()) -> None:
+    def __init__(
+        self, folder: Path, device: torch.device, trackers: Sequence[Tracker] = (), shown: bool = True
+    ) -> None:
         self.path, self.device, self.bar, self.trackers = folder / LOG, device, None, trackers
+        self.shown = shown
 
     def begin(self, step: int, steps: int, steps_per_epoch: int, batch_size: int) -> None:
         from tqdm.auto import tqdm
@@ -35,8 +39,9 @@ class Report(Watcher):
         self._forget_after(step)
         self.steps, self.per_epoch, self.batch_size = steps, steps_per_epoch, batch_size
         self.since, self.at = time.monotonic(), step
+        hide = None if self.shown else True  # None: only where standard error is no terminal
         self.bar = tqdm(
-            total=steps * batch_size, initial=step * batch_size, unit="img", unit_scale=True, disable=None, leave=False
+            total=steps * batch_size, initial=step * batch_size, unit="img", unit_scale=True, disable=hide, leave=False
         )
 
     def step(self, step: int, parts: Mapping[str, float]) -> None:
@@ -54,7 +59,7 @@ class Report(Watcher):
             file.write(json.dumps(record) + "\n")
         for tracker in self.trackers:
             tracker.write({name: value for name, value in record.items() if name != "step"}, step)
-        if self.bar is not None and self.bar.disable:  # no terminal: a line for each record
+        if self.shown and self.bar is not None and self.bar.disable:  # no terminal: a line for each record
             left = (self.steps - step) * self.batch_size / speed
             shown = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k not in ("step", "images_per_second"))
             print(f"step {step}/{self.steps}  {shown}  {speed:.0f} img/s  {_duration(left)} left", flush=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from attnkd.training.loop import Trainer, save_to
 from attnkd.training.profile import Profile
 from attnkd.training.report import Report
 from attnkd.training.sharding import whole
-from attnkd.training.trackers import trackers
+from attnkd.training.trackers import Tracker, trackers
 from attnkd.training.watchers import Watcher, Watchers
 
 WEIGHTS, DESCRIPTION, CONFIG = "model.safetensors", "model.json", "config.yaml"
@@ -46,13 +46,19 @@ class Ended(NamedTuple):
     folder: Path
 
 
-def train(experiment: Experiment, device: torch.device, say: Callable[[str], None] = print) -> Ended:
+def train(
+    experiment: Experiment,
+    device: torch.device,
+    say: Callable[[str], None] = print,
+    watcher: Watcher | None = None,
+) -> Ended:
     """Train, or continue a run that was stopped or killed, to its end or to a SIGTERM or Ctrl-C.
 
     Args:
         experiment: all settings.
         device: where to compute; under torchrun each process takes the GPU of its local rank.
         say: prints a line, on the first process alone.
+        watcher: is told how the run goes, in place of the screen.
 
     Raises:
         ValueError: settings that cannot be honoured, or that are not those of the run in the folder.
@@ -67,7 +73,7 @@ def train(experiment: Experiment, device: torch.device, say: Callable[[str], Non
             files.write_text(run.folder / CONFIG, config.as_yaml(settings))
         report = None
         if run.world.first and (state is None or state["done"] < trainer.steps):
-            report = reported(experiment, run, trainer, description, say)
+            report = reported(experiment, run, trainer, description, say, watcher)
         finished = run.carry_out(trainer, state, settings, say, report)
         if finished:
             averaged: Any = trainer.averaged
@@ -100,6 +106,11 @@ class Run(NamedTuple):
             )
         return state
 
+    def log(self, watcher: Watcher | None = None, told: Sequence[Tracker] = ()) -> Watcher:
+        """The log in the folder and in ``told``, beside the screen or ``watcher``."""
+        report = Report(self.folder, self.world.device, told, shown=watcher is None)
+        return report if watcher is None else Watchers(report, watcher)
+
     def carry_out(
         self,
         trainer: Trainer,
@@ -130,7 +141,7 @@ class Run(NamedTuple):
             say(f"{self.folder}: continues after step {trainer.done} of {trainer.steps}")
         with ExitStack() as stack:
             if self.world.first and trainer.done < trainer.steps:
-                report = report or Report(self.folder, self.world.device)
+                report = report or self.log()
                 stack.callback(report.close)
                 if trainer.carrying.profile is not None:
                     trainer.profile = Profile(trainer.task, self.world.device, trainer.carrying.profile, self.folder)
@@ -193,7 +204,7 @@ def build(experiment: Experiment, world: World, say: Callable[[str], None] = lam
     inputs = models.inputs_of(experiment, teachers, source, channels)
     arguments = models.student_arguments(experiment, teachers, inputs, source.num_classes)
     student = models.build_student(experiment, arguments, inputs)
-    description = models.described(settings.student, student, arguments, inputs)
+    description = models.described(settings.student, student, arguments, inputs, settings.train)
     task = models.build_task(experiment, student, teachers, inputs, world.device, verbose=world.first)
     recipe = settings.train
     classed = getattr(task, "criterion", None) is not None
@@ -217,12 +228,17 @@ def build(experiment: Experiment, world: World, say: Callable[[str], None] = lam
 
 
 def reported(
-    experiment: Experiment, run: Run, trainer: Trainer, description: dict[str, Any], say: Callable[[str], None]
+    experiment: Experiment,
+    run: Run,
+    trainer: Trainer,
+    description: dict[str, Any],
+    say: Callable[[str], None],
+    watcher: Watcher | None = None,
 ) -> Watcher:
-    """All that the experiment wants to be told of."""
+    """All who look on: the log, the screen or ``watcher``, and what the experiment asks for."""
     settings = experiment.config
     told = trackers(run.folder, experiment.settings(), settings.tensorboard, settings.wandb)
-    watchers: list[Watcher] = [Report(run.folder, run.world.device, told)]
+    watchers = [run.log(watcher, told)]
     if settings.figures is not None:
         overlay, source = description["pretrained_cfg_overlay"], trainer.images.images
         size, stats = trainer.images[0, 0][0].shape, (tuple(overlay["mean"]), tuple(overlay["std"]))

@@ -8,7 +8,8 @@ import timm
 import torch
 
 from attnkd.capture.loading import image_config, load_model, load_saved
-from attnkd.demo import models
+from attnkd.demo.runs import STUDENT, describe, new_classifier
+from attnkd.training.run import save_student
 
 NAME, SMALL = "test_vit", {"img_size": 32, "patch_size": 8}
 
@@ -89,8 +90,8 @@ def test_rough_checkpoints_are_named_and_not_run(tmp_path, checkpoint, capsys):
 
 def test_saved_models_and_their_descriptions(tmp_path):
     path = tmp_path / "model.safetensors"
-    models.save(models.create(models.STUDENT, 0), models.STUDENT, path, stats=(0.3, 0.4))
-    assert load_saved(path).pretrained_cfg["mean"] == [0.3]
+    save_student(tmp_path, new_classifier(STUDENT, 0), describe(STUDENT))
+    assert load_saved(path).pretrained_cfg["mean"] == [0.31]
     described = json.loads(path.with_suffix(".json").read_text())
     for change, message in (
         ("{", "expected the arguments of timm.create_model as JSON"),

@@ -13,12 +13,13 @@ from attnkd.capture.loading import load_saved
 from attnkd.capture.tap import AttentionTap
 from attnkd.capture.tokens import token_layout
 from attnkd.commands import cli, maps
-from attnkd.demo import models
+from attnkd.demo.runs import STUDENT, TEACHER, describe, new_classifier
+from attnkd.training.run import save_student
 
 
 def vit(heads, seed=0, patch_size=4, depth=3, **options):
-    args = {**models.STUDENT, "patch_size": patch_size, "num_heads": heads, "depth": depth, "embed_dim": 48, **options}
-    model = models.create(args, seed).eval()
+    args = {**STUDENT, "patch_size": patch_size, "num_heads": heads, "depth": depth, "embed_dim": 48, **options}
+    model = new_classifier(args, seed).eval()
     with torch.no_grad():
         for block in model.blocks:
             block.attn.qkv.weight.mul_(3)
@@ -109,12 +110,12 @@ def picture_of(path):
 def results(tmp_path):
     """A demo's results: models beside their arguments, and pictures to look at."""
     for name, args in (
-        ("teacher-old", models.STUDENT),
-        ("teacher-new", models.TEACHER),
-        ("student-pa_ag-1", models.STUDENT),
+        ("teacher-old", STUDENT),
+        ("teacher-new", TEACHER),
+        ("student-pa_ag-1", STUDENT),
     ):
         (tmp_path / name).mkdir()
-        models.save(models.create(args, 0), args, tmp_path / name / "model.safetensors", stats=(0.25, 0.5))
+        save_student(tmp_path / name, new_classifier(args, 0), describe(args))
     (tmp_path / "images").mkdir()
     for name in ("digit 0", "digit 1"):
         Image.radial_gradient("L").resize((16, 16)).save(tmp_path / "images" / f"{name}.png")
@@ -154,7 +155,7 @@ def test_temperatures_and_labels(results, capsys):
 def test_the_teacher_is_that_of_the_student(tmp_path):
     for seed, name in enumerate(("teacher-seed1-a", "teacher-seed2-a", "student-pa_ag-seed1-b")):
         (tmp_path / name).mkdir()
-        models.save(models.create(models.STUDENT, seed), models.STUDENT, tmp_path / name / "model.safetensors")
+        save_student(tmp_path / name, new_classifier(STUDENT, seed), describe(STUDENT))
     found = maps.find_model("teacher", None, None, {}, tmp_path)
     first = load_saved(tmp_path / "teacher-seed1-a" / "model.safetensors")
     assert torch.equal(found.pos_embed, first.pos_embed)

@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 
 from attnkd.commands import cli
-from attnkd.demo import models
+from attnkd.demo import runs
 from attnkd.evaluation.embedding import sampled, tsne
+from attnkd.training.run import save_student
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_embedding_keeps_clusters_and_sampling_is_fair():
 
 
 def test_a_saved_model_is_a_teacher(folder, capsys):
-    models.save(models.create(models.TEACHER, 0), models.TEACHER, folder / "model.safetensors", stats=(0.3, 0.4))
+    save_student(folder, runs.new_classifier(runs.TEACHER, 0), runs.describe(runs.TEACHER))
     words = ["select", "--data", "wild", "--teacher", "model.safetensors", "--num-select", "3", "--out", "list.txt"]
     assert cli.main([*words, "--workers", "0", "--device", "cpu"]) == 0
 

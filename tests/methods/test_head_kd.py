@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from attnkd.methods.head_kd import ALPHAS, HeadKD
 from attnkd.methods.schedule import Schedule
+from tests.digits import fit, load_digits
 
 
 def vit(heads, depth=2, dim=48, classes=10, seed=0, **options):
@@ -307,33 +308,24 @@ def test_student_by_name_has_a_classifier():
     assert student(torch.randn(1, 3, 160, 160)).shape == (1, 5)
 
 
-def test_digits_end_to_end(tmp_path):
+def test_digits_end_to_end():
     """A short run on real digits brings the student's attention nearer to the teacher's than class labels alone do."""
-    from attnkd.demo.data import load_digits
-    from attnkd.demo.training import recipe, train
+    train, test = load_digits(320, 100)
+    teacher, options = vit(4, dim=64, seed=1), {"teacher_heads": [1, 3], "verbose": False}
 
-    digits = load_digits(320, 100)
-    teacher = vit(4, dim=64, seed=1)
+    def run(alpha):
+        student = vit(2)
+        probe = HeadKD(student, teacher, **options)
 
-    def run(name, task):
-        def evaluate():
-            return {"kl": probe(digits.test_images, digits.test_labels)["attn_loss"].item()}
+        def distance():
+            with torch.no_grad():
+                return probe(*test)["attn_loss"].item()
 
-        probe = HeadKD(task.student, teacher, teacher_heads=[1, 3], verbose=False)
-        return train(
-            task,
-            digits.train_images,
-            digits.train_labels,
-            recipe(3),
-            seed=0,
-            path=tmp_path / name,
-            fingerprint=name,
-            evaluate=evaluate,
-        )
+        before = distance()
+        history = fit(HeadKD(student, teacher, alpha=alpha, **options), *train)
+        return before, distance(), history
 
-    options = {"teacher_heads": [1, 3], "verbose": False}
-    with_attention = run("kd", HeadKD(vit(2), teacher, alpha=0.05, **options))
-    without = run("ce", HeadKD(vit(2), teacher, alpha=1.0, **options))
-    assert with_attention[0]["kl"] == without[0]["kl"]
-    assert with_attention[-1]["kl"] < 0.8 * min(without[-1]["kl"], with_attention[0]["kl"])
-    assert without[-1]["task_loss"] < without[1]["task_loss"]
+    (before, with_attention, _), (same, without, history) = run(0.05), run(1.0)
+    assert before == same
+    assert with_attention < 0.8 * min(without, before)
+    assert history[-1]["task_loss"] < history[0]["task_loss"]

@@ -4,6 +4,7 @@ import copy
 import csv
 import io
 import os
+import shutil
 import struct
 import subprocess
 import zlib
@@ -13,48 +14,50 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from timm.task import ClassificationTask
 from torch.nn import functional as F
 
 from attnkd import files
-from attnkd.demo import models, wild
-from attnkd.demo.data import RandomAffine, load_digits
-from attnkd.demo.training import recipe, train
+from attnkd.capture.loading import image_config, image_transform
+from attnkd.demo.data import digits_folder, wild_folder
+from attnkd.demo.runs import TEACHER, Runs
 from attnkd.methods.probe_scores import ProbeScorer, cosine_to_uniform
 from attnkd.methods.selection import select_images
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return load_digits(960, 60)
+class Silent:
+    """Who is not interested in the progress."""
+
+    def __getattr__(self, name):
+        return lambda *args: None
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, digits):
+def world(tmp_path_factory):
     """A teacher that learnt digits for some seconds, and a folder of 60 digits it has not seen and 140 pieces of photographs."""
     folder = tmp_path_factory.mktemp("wild")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    teacher = models.create(models.COARSE_TEACHER, seed=0)
-    task = ClassificationTask(teacher)
-    train(
-        task, digits.train_images, digits.train_labels, recipe(12), seed=0, path=folder / "state.pt", fingerprint="",
-        augment=RandomAffine(digits.background),
-    )  # fmt: skip
+    digits = digits_folder(folder, 960, 777, 0)
+    runs = Runs(folder, torch.device("cpu"), Silent())
+    arguments = {**TEACHER, "patch_size": 4}
+    teacher = runs.supervise("teacher", arguments, 0, digits, "train", 12, lambda model: {}).model
     torch.set_num_threads(threads)
-    teacher.eval()
-    wild.make_wild_folder(folder / "images", digits, digits.test_images, 140, seed=0)
+    wild_folder(folder / "images", digits, 60, 140, seed=0)
     return folder, teacher
 
 
+def transform(teacher):
+    return image_transform(image_config(teacher))
+
+
 @pytest.fixture
-def select(world, digits, tmp_path):
+def select(world, tmp_path):
     """``select_images`` for 60 images; on the CPU, since a GPU's convolutions round to TF32 and depend on the batch size."""
     folder, teacher = world
 
     def run(**options) -> list[str]:
         where = {"data": folder / "images", "out": tmp_path / "list.txt", "num_select": 60}
-        defaults = {"device": torch.device("cpu"), "progress": False, "transform": wild.transform(digits)}
+        defaults = {"device": torch.device("cpu"), "progress": False, "transform": transform(teacher)}
         return select_images(teacher, **{**where, **defaults, **options}).names()
 
     return run
@@ -122,14 +125,15 @@ def test_prefers_digits_to_random_choice(select):
     assert found >= 36, f"{found} of 60 kept images are digits"
 
 
-def test_list_and_table_agree_with_the_scorer_and_the_teacher_is_left_alone(world, select, digits, tmp_path):
+def test_list_and_table_agree_with_the_scorer_and_the_teacher_is_left_alone(world, select, tmp_path):
     folder, teacher = world
     kept = select()
     assert type(teacher.blocks[0].attn).__name__ == "Attention"
     rows = table(tmp_path / "list.csv")
     assert set(rows) == {str(path.relative_to(folder / "images")) for path in (folder / "images").rglob("*.png")}
     names = list(rows)
-    scores = ProbeScorer(copy.deepcopy(teacher))(wild.load_images(folder / "images", names, digits))
+    images = [transform(teacher)(Image.open(folder / "images" / name)) for name in names]
+    scores = ProbeScorer(copy.deepcopy(teacher))(torch.stack(images))
     values = scores.value()
     torch.testing.assert_close(torch.tensor([float(rows[n]["value"]) for n in names]), values, rtol=1e-4, atol=1e-5)
     assert [int(rows[n]["label"]) for n in names] == scores.label.tolist()
@@ -234,9 +238,8 @@ def test_files_that_are_no_images_are_reported_skipped_and_read_again(
     before = {name: row for name, row in rows.items() if not row["error"]}
 
     # The disk that could not be read is back.
-    wild.make_wild_folder(tmp_path / "more", digits, digits.test_images[:1], 0, seed=0)
     (rough / "gone.png").unlink()
-    (tmp_path / "more" / "digits" / "0.png").rename(rough / "gone.png")
+    shutil.copy(min((world[0] / "images" / "digits").glob("*.png")), rough / "gone.png")
     assert len(select(data=rough, num_select=6, batch_size=2)) == 6
     rows = table(tmp_path / "list.csv")
     assert {name for name, row in rows.items() if row["error"]} == set(REASONS) - {"gone.png"}
@@ -322,7 +325,7 @@ def test_refuses_an_empty_folder_and_unreadable_images(select, tmp_path):
     assert not out.exists()
 
 
-def test_refuses_scores_made_with_other_settings_or_damaged(world, select, digits, tmp_path):
+def test_refuses_scores_made_with_other_settings_or_damaged(world, select, tmp_path):
     _, teacher = world
     select()
     with pytest.raises(RuntimeError, match="holds scores made with another head"):
@@ -330,7 +333,7 @@ def test_refuses_scores_made_with_other_settings_or_damaged(world, select, digit
     other = copy.deepcopy(teacher)
     other.blocks[0].attn.num_heads = 2  # no weight and no text of the model shows it
     with pytest.raises(RuntimeError, match="holds scores made with another teacher"):
-        select_images(other, world[0] / "images", tmp_path / "list.txt", 60, wild.transform(digits), progress=False)
+        select_images(other, world[0] / "images", tmp_path / "list.txt", 60, transform(other), progress=False)
     note = tmp_path / "list.txt.work" / "settings.json"
     note.write_text(note.read_text()[:-20])
     with pytest.raises(RuntimeError, match=r"settings.json: is not of this version or damaged"):

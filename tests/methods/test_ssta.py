@@ -14,6 +14,7 @@ from attnkd.evaluation.features import class_tokens
 from attnkd.methods.head_importance import HeadImportance, head_importance, select_heads
 from attnkd.methods.silence import silenced
 from attnkd.methods.ssta import SSTA
+from tests.digits import fit, load_digits
 from tests.stirred import stirred
 
 
@@ -417,44 +418,20 @@ def test_selection(held_out):
         select_heads("best", model)
 
 
-def test_digits_end_to_end(tmp_path):
+def test_digits_end_to_end():
     """Trained teacher → head importance → SSTA with an early stop, on real digits."""
     from timm.task import ClassificationTask
 
-    from attnkd.demo.data import load_digits
-    from attnkd.demo.training import recipe, train
-
-    digits = load_digits(320, 100)
+    train, test = load_digits(320, 100)
     teacher, assistant, student = vit(3, seed=1), vit(3, seed=2), vit(2)
-    for index, model in enumerate((teacher, assistant)):
-        train(
-            ClassificationTask(model, verbose=False),
-            digits.train_images,
-            digits.train_labels,
-            recipe(3),
-            seed=index,
-            path=tmp_path / f"{index}.pt",
-            fingerprint=str(index),
-        )
-    loader = [(digits.test_images, digits.test_labels)]
+    for seed, model in enumerate((teacher, assistant)):
+        fit(ClassificationTask(model, verbose=False), *train, seed=seed)
     heads = {
-        name: select_heads("importance", model, importance=head_importance(model, loader, progress=False))
+        name: select_heads("importance", model, importance=head_importance(model, [test], progress=False))
         for name, model in (("teacher_heads", teacher), ("assistant_heads", assistant))
     }
     task = SSTA(student, teacher, assistant, stop_epoch=2, verbose=False, **heads)
-    optimizer = torch.optim.AdamW(student.parameters(), 2e-3)
-    losses = []
-    for epoch in range(3):
-        task.set_epoch(epoch)
-        sums = {}
-        for images, targets in zip(digits.train_images.split(64), digits.train_labels.split(64), strict=True):
-            result = task(images, targets)
-            optimizer.zero_grad()
-            result["loss"].backward()
-            optimizer.step()
-            for name in result.keys() - {"output"}:
-                sums[name] = sums.get(name, 0.0) + result[name].item()
-        losses.append(sums)
+    losses = fit(task, *train, before_epoch=task.set_epoch)
     for name in ("teacher_attn_loss", "assistant_attn_loss"):
         assert losses[1][name] < losses[0][name] and name not in losses[2]
     assert losses[2]["task_loss"] < losses[0]["task_loss"]
