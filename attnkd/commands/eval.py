@@ -16,13 +16,13 @@ from torch import nn
 
 from attnkd import files
 from attnkd.capture.loading import image_config, image_transform, load_model, load_saved
-from attnkd.commands.options import add_loading, choose_device
+from attnkd.commands.options import add_loading, choose_device, require
 from attnkd.evaluation.agreement import alignment, look, overlap
 from attnkd.evaluation.features import Features, batches, extract_together
 from attnkd.evaluation.finetune import LAYER_DECAY, RECIPE, finetune
 from attnkd.evaluation.knn import KS, TEMPERATURE, knn
 from attnkd.evaluation.linear import RATES, linear_probe
-from attnkd.evaluation.results import as_text, compared
+from attnkd.evaluation.results import as_text, compared, paired, pairs_as_text
 from attnkd.methods.recipes import Recipe
 from attnkd.training.carrying import PRECISIONS, Carrying
 from attnkd.training.config import saved_settings
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "linear: a linear classifier on them, trained by SGD; its learning rate is chosen on held-out training images. "
         "finetune: all weights are trained with a new classifier, as DeiT is, with layer-wise learning rates; the same command "
         "continues it. agree: how often two models predict the same, and the CKA of their blocks' features. compare: a table of what "
-        "knn, linear and finetune left in the folders of several runs."
+        "knn, linear and finetune left in the folders of several runs; with --against, differences of pairs of runs."
     )
     option = parser.add_argument
     option("how", choices=("knn", "linear", "finetune", "agree", "compare"), help="how to evaluate")
@@ -47,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="+",
         help="folder of a run of attnkd train, a model.safetensors with its .json, a timm model name or another library's (docs/models.md); agree: two of them; compare: several folders",
+    )
+    option(
+        "--against",
+        nargs="+",
+        metavar="RUN",
+        help="compare: as many other runs, of the same seeds, say; prints the mean difference of the pairs, its 95 %% interval, and p",
     )
     option("--data", metavar="SPEC", help="data set, as for attnkd train (default: the run's)")
     option("--data-root", metavar="DIR", help="where torch/ and hfds/ data sets are kept (default: the run's)")
@@ -106,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status. What is wrong is raised, see :func:`attnkd.commands.cli.main`."""
     if args.how == "compare":
         return _compare(args)
+    if args.against is not None:
+        raise ValueError(f"against: is for compare, not for {args.how}")
     if args.how == "agree":
         return _agree(args)
     with joined(choose_device(args.device)) as world:
@@ -150,14 +158,19 @@ def _evaluate(args: argparse.Namespace, world: World) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    table = compared([Path(name) for name in args.model])
-    if not table:
+    runs, others = ([Path(name) for name in names] for names in (args.model, args.against or []))
+    found: Any = compared(runs + others)
+    if not found:
         raise ValueError(
             f"model: no results in {', '.join(args.model)}; attnkd eval knn, linear and finetune leave some"
         )
-    print(as_text(table, [Path(name) for name in args.model]))
+    print(as_text(found, runs + others))
+    if args.against is not None:
+        require({"scipy": "scipy"}, extra="train")
+        found = paired(runs, others)
+        print("\n" + pairs_as_text(found))
     if args.json is not None:
-        files.write_json(args.json, table)
+        files.write_json(args.json, found)
     return 0
 
 

@@ -12,26 +12,31 @@ EXTRA = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich", 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Trains a ViT teacher on scikit-learn's handwritten digits and distils it with AttnDistill into students with "
-        "fewer heads and fewer patches: with projector alignment only (PA) and with attention guidance (PA + AG), from "
+        "In every seed, trains a ViT teacher on scikit-learn's handwritten digits and distils it with AttnDistill into students "
+        "with fewer heads and fewer patches: with projector alignment only (PA) and with attention guidance (PA + AG), from "
         "the same initial weights, in the same data order. Prints k-NN, linear probe and the KL to the teacher's "
-        "attention; writes summary.json, curves.json, curves.png, attention.png and timm checkpoints. Under 10 minutes "
+        "attention; writes summary.json, results.md, curves.png and attention.png. Under 10 minutes "
         "on two CPU cores. With --all, instead, all four methods (AttnDistill, head-specific KD, SSTA, Attention Probe), and "
-        "what they are compared with: labels alone, logit distillation, random heads and images; every seed has its own "
-        "teachers; under 30 minutes; writes summary.json, methods.md and methods.png."
+        "what they are compared with: labels alone, logit distillation, random heads and images; under 30 minutes; writes "
+        "summary.json, results.md and methods.png. Every run is a folder as attnkd train and eval make and take it."
     )
     parser.epilog = (
-        "Interrupt it at any time: the same command continues after the last finished epoch. Stages whose settings "
-        "have not changed are reused, others are trained in new directories; summary and figures are always written again."
+        "Interrupt it at any time: the same command continues after the last finished epoch. Runs whose settings "
+        "have not changed are reused, others are trained in new folders; summary and figures are always written again."
     )
     option = parser.add_argument
     option("--all", action="store_true", help="all four methods, and what they are compared with")
     option("--output-dir", type=Path, metavar="DIR", help="default: runs/demo, with -all and -quick as asked for")
     option(
-        "--epochs", type=int, metavar="N", help="epochs of each student (default: 30, with --all 40 on half the images)"
+        "--epochs", type=int, metavar="N", help="epochs of each student (default: 30, with --all on half the images)"
     )
-    option("--teacher-epochs", type=int, metavar="N", help="epochs of the teachers (default: 20, with --all 40)")
-    option("--seeds", type=int, metavar="N", help="students in each arm, seeds 1 to N (default: 3, with --all 5)")
+    option("--teacher-epochs", type=int, metavar="N", help="epochs of the teachers (default: 20, with --all 30)")
+    option(
+        "--seeds",
+        type=int,
+        metavar="N",
+        help="teachers, and students in each arm, seeds 1 to N (default: 3, with --all 5)",
+    )
     option("--attn-weight", type=float, metavar="W", help="weight of AG: the loss is PA + W·AG (default: 0.1)")
     option("--temperature", type=float, metavar="T", help="temperature of the merged attention (default: 4)")
     option(
@@ -43,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--jobs",
         type=int,
         metavar="N",
-        help="students trained at a time, each in a process of one thread; changes no result (default: one for each core, at "
+        help="models trained at a time, each in a process of one thread; changes no result (default: one for each core, at "
         "most 4; 1 on a GPU and with --quick)",
     )
     option("--device", help="a PyTorch device (default: cuda if there is one, else cpu)")

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     at_once = f", {jobs} at a time" if jobs > 1 else ""
     console.print(f"attnkd demo on {device_name(device)}{at_once}, results in {directory}", markup=False)
     with files.locked(directory / "lock"), one_thread():
-        outcome = train(config, directory, device, jobs, console)
+        outcome = train(config, directory.resolve(), device, jobs, console)
         summary = report.summarise(outcome)
         seconds = {"wall": time.perf_counter() - wall, "cpu": cpu_time() - cpu}
         summary |= {"config": asdict(config), "device": device_name(device), "jobs": jobs, "seconds": seconds}

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attnkd.evaluation.pairs import difference, holm
+
 NAMES = {"knn": "k-NN", "linear": "linear", "finetune": "fine-tuned"}
 
 
@@ -63,5 +65,50 @@ def as_text(table: Mapping[str, Mapping[str, Mapping[str, float]]], runs: Iterab
                 for name in names
             )
             lines.append(row.ljust(width) + "".join(f"{c:>{len(n) + 3}}" for c, n in zip(cells, names, strict=True)))
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def paired(runs: Sequence[Path], against: Sequence[Path]) -> dict[str, dict[str, dict[str, Any]]]:
+    """{data set: {what was measured: differences in points, see :func:`attnkd.evaluation.pairs.difference`}}, the first run against
+    the first of the others and so on: of the same seed, say. ``p_holm`` is corrected for all measures together.
+
+    Raises:
+        ValueError: not as many runs on both sides, a run on both, or nothing that was measured in all of them.
+    """
+    if len(runs) != len(against) or set(runs) & set(against):
+        raise ValueError(
+            f"against: expected as many runs as are compared with them, {len(runs)}, and others, got {', '.join(map(str, against))}"
+        )
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for data, rows in compared([*runs, *against]).items():
+        for name, scores in rows.items():
+            if len(scores) == 2 * len(runs):
+                before, after = ([scores[str(run)] for run in side] for side in (against, runs))
+                found.setdefault(data, {})[name] = difference(before, after)
+    if not found:
+        raise ValueError("model, against: expected a score that all runs have; evaluate all in the same way")
+    changes = [change for rows in found.values() for change in rows.values()]
+    if len(runs) > 1:
+        for change, p in zip(changes, holm([change["p"] for change in changes]), strict=True):
+            change["p_holm"] = p
+    return found
+
+
+def pairs_as_text(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """A line for each measure: mean difference, its 95 % t interval, and the corrected p."""
+    lines = []
+    for data, rows in table.items():
+        lines.append(f"difference in top-1 points on {data}")
+        width = max(len(row) for row in rows)
+        for row, change in rows.items():
+            line = f"{row.ljust(width)}  {change['mean']:+.2f}"
+            if change["interval_95"] is None:
+                lines.append(f"{line}  (one pair cannot show whether this is chance)")
+                continue
+            low, high = change["interval_95"]
+            lines.append(
+                f"{line}  95 % interval {low:+.2f} to {high:+.2f}, {len(change['values'])} pairs, p = {change['p_holm']:.2g} (Holm)"
+            )
         lines.append("")
     return "\n".join(lines).rstrip()

@@ -177,7 +177,7 @@ def small_demo(folder, *options):
         setattr(command.figures, drawing, lambda outcome, path: files.write_bytes(path, bytes(1000)))
     small = {"seeds": 1, "epochs": 1, "train_size": 128, "test_size": 64}
     command.QUICK.update(small)
-    command.comparison.QUICK.update(small, teacher_epochs=1, labelled=64, wild_digits=64, wild_photos=32)
+    command.QUICK_ALL.update(small, teacher_epochs=1, labelled=64, wild_digits=64, wild_photos=32)
     return cli.main(["demo", "--quick", "--device", "cpu", "--output-dir", folder, *options])
 
 

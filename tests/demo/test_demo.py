@@ -108,6 +108,9 @@ def test_a_run_is_one_for_the_other_commands(quick: Run, tmp_path: Path, capsys:
     again = ["train", "--config", str(student / "config.yaml"), "--output", str(tmp_path / "again"), "--device", "cpu"]
     assert cli.main(again) == 0
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (student / "model.safetensors").read_bytes()
+    assert cli.main(["export", str(student), "--output", str(tmp_path / "given")]) == 0
+    given = timm.create_model(f"local-dir:{tmp_path / 'given'}", pretrained=True)
+    assert torch.equal(given.pos_embed, load_saved(student / "model.safetensors").pos_embed)
     args = json.loads((student / "model.json").read_text())
     model = timm.create_model(**args, checkpoint_path=str(student / "model.safetensors"))
     assert model.pretrained_cfg["crop_pct"] == 1.0 and model.num_classes == 0

@@ -1,10 +1,13 @@
 """Paired differences and their correction, against scipy and by hand."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import scipy.stats
 
+from attnkd.commands import cli
 from attnkd.evaluation.pairs import difference, holm, spread
 
 
@@ -21,3 +24,38 @@ def test_difference_is_paired_and_its_interval_students_t() -> None:
 def test_holm_corrects_step_by_step() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.6]) == [1, 1] and holm([0.02]) == [0.02]
+
+
+def test_runs_are_compared_in_pairs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    scores = {"a1": (90.0, 80.0), "a2": (91.0, 81.0), "a3": (92.5, 80.0), "b1": (88.0, 80.5), "b2": (89.5, 80.0), "b3": (90.0, 81.0)}  # fmt: skip
+    for name, (knn, linear) in scores.items():
+        (tmp_path / name).mkdir()
+        shared = {"data": "digits", "val_split": None, "subset": None}
+        for how, more in (("knn", {"scores": {"20": {"top1": knn}}}), ("linear", {"top1": linear})):
+            (tmp_path / name / f"eval_{how}.json").write_text(json.dumps({"evaluation": how, **shared, **more}))
+    (tmp_path / "a1" / "eval_knn_10.json").write_text(
+        json.dumps({"evaluation": "knn", **shared, "scores": {"10": {"top1": 1.0}}})
+    )
+    left, right = ([str(tmp_path / f"{side}{seed}") for seed in (1, 2, 3)] for side in "ab")
+    words = ["eval", "compare", *left, "--against", *right, "--json", str(tmp_path / "found.json")]
+    assert cli.main(words) == 0
+    found = json.loads((tmp_path / "found.json").read_text())["digits, validation"]
+    assert found.keys() == {"k-NN 20", "linear"}  # one run alone has k-NN 10
+    assert found["k-NN 20"]["values"] == [2.0, 1.5, 2.5]
+    p = [
+        scipy.stats.ttest_rel([90, 91, 92.5], [88, 89.5, 90]).pvalue,
+        scipy.stats.ttest_rel([80, 81, 80], [80.5, 80, 81]).pvalue,
+    ]
+    assert [found[name]["p_holm"] for name in ("k-NN 20", "linear")] == pytest.approx([2 * p[0], max(2 * p[0], p[1])])
+    printed = capsys.readouterr().out
+    assert "k-NN 20  +2.00  95 % interval +0.76 to +3.24, 3 pairs" in printed and "90.00" in printed
+    for others, message in (
+        (right[:2], "--against: expected as many runs as are compared with them, 3, and others"),
+        ([*right[:2], left[0]], "--against: expected as many runs"),
+    ):
+        assert cli.main(["eval", "compare", *left, "--against", *others]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main(["eval", "compare", left[0], "--against", right[0]]) == 0
+    assert "one pair cannot show" in capsys.readouterr().out
+    assert cli.main(["eval", "knn", left[0], "--against", right[0]]) == 2
+    assert "--against: is for compare, not for knn" in capsys.readouterr().err
