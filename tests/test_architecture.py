@@ -134,7 +134,7 @@ def test_timm_has_one_home():
         names = {name for node in lines if isinstance(node, (ast.Import, ast.ImportFrom)) for name in imported(node)}
         if any(name.partition(".")[0] == "timm" for name in names):
             eager.add(file.relative_to(ROOT / "attnkd").as_posix())
-    assert {name for name in eager if not name.startswith("demo/")} == {"capture/models.py"}
+    assert eager == {"capture/models.py"}
 
 
 def test_the_root_stays_small():

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "attention; writes summary.json, results.md, curves.png and attention.png. Under 10 minutes "
         "on two CPU cores. With --all, instead, all four methods (AttnDistill, head-specific KD, SSTA, Attention Probe), and "
         "what they are compared with: labels alone, logit distillation, random heads and images; under 30 minutes; writes "
-        "summary.json, results.md and methods.png. Every run is a folder as attnkd train and eval make and take it."
+        "summary.json, results.md and methods.png. Students are folders as attnkd train makes them."
     )
     parser.epilog = (
         "Interrupt it at any time: the same command continues after the last finished epoch. Runs whose settings "
@@ -28,9 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--all", action="store_true", help="all four methods, and what they are compared with")
     option("--output-dir", type=Path, metavar="DIR", help="default: runs/demo, with -all and -quick as asked for")
     option(
-        "--epochs", type=int, metavar="N", help="epochs of each student (default: 30, with --all on half the images)"
+        "--epochs",
+        type=int,
+        metavar="N",
+        help="epochs of each student (default: 15, with --all 26 on half the images; on fewer images as many steps)",
     )
-    option("--teacher-epochs", type=int, metavar="N", help="epochs of the teachers (default: 20, with --all 30)")
+    option("--teacher-epochs", type=int, metavar="N", help="epochs of the teachers (default: 10, with --all 26)")
     option(
         "--seeds",
         type=int,
@@ -55,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(
         "--quick",
         action="store_true",
-        help="test in half a minute that everything works: few images, 2 epochs, 2 seeds",
+        help="test in a minute or two that everything works: few images, 2 epochs, 2 seeds",
     )
 
 

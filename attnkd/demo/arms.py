@@ -11,8 +11,8 @@ from typing import Any
 class Arm:
     """One way to train a student.
 
-    group: the rows of the table that it belongs to. words: what the student learns from. task: 'attn_distill', 'labels',
-    'head_kd', 'ssta' or 'attention_probe'. options: of the task. heads: how the teachers' heads are chosen. images: how the images
+    group: the rows of the table that it belongs to. words: what the student learns from. task: the method's name for `attnkd
+    train`. options: of the method. heads: how the teachers' heads are chosen. images: how the images
     without labels are. labels: of 'some' or 'all' training images, or None.
     """
 
@@ -26,8 +26,8 @@ class Arm:
 
     @property
     def taught(self) -> bool:
-        """Whether there is a teacher that learned from the labels of all training images."""
-        return self.task != "labels"
+        """Whether anything of a teacher, which learned from the labels of all training images, is in the loss."""
+        return self.options is not LABELS_ALONE
 
     @property
     def classifies(self) -> bool:
@@ -35,12 +35,14 @@ class Arm:
         return self.task != "attn_distill"
 
 
+LABELS_ALONE: Mapping[str, Any] = {"alpha": 1.0}
+"""Of head-specific KD: the class loss and nothing else, with the same initial weights and images as the arms that it is compared with."""
 OUTPUT_ALONE = {"relation_weight": 0.0}
 ARMS = {
     "pa": Arm("AttnDistill", "class token (PA)", "attn_distill", {"attn_weight": 0.0}),
     "pa_ag": Arm("AttnDistill", "class token, its attention (PA + AG)", "attn_distill"),
-    "labels": Arm("no attention", "labels", "labels", labels="some"),
-    "labels_all": Arm("no attention", "labels of all images", "labels", labels="all"),
+    "labels": Arm("no attention", "labels", "head_kd", LABELS_ALONE, labels="some"),
+    "labels_all": Arm("no attention", "labels of all images", "head_kd", LABELS_ALONE, labels="all"),
     "logits": Arm("no attention", "labels, output", "head_kd", {"alpha": 1.0, "kd_weight": 1.0}, labels="some"),
     "head_kd_random": Arm("Head-specific KD", "labels, maps of random heads", "head_kd", heads="random", labels="some"),
     "head_kd": Arm("Head-specific KD", "labels, maps of important heads", "head_kd", labels="some"),

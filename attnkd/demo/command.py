@@ -41,27 +41,27 @@ def run(args: argparse.Namespace) -> int:
         "output_dir", args.output_dir or Path("runs") / f"demo{'-all' * args.all}{'-quick' * args.quick}"
     )
     # A pipe or a log file has no width of its own; 80 columns would fold the table.
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 150)
+    console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 150)
     wall, cpu = time.perf_counter(), cpu_time()
     at_once = f", {jobs} at a time" if jobs > 1 else ""
-    console.print(f"attnkd demo on {device_name(device)}{at_once}, results in {directory}", markup=False)
+    console.print(f"attnkd demo on {device_name(device)}{at_once}, results in {directory}")
     with files.locked(directory / "lock"), one_thread():
         outcome = train(config, directory.resolve(), device, jobs, console)
         summary = report.summarise(outcome)
         seconds = {"wall": time.perf_counter() - wall, "cpu": cpu_time() - cpu}
         summary |= {"config": asdict(config), "device": device_name(device), "jobs": jobs, "seconds": seconds}
-        show(outcome, summary, directory, console)
         files.write_json(directory / "summary.json", {**summary, "versions": versions()})
+        show(outcome, summary, directory, console)
     console.print(f"{seconds['wall']:.0f} s ({seconds['cpu']:.0f} s of CPU time)")
     return 0
 
 
 def train(config: Config, directory: Path, device: torch.device, jobs: int, console: Console) -> Outcome:
     teachers = "two teachers" if config.assisted else "a teacher"
+    seeds = f"{config.seeds} seed{'s' * (config.seeds > 1)}"
     console.print(
-        f"{config.seeds} seeds: for each {teachers}, {config.teacher_epochs} epochs, and a student in each of "
+        f"{seeds}: for each {teachers}, {config.teacher_epochs} epochs, and a student in each of "
         f"{len(config.arms)} arms",
-        markup=False,
     )
     make = functools.partial(Demo, config, directory, device)
     with Progress(console, config.all_epochs()) as progress:
@@ -87,13 +87,10 @@ def show(outcome: Outcome, summary: dict[str, Any], directory: Path, console: Co
         figures.draw_comparison(summary, directory / "methods.png")
     files.write_text(directory / "results.md", report.markdown(summary))
     console.print(f"{', '.join(drawn)}, results.md (the table) and summary.json are in {directory}")
-    console.print(
-        f"Each run is a folder for attnkd eval, maps and export, and its config.yaml one for attnkd train: {summary['runs'][-1]}"
-    )
 
 
 class Progress:
-    """Progress bars on a terminal; there and elsewhere a line about each stage when it is done."""
+    """Progress bars on a terminal; there and elsewhere a line about each run when it is done."""
 
     def __init__(self, console: Console, epochs: int) -> None:
         self.console = console
@@ -101,7 +98,7 @@ class Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), values)
         self.bars = Bars(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.whole = self.bars.add_task("all epochs", total=epochs, values="")
-        self.stages: dict[str, TaskID] = {}
+        self.running: dict[str, TaskID] = {}
 
     def __enter__(self) -> Progress:
         self.bars.start()
@@ -112,19 +109,19 @@ class Progress:
 
     def begin(self, name: str, epochs: int, done: int, note: str) -> None:
         if note:
-            self.console.print(f"{name}: {note}", markup=False)
-        self.stages[name] = self.bars.add_task(name, total=epochs, completed=done, values="")
+            self.console.print(f"{name}: {note}")
+        self.running[name] = self.bars.add_task(name, total=epochs, completed=done, values="")
         self.bars.advance(self.whole, done)
 
     def epoch(self, name: str, record: Mapping[str, float]) -> None:
         values = (f"{part} {record[part]:.3g}" for part in ("loss", "attn_loss") if part in record)
-        self.bars.update(self.stages[name], advance=1, values="  ".join(values))
+        self.bars.update(self.running[name], advance=1, values="  ".join(values))
         self.bars.advance(self.whole)
 
     def end(self, name: str, scores: Mapping[str, float]) -> None:
-        if name in self.stages:
-            self.bars.remove_task(self.stages.pop(name))
-        self.console.print(f"{name}: {report.scores_in_words(scores)}", markup=False)
+        if name in self.running:
+            self.bars.remove_task(self.running.pop(name))
+        self.console.print(f"{name}: {report.scores_in_words(scores)}")
 
 
 def cpu_time() -> float:

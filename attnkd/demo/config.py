@@ -30,8 +30,8 @@ class Config:
         ValueError: a number out of range.
     """
 
-    epochs: int = 30
-    teacher_epochs: int = 20
+    epochs: int = 15
+    teacher_epochs: int = 10
     seeds: int = 3
     attn_weight: float = 0.1
     temperature: float = 4.0
@@ -79,8 +79,8 @@ class Config:
 
 QUICK: dict[str, Any] = {"epochs": 2, "teacher_epochs": 2, "seeds": 2, "train_size": 320, "test_size": 200}
 ALL: dict[str, Any] = {
-    "epochs": 30,
-    "teacher_epochs": 30,
+    "epochs": 26,
+    "teacher_epochs": 26,
     "seeds": 5,
     "train_size": 597,
     "test_size": 900,

@@ -17,8 +17,6 @@ from attnkd.training.sources import DIGITS, Source, open_source
 
 IMAGE_SIZE = 16
 SPLIT_SEED = 0
-STATS = {name: getattr(open_source(DIGITS, "train", mode="L"), name) for name in ("mean", "std")}
-"""Of the digits' pixels, which are 0 to 1."""
 
 
 def digits_folder(parent: Path, train: int, test: int, labelled: int) -> Path:
@@ -41,6 +39,8 @@ def digits_folder(parent: Path, train: int, test: int, labelled: int) -> Path:
     chosen = train_test_split(
         range(len(images)), train_size=train, test_size=test, random_state=SPLIT_SEED, stratify=[y for _, y in images]
     )
+    if labelled and len({images[index][1] for index in chosen[0][:labelled]}) < 10:
+        raise ValueError(f"labelled: expected images of every class among the first {labelled}")
     spare = sorted(set(range(len(images))) - {*chosen[0], *chosen[1]})
     splits = {"train": chosen[0], "validation": chosen[1], "labelled": chosen[0][:labelled], "spare": spare}
     folder = parent / f"digits-{train}-{test}-{labelled}"

@@ -18,7 +18,7 @@ from attnkd.capture.models import num_classes
 from attnkd.demo import data, runs
 from attnkd.demo.arms import ARMS, RULERS, Arm
 from attnkd.demo.config import Config
-from attnkd.demo.runs import STUDENT, Listener, Runs, Trained
+from attnkd.demo.runs import FEATURES, STUDENT, Listener, Runs, Trained
 from attnkd.demo.workers import Run
 from attnkd.evaluation.features import batches, extract
 from attnkd.evaluation.finetune import accuracy
@@ -28,6 +28,7 @@ from attnkd.methods.head_importance import HeadImportance, head_importance, sele
 from attnkd.methods.selection import select_images
 from attnkd.training import models
 from attnkd.training.config import Experiment, experiment
+from attnkd.training.sources import DIGITS_STATS
 
 
 class Teachers(NamedTuple):
@@ -82,7 +83,11 @@ class Demo:
         epochs, arguments = self.config.teacher_epochs, {**runs.TEACHER, "patch_size": self.config.teacher_patch}
         if name == "assistant":
             return self.runs.contrast(f"{name}-seed{seed}", arguments, seed, self.digits, epochs, self.scores)
-        return self.runs.supervise(f"{name}-seed{seed}", arguments, seed, self.digits, "train", epochs, self.scores)
+
+        def score(model: nn.Module) -> dict[str, float]:
+            return {**self.scores(model), "train_top1": accuracy(model, self.images("train"))[0]}
+
+        return self.runs.supervise(f"{name}-seed{seed}", arguments, seed, self.digits, epochs, score)
 
     def choose(self, seed: int, teacher: Trained, assistant: Trained | None = None) -> Teachers:
         """The heads and the images that a seed's students learn from, by how they are chosen."""
@@ -196,19 +201,14 @@ class Demo:
             kept = {"digits_kept": sum(image.startswith("digits/") for image in listed)} if listed else {}
             return {**self.scores(student), **kept, **self.distances(arm, student, seed, teachers)}
 
-        run = f"student-{name}-seed{seed}"
-        if arm.task == "labels":
-            split = "labelled" if arm.labels == "some" else "train"
-            return self.runs.supervise(run, STUDENT, seed, self.digits, split, self.config.epochs_of(arm), score)
-        return self.runs.distil(run, self.experiment(name, seed, teachers), score)
+        return self.runs.distil(f"student-{name}-seed{seed}", self.experiment(name, seed, teachers), score)
 
     def untrained(self, seed: int, teachers: Teachers) -> dict[str, float]:
         """Distances of a student to its teachers' attention before training."""
         groups = {arm.group: arm for arm in (ARMS[name] for name in self.config.arms)}
         found: dict[str, float] = {}
         for arm in groups.values():
-            own = {} if arm.classifies else {"num_classes": 0}
-            student = runs.new_classifier({**STUDENT, **own}, seed).to(self.device)
+            student = runs.new_classifier(STUDENT if arm.classifies else FEATURES, seed).to(self.device)
             found |= self.distances(arm, student, seed, teachers)
         return found
 
@@ -220,7 +220,7 @@ class Demo:
         for name in RULERS[arm.group]:
             options = {"stop_epoch": None} if ARMS[name].task == "ssta" else {}
             asked = self.experiment(name, seed, teachers, **options)
-            inputs = models.Inputs(1, (data.IMAGE_SIZE,) * 2, **data.STATS)
+            inputs = models.Inputs(1, (data.IMAGE_SIZE,) * 2, **DIGITS_STATS)
             task: Any = models.build_task(
                 asked, student, models.build_teachers(asked), inputs, self.device, verbose=False
             )
@@ -249,5 +249,4 @@ class Demo:
         }
         if num_classes(model):
             found["top1"] = accuracy(model, self.images("validation"))[0]
-            found["train_top1"] = accuracy(model, self.images("train"))[0]
         return found

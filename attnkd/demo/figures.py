@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ARMS = {"pa": "PA only", "pa_ag": "PA + AG"}
+NAMES = {"pa": "PA only", "pa_ag": "PA + AG"}
 STYLES: dict[str, Any] = {
     "pa": {"color": "#0072B2", "linestyle": "--"},
     "pa_ag": {"color": "#D55E00", "linestyle": "-"},
@@ -42,7 +42,7 @@ def draw_curves(outcome: Outcome, path: Path) -> None:
     figure = _new_figure((12, 4.2))
     loss, distance, accuracy = figure.subplots(1, 3)
     for place, (arm, runs) in enumerate(outcome.students.items()):
-        _band(loss, runs, "pa_loss", ARMS[arm], STYLES[arm])
+        _band(loss, runs, "pa_loss", NAMES[arm], STYLES[arm])
         for run, before in zip(runs, outcome.before, strict=True):
             distance.plot(
                 (0, 1), [scores["pa_ag_distance"] for scores in (before, run.scores)], marker="o", **STYLES[arm]
@@ -62,7 +62,7 @@ def draw_curves(outcome: Outcome, path: Path) -> None:
         [2] * len(outcome.teachers), [each.teacher.scores["knn"] for each in outcome.teachers], "o", color="0.35"
     )
     accuracy.set(title="k-NN top-1, test images", ylabel="%", xlim=(-0.5, 2.5))
-    accuracy.set_xticks(range(3), [*ARMS.values(), "teachers"])
+    accuracy.set_xticks(range(3), [*NAMES.values(), "teachers"])
     for axes in (loss, distance, accuracy):
         axes.grid(alpha=0.25)
     figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
@@ -78,7 +78,7 @@ def draw_attention(outcome: Outcome, path: Path) -> None:
 
     config, teacher = outcome.config, outcome.teachers[0].teacher
     pictures = [Image.open(file) for file in first_of_each(outcome.digits)]
-    transform = image_transform(image_config(teacher.model, crop_pct=1.0))
+    transform = image_transform(image_config(teacher.model))
     images = torch.stack([transform(picture) for picture in pictures]).to(teacher.device)
 
     def look(model: Any) -> Any:
@@ -93,7 +93,7 @@ def draw_attention(outcome: Outcome, path: Path) -> None:
     rows: list[tuple[str, Tensor]] = [
         (f"teacher, {seen.grid[0]}×{seen.grid[1]} patches", seen.merged[:, 0, 0] * area),
         (f"teacher on {grid[0]}×{grid[1]}\n(what AG matches)", target),
-        *((f"student, {ARMS[arm]}", maps.merged[:, 0, 0]) for arm, maps in students.items()),
+        *((f"student, {NAMES[arm]}", maps.merged[:, 0, 0]) for arm, maps in students.items()),
     ]
     # Few patches hold most of the attention; on a square-root scale the others can be told apart too.
     scale = PowerNorm(0.5, vmin=0, vmax=max(float(values[:, 1:].max()) for _, values in rows))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from attnkd.demo.arms import ARMS, RULERS, Arm, Comparison
 from attnkd.demo.config import Config
 from attnkd.demo.experiment import Outcome
-from attnkd.evaluation.pairs import difference, holm, spread
+from attnkd.evaluation.pairs import correct, difference, spread
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,9 +66,7 @@ def _compare(comparisons: tuple[Comparison, ...], arms: Mapping[str, Any]) -> li
         {**asdict(each), **difference(arms[each.against][each.score]["values"], arms[each.arm][each.score]["values"])}
         for each in comparisons
     ]
-    if found[0]["p"] is not None:
-        for change, p in zip(found, holm([change["p"] for change in found]), strict=True):
-            change["p_holm"] = p
+    correct(found)
     for each, change in zip(comparisons, found, strict=True):
         change["verdict"] = sentence(each, change)
     return found
@@ -79,7 +77,9 @@ def sentence(comparison: Comparison, change: Mapping[str, Any]) -> str:
     digits = 1 if comparison.more_is_better else 3
     by = f"{change['mean']:+.{digits}f} {comparison.unit}"
     if change["interval_95"] is None:
-        return f"{comparison.question}: {by} in one seed, which cannot show whether this is chance."
+        seeds = len(change["values"])
+        where = "in one seed" if seeds == 1 else f"in each of {seeds} seeds"
+        return f"{comparison.question}: {by} {where}, which cannot show whether this is chance."
     low, high = change["interval_95"]
     numbers = f"{by}, 95 % interval {low:+.{digits}f} to {high:+.{digits}f}, p = {_p(change['p_holm'])}"
     if change["p_holm"] >= LEVEL:
@@ -133,7 +133,7 @@ def teachers_in_words(summary: Mapping[str, Any]) -> list[str]:
     return [
         f"{name}: {found['heads']} heads, {found['patches']} patches, k-NN {plus_minus(found['knn'], 1)} %, "
         f"linear probe {plus_minus(found['linear_probe'], 1)} %"
-        for name, found in {**summary["teachers"]}.items()
+        for name, found in summary["teachers"].items()
     ]
 
 

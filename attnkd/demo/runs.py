@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -17,15 +18,16 @@ from torch import nn
 from attnkd import __version__, files
 from attnkd.capture.loading import image_config, load_saved, new_model
 from attnkd.demo.contrastive import SimCLR, TwoViews
-from attnkd.demo.data import IMAGE_SIZE, STATS, open_digits
+from attnkd.demo.data import IMAGE_SIZE, open_digits
 from attnkd.evaluation.finetune import finetune
 from attnkd.methods.pos_embed import sincos_pos_embed_
 from attnkd.methods.recipes import Recipe
 from attnkd.training.carrying import Carrying
-from attnkd.training.config import Experiment
+from attnkd.training.config import TEACHERS, Experiment
 from attnkd.training.data import AugmentedImages
 from attnkd.training.loop import Trainer
-from attnkd.training.run import WEIGHTS, opened, save_student, train
+from attnkd.training.run import WEIGHTS, asked_to_stop, opened, save_student, train
+from attnkd.training.sources import DIGITS_STATS as STATS
 from attnkd.training.watchers import Watcher
 
 MODEL = "vit_tiny_patch16_224"
@@ -34,6 +36,7 @@ WHOLE = {"crop_pct": 1.0}
 _COMMON = {"img_size": IMAGE_SIZE, "in_chans": 1, "depth": 3, "weight_init": "jax", "pretrained_cfg_overlay": WHOLE}
 TEACHER: dict[str, Any] = {**_COMMON, "embed_dim": 64, "num_heads": 4, "patch_size": 2}
 STUDENT: dict[str, Any] = {**_COMMON, "embed_dim": 32, "num_heads": 2, "patch_size": 4}
+FEATURES = {**STUDENT, "num_classes": 0}
 BATCH_SIZE = 64
 SCORES = "scores.json"
 
@@ -108,11 +111,13 @@ class Runs:
     def distil(self, name: str, experiment: Experiment, score: Callable[[nn.Module], dict[str, float]]) -> Trained:
         """A student of an experiment, whose output is decided here. ``score``: trained model → scores."""
 
-        def work(folder: Path, watcher: Watcher) -> bool:
+        def work(folder: Path, watcher: Watcher) -> None:
             own = replace(experiment, config=replace(experiment.config, output=str(folder)))
-            return train(own, self.device, lambda line: None, watcher).finished
+            train(own, self.device, lambda line: None, watcher)
 
-        return self._run(name, experiment.settings(), experiment.config.train.epochs, work, score)
+        teachers = {role: digest(Path(path)) for role in TEACHERS if (path := getattr(experiment.config, role))}
+        settings = {**experiment.settings(), "weights": teachers}
+        return self._run(name, settings, experiment.config.train.epochs, work, score)
 
     def supervise(
         self,
@@ -120,16 +125,15 @@ class Runs:
         arguments: Mapping[str, Any],
         seed: int,
         data: Path,
-        split: str,
         epochs: int,
         score: Callable[[nn.Module], dict[str, float]],
     ) -> Trained:
-        """A classifier of ``data``, from new weights."""
-        images, test = open_digits(data, split), open_digits(data, "validation")
+        """A classifier of the training images, from new weights."""
+        images, test = open_digits(data, "train"), open_digits(data, "validation")
 
-        def work(folder: Path, watcher: Watcher) -> bool:
+        def work(folder: Path, watcher: Watcher) -> None:
             model = new_classifier(arguments, seed)
-            return finetune(
+            finetune(
                 model,
                 images,
                 test,
@@ -141,10 +145,11 @@ class Runs:
                 carrying=carrying(len(images.images)),
                 seed=seed,
                 device=self.device,
+                say=lambda line: None,
                 watcher=watcher,
-            ).finished
+            )
 
-        settings = {"model": dict(arguments), "seed": seed, "data": str(data), "train_split": split}
+        settings = {"model": dict(arguments), "seed": seed, "data": str(data), "train_split": "train"}
         settings["train"] = asdict(recipe(epochs))
         return self._run(name, settings, epochs, work, score)
 
@@ -163,7 +168,7 @@ class Runs:
         settings = {"method": "SimCLR", "model": dict(arguments), "seed": seed, "data": str(data)}
         settings |= {"train": as_json(numbers), "run": asdict(carrying(len(images)))}
 
-        def work(folder: Path, watcher: Watcher) -> bool:
+        def work(folder: Path, watcher: Watcher) -> None:
             model = new_classifier({**arguments, "num_classes": 0}, seed)
             views = TwoViews(numbers.transform_for((IMAGE_SIZE, IMAGE_SIZE), STATS["mean"], STATS["std"]))
             with opened(folder, self.device) as run:
@@ -174,7 +179,6 @@ class Runs:
                 finished = run.carry_out(trainer, state, settings, report=run.log(watcher))
                 if finished:
                     save_student(folder, model, describe({**arguments, "num_classes": 0}))
-            return finished
 
         return self._run(name, settings, epochs, work, score)
 
@@ -183,18 +187,20 @@ class Runs:
         name: str,
         settings: Mapping[str, Any],
         epochs: int,
-        work: Callable[[Path, Watcher], bool],
+        work: Callable[[Path, Watcher], None],
         score: Callable[[nn.Module], dict[str, float]],
     ) -> Trained:
         everything = {**settings, "device": self.device.type, "versions": VERSIONS}
-        text = json.dumps(everything, sort_keys=True).replace(str(self.directory), "")
+        text = json.dumps(everything, sort_keys=True).replace(json.dumps(str(self.directory))[1:-1], "")
         folder = self.directory / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         if (folder / SCORES).exists():
             self.listener.begin(name, epochs, epochs, "finished before, reused")
         else:
             note = "trained again, with other settings" if any(self.directory.glob(f"{name}-*/{SCORES}")) else ""
-            if not work(folder, _Told(self.listener, name, note)):
-                raise SystemExit(143)  # SIGTERM; the state is saved
+            with asked_to_stop() as stop:
+                work(folder, _Told(self.listener, name, note))
+            if stop.signal is not None:  # the run has saved its state, or its student; the others shall not begin
+                signal.raise_signal(stop.signal)
             files.write_json(folder / SCORES, score(load_saved(folder / WEIGHTS).to(self.device)))
         trained = Trained(folder, json.loads((folder / SCORES).read_text(encoding="utf-8")), self.device)
         self.listener.end(name, trained.scores)
@@ -230,6 +236,11 @@ def describe(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What a model's ``model.json`` has."""
     overlay = {**WHOLE, **{name: list(values) for name, values in STATS.items()}}
     return {"model_name": MODEL, "num_classes": 10, **arguments, "pretrained_cfg_overlay": overlay}
+
+
+def digest(path: Path) -> str:
+    """Of a file, as a run's settings name it."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def as_json(numbers: Recipe) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attnkd.evaluation.pairs import difference, holm
+from attnkd.evaluation.pairs import correct, difference
 
 NAMES = {"knn": "k-NN", "linear": "linear", "finetune": "fine-tuned"}
 
@@ -35,6 +35,8 @@ def scores(result: Mapping[str, Any]) -> dict[str, float]:
     """Top-1 accuracies in percent by what was measured, such as 'linear, 0.01 of the labels'."""
     name = NAMES[result["evaluation"]]
     part = "" if result.get("subset") is None else f", {result['subset']} of the labels"
+    if result.get("last_blocks", 1) != 1:
+        part += f", last {result['last_blocks']} blocks"
     if result["evaluation"] == "knn":
         return {f"{name} {k}{part}": score["top1"] for k, score in result["scores"].items()}
     return {f"{name}{part}": result["top1"]}
@@ -74,11 +76,11 @@ def paired(runs: Sequence[Path], against: Sequence[Path]) -> dict[str, dict[str,
     the first of the others and so on: of the same seed, say. ``p_holm`` is corrected for all measures together.
 
     Raises:
-        ValueError: not as many runs on both sides, a run on both, or nothing that was measured in all of them.
+        ValueError: not as many runs on both sides, a run that is named twice, or nothing that was measured in all of them.
     """
-    if len(runs) != len(against) or set(runs) & set(against):
+    if len(runs) != len(against) or len({run.resolve() for run in [*runs, *against]}) < 2 * len(runs):
         raise ValueError(
-            f"against: expected as many runs as are compared with them, {len(runs)}, and others, got {', '.join(map(str, against))}"
+            f"against: expected as many runs as are compared with them, {len(runs)}, each of them once, got {', '.join(map(str, against))}"
         )
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for data, rows in compared([*runs, *against]).items():
@@ -88,10 +90,7 @@ def paired(runs: Sequence[Path], against: Sequence[Path]) -> dict[str, dict[str,
                 found.setdefault(data, {})[name] = difference(before, after)
     if not found:
         raise ValueError("model, against: expected a score that all runs have; evaluate all in the same way")
-    changes = [change for rows in found.values() for change in rows.values()]
-    if len(runs) > 1:
-        for change, p in zip(changes, holm([change["p"] for change in changes]), strict=True):
-            change["p_holm"] = p
+    correct([change for rows in found.values() for change in rows.values()])
     return found
 
 
@@ -104,7 +103,8 @@ def pairs_as_text(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
         for row, change in rows.items():
             line = f"{row.ljust(width)}  {change['mean']:+.2f}"
             if change["interval_95"] is None:
-                lines.append(f"{line}  (one pair cannot show whether this is chance)")
+                why = "one pair" if len(change["values"]) == 1 else f"{len(change['values'])} equal differences"
+                lines.append(f"{line}  ({why} cannot show whether this is chance)")
                 continue
             low, high = change["interval_95"]
             lines.append(

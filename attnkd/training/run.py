@@ -71,7 +71,7 @@ def train(
         trainer, student, description = prepare(experiment, run.world, say)
         if run.world.first:
             files.write_text(run.folder / CONFIG, config.as_yaml(settings))
-        report = None
+        report = watcher
         if run.world.first and (state is None or state["done"] < trainer.steps):
             report = reported(experiment, run, trainer, description, say, watcher)
         finished = run.carry_out(trainer, state, settings, say, report)
@@ -142,10 +142,11 @@ class Run(NamedTuple):
         with ExitStack() as stack:
             if self.world.first and trainer.done < trainer.steps:
                 report = report or self.log()
-                stack.callback(report.close)
                 if trainer.carrying.profile is not None:
                     trainer.profile = Profile(trainer.task, self.world.device, trainer.carrying.profile, self.folder)
                     stack.callback(trainer.profile.close)
+            if report is not None:
+                stack.callback(report.close)
             finished = trainer.run(save_to(self.folder, settings), report, lambda: self.stop.signal is not None)
         if trainer.profile is not None:
             say(str(trainer.profile))
@@ -299,6 +300,8 @@ def asked_to_stop() -> Iterator[_Stop]:
     def remember(number: int, frame: Any) -> None:
         stop.signal = number
         signal.signal(number, before[number])
+        if getattr(before[number], "__qualname__", None) == remember.__qualname__:  # of a block around this one
+            before[number](number, frame)
 
     for number in before:
         signal.signal(number, remember)

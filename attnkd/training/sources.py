@@ -11,6 +11,7 @@ import torch
 from attnkd.methods.image_stream import open_image, read_lines
 
 DIGITS = "digits"
+DIGITS_STATS = {"mean": (0.31,), "std": (0.348,)}
 STREAMS = ("hfids", "tfds")
 
 
@@ -206,4 +207,4 @@ def _digits(split: str) -> Source:
     )
     held_out = np.arange(len(pixels)) % 3 == 0
     chosen = ~held_out if split == "train" else held_out
-    return Source(_Digits(pixels[chosen], data.target[chosen]), 10, (0.31,), (0.348,))
+    return Source(_Digits(pixels[chosen], data.target[chosen]), 10, DIGITS_STATS["mean"], DIGITS_STATS["std"])

@@ -184,7 +184,10 @@ def small_demo(folder, *options):
 def results(folder: Path):
     """Weights, pictures, tables and numbers of a demo, but for the time that it took."""
     summary = json.loads((folder / "summary.json").read_text())
-    found = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*") if path.suffix in KEPT}
+    kept = [
+        path for path in folder.rglob("*.*") if path.suffix in KEPT and path.name != checkpoint.NAME
+    ]  # which names its folder
+    found = {path.relative_to(folder): path.read_bytes() for path in kept}
     return found, {name: value for name, value in summary.items() if name not in ("seconds", "jobs")}
 
 

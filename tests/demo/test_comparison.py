@@ -25,6 +25,9 @@ from attnkd.demo.contrastive import SimCLR, TwoViews
 from attnkd.demo.data import open_digits
 from attnkd.demo.runs import SCORES
 from attnkd.evaluation.pairs import holm
+from attnkd.training import config
+from attnkd.training.distributed import World
+from attnkd.training.run import build
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -100,6 +103,17 @@ def test_every_seed_has_teachers_of_its_own(quick: Run) -> None:
     for seed in (1, 2):
         for path in quick.directory.glob(f"student-*-seed{seed}-*/config.yaml"):
             assert f"/teacher-seed{seed}-" in path.read_text(), path
+
+
+def test_students_of_a_seed_start_from_the_same_weights(quick: Run) -> None:
+    """But for those that have no classifier."""
+    first = None
+    for arm in ("labels", "labels_all", "logits", "head_kd", "ssta", "v", "probe"):
+        (path,) = quick.directory.glob(f"student-{arm}-seed1-*/config.yaml")
+        task = build(config.parse(None, ["--config", str(path)]), World(torch.device("cpu"))).task
+        weights = task.student.state_dict()
+        first = first or weights
+        assert all(torch.equal(first[name], weights[name]) for name in first), arm
 
 
 def test_scores_are_of_the_checkpoints_and_spreads_of_the_seeds(quick: Run) -> None:

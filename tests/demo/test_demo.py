@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,9 +31,10 @@ from attnkd.demo.arms import ARMS, GUIDANCE, NATS, Comparison
 from attnkd.demo.config import QUICK, Config
 from attnkd.demo.data import digits_folder, wild_folder
 from attnkd.demo.experiment import Demo, Teachers
-from attnkd.demo.runs import SCORES, Trained
+from attnkd.demo.runs import SCORES, Runs, Trained
+from attnkd.demo.workers import one_thread
 from attnkd.training.distributed import World
-from attnkd.training.run import build
+from attnkd.training.run import asked_to_stop, build
 
 
 class Run(NamedTuple):
@@ -106,7 +108,8 @@ def test_a_run_is_one_for_the_other_commands(quick: Run, tmp_path: Path, capsys:
     kept = json.loads((teacher.parent / SCORES).read_text())
     assert json.loads((tmp_path / "l.json").read_text())["top1"] == pytest.approx(kept["linear_probe"])
     again = ["train", "--config", str(student / "config.yaml"), "--output", str(tmp_path / "again"), "--device", "cpu"]
-    assert cli.main(again) == 0
+    with one_thread():
+        assert cli.main(again) == 0
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (student / "model.safetensors").read_bytes()
     assert cli.main(["export", str(student), "--output", str(tmp_path / "given")]) == 0
     given = timm.create_model(f"local-dir:{tmp_path / 'given'}", pretrained=True)
@@ -132,8 +135,8 @@ def test_figures_are_whole(quick: Run) -> None:
 
 
 def test_a_second_run_reuses_what_has_not_changed_and_says_so(quick: Run, tmp_path: Path) -> None:
-    directory = tmp_path / "copy"
-    shutil.copytree(quick.directory, directory)  # folders may be moved
+    directory = tmp_path / "moved [/red] é"
+    shutil.copytree(quick.directory, directory)
     states = {path: path.stat().st_mtime_ns for path in directory.glob(f"*/{SCORES}")}
     again = run_demo(directory)
     assert again.text.count("finished before, reused") == 6
@@ -146,6 +149,23 @@ def test_a_second_run_reuses_what_has_not_changed_and_says_so(quick: Run, tmp_pa
     assert values["pa"][0] == values["pa"][1]
     assert "one seed" in other.text and other.summary["arms"]["pa_ag"] != quick.summary["arms"]["pa_ag"]
     assert {path: path.stat().st_mtime_ns for path in states} == states
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_in_the_last_step_of_a_run_lets_no_other_begin(number: signal.Signals, tmp_path: Path) -> None:
+    def work(folder: Path, watcher: object) -> None:
+        with asked_to_stop():  # as the training loop does
+            signal.raise_signal(number)
+
+    def stop(*_: object) -> None:
+        raise InterruptedError
+
+    before = signal.signal(number, stop)
+    try:
+        with pytest.raises(InterruptedError):
+            Runs(tmp_path, torch.device("cpu"), None)._run("one", {}, 1, work, lambda model: {})  # type: ignore[arg-type]
+    finally:
+        signal.signal(number, before)
 
 
 # Refusals
@@ -257,5 +277,5 @@ def test_a_sentence_says_what_stands_after_correction(mean: float, p: float, uni
     change = {"mean": mean, "interval_95": [mean - 1, mean + 1], "p_holm": p}
     said = report.sentence(Comparison("question", "a", "b", "top1", unit), change)
     assert said.startswith(f"question: {says}")
-    one = report.sentence(Comparison("question", "a", "b"), {"mean": mean, "interval_95": None})
-    assert "cannot show" in one
+    one = report.sentence(Comparison("question", "a", "b"), {"mean": mean, "values": [mean], "interval_95": None})
+    assert "in one seed, which cannot show" in one

@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 
 from attnkd.commands import cli
-from attnkd.evaluation.pairs import difference, holm, spread
+from attnkd.evaluation.pairs import correct, difference, holm, spread
 
 
 def test_difference_is_paired_and_its_interval_students_t() -> None:
@@ -17,13 +17,19 @@ def test_difference_is_paired_and_its_interval_students_t() -> None:
     reach = 2.776445 * math.sqrt(0.8 / 5)
     assert change["interval_95"] == pytest.approx([1.4 - reach, 1.4 + reach], rel=1e-5)
     assert change["p"] == pytest.approx(scipy.stats.ttest_rel([2.0, 3, 4, 5, 8], [1.0, 2, 3, 4, 5]).pvalue)
-    assert difference([1.0, 2.0], [1.0, 2.0])["p"] == 1 and difference([1.0, 2.0], [2.0, 3.0])["p"] == 0
-    assert difference([1.0], [2.0])["p"] is None and spread([3.0]) == {"mean": 3.0, "std": None, "values": [3.0]}
+    same = [100 * hits / 600 for hits in (585, 590, 592)], [100 * hits / 600 for hits in (586, 591, 593)]
+    for against, values in (([1.0], [2.0]), ([1.0, 2.0], [1.0, 2.0]), ([1.0, 2.0], [2.0, 3.0]), same):
+        change = difference(against, values)
+        assert change["p"] is None and change["interval_95"] is None
+    assert spread([3.0]) == {"mean": 3.0, "std": None, "values": [3.0]}
 
 
 def test_holm_corrects_step_by_step() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.6]) == [1, 1] and holm([0.02]) == [0.02]
+    changes = [{"p": 0.01}, {"p": None}, {"p": 0.03}]
+    correct(changes)
+    assert [change["p_holm"] for change in changes] == [pytest.approx(0.02), None, pytest.approx(0.03)]
 
 
 def test_runs_are_compared_in_pairs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -50,7 +56,7 @@ def test_runs_are_compared_in_pairs(tmp_path: Path, capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     assert "k-NN 20  +2.00  95 % interval +0.76 to +3.24, 3 pairs" in printed and "90.00" in printed
     for others, message in (
-        (right[:2], "--against: expected as many runs as are compared with them, 3, and others"),
+        (right[:2], "--against: expected as many runs as are compared with them, 3, each of them once"),
         ([*right[:2], left[0]], "--against: expected as many runs"),
     ):
         assert cli.main(["eval", "compare", *left, "--against", *others]) == 2

@@ -40,7 +40,7 @@ def world(tmp_path_factory):
     digits = digits_folder(folder, 960, 777, 0)
     runs = Runs(folder, torch.device("cpu"), Silent())
     arguments = {**TEACHER, "patch_size": 4}
-    teacher = runs.supervise("teacher", arguments, 0, digits, "train", 12, lambda model: {}).model
+    teacher = runs.supervise("teacher", arguments, 0, digits, 12, lambda model: {}).model
     torch.set_num_threads(threads)
     wild_folder(folder / "images", digits, 60, 140, seed=0)
     return folder, teacher
