@@ -131,7 +131,7 @@ def draw_comparison(summary: Mapping[str, Any], path: Path) -> None:
     distances = [each for each in summary["comparisons"] if each["unit"] != "points"]
     for place, change in enumerate(accuracies):
         left.plot(change["values"], [place] * len(change["values"]), "o", markersize=4, color="0.75")
-        shown = change.get("p_holm", 1.0) < 0.05
+        shown = change["p_holm"] is not None and change["p_holm"] < 0.05
         colour = "#D55E00" if shown else "#0072B2"
         if change["interval_95"] is not None:
             left.plot(change["interval_95"], [place, place], color=colour, linewidth=2)

@@ -58,8 +58,9 @@ def test_comparisons_are_paired_corrected_together_and_printed(quick: Run) -> No
     for change in found:
         against, arm = (arms[change[name]][change["score"]]["values"] for name in ("against", "arm"))
         assert change["values"] == pytest.approx([b - a for a, b in zip(against, arm, strict=True)])
-        assert change["p_holm"] >= change["p"] and change["verdict"] in quick.text
-    assert [change["p_holm"] for change in found] == holm([change["p"] for change in found])
+        assert change["verdict"] in quick.text
+    known = [change for change in found if change["p"] is not None]  # equal differences have none
+    assert len(known) > 10 and [change["p_holm"] for change in known] == holm([change["p"] for change in known])
 
 
 def test_every_attention_loss_brings_the_student_nearer_to_the_attention(quick: Run) -> None:

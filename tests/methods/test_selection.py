@@ -223,9 +223,7 @@ REASONS = {
 }
 
 
-def test_files_that_are_no_images_are_reported_skipped_and_read_again(
-    rough, world, select, digits, tmp_path, monkeypatch
-):
+def test_files_that_are_no_images_are_reported_skipped_and_read_again(rough, world, select, tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **_: started.append(args))  # Ghostscript
     kept = select(data=rough, num_select=5, batch_size=2)
