@@ -39,6 +39,8 @@ STUDENT: dict[str, Any] = {**_COMMON, "embed_dim": 32, "num_heads": 2, "patch_si
 FEATURES = {**STUDENT, "num_classes": 0}
 BATCH_SIZE = 64
 SCORES = "scores.json"
+Score = Callable[[nn.Module], dict[str, float]]
+"""Trained model → its scores by name."""
 
 
 def recipe(epochs: int) -> Recipe:
@@ -108,8 +110,8 @@ class Runs:
     def __init__(self, directory: Path, device: torch.device, listener: Listener) -> None:
         self.directory, self.device, self.listener = directory, device, listener
 
-    def distil(self, name: str, experiment: Experiment, score: Callable[[nn.Module], dict[str, float]]) -> Trained:
-        """A student of an experiment, whose output is decided here. ``score``: trained model → scores."""
+    def distil(self, name: str, experiment: Experiment, score: Score) -> Trained:
+        """A student of an experiment, whose output is decided here."""
 
         def work(folder: Path, watcher: Watcher) -> None:
             own = replace(experiment, config=replace(experiment.config, output=str(folder)))
@@ -120,13 +122,7 @@ class Runs:
         return self._run(name, settings, experiment.config.train.epochs, work, score)
 
     def supervise(
-        self,
-        name: str,
-        arguments: Mapping[str, Any],
-        seed: int,
-        data: Path,
-        epochs: int,
-        score: Callable[[nn.Module], dict[str, float]],
+        self, name: str, arguments: Mapping[str, Any], seed: int, data: Path, epochs: int, score: Score
     ) -> Trained:
         """A classifier of the training images, from new weights."""
         images, test = open_digits(data, "train"), open_digits(data, "validation")
@@ -154,19 +150,13 @@ class Runs:
         return self._run(name, settings, epochs, work, score)
 
     def contrast(
-        self,
-        name: str,
-        arguments: Mapping[str, Any],
-        seed: int,
-        data: Path,
-        epochs: int,
-        score: Callable[[nn.Module], dict[str, float]],
+        self, name: str, arguments: Mapping[str, Any], seed: int, data: Path, epochs: int, score: Score
     ) -> Trained:
         """A self-supervised model of the training images, by SimCLR; its views are cropped more than other runs' images."""
         images = open_digits(data, "train").images
         numbers = replace(recipe(epochs), crop_scale=(0.4, 1.0))
         settings = {"method": "SimCLR", "model": dict(arguments), "seed": seed, "data": str(data)}
-        settings |= {"train": as_json(numbers), "run": asdict(carrying(len(images)))}
+        settings |= {"train": json.loads(json.dumps(asdict(numbers))), "run": asdict(carrying(len(images)))}
 
         def work(folder: Path, watcher: Watcher) -> None:
             model = new_classifier({**arguments, "num_classes": 0}, seed)
@@ -188,7 +178,7 @@ class Runs:
         settings: Mapping[str, Any],
         epochs: int,
         work: Callable[[Path, Watcher], None],
-        score: Callable[[nn.Module], dict[str, float]],
+        score: Score,
     ) -> Trained:
         everything = {**settings, "device": self.device.type, "versions": VERSIONS}
         text = json.dumps(everything, sort_keys=True).replace(json.dumps(str(self.directory))[1:-1], "")
@@ -241,10 +231,6 @@ def describe(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def digest(path: Path) -> str:
     """Of a file, as a run's settings name it."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def as_json(numbers: Recipe) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(numbers)))
 
 
 VERSIONS = {"attnkd": __version__, **{name: importlib.metadata.version(name) for name in ("torch", "timm")}}
