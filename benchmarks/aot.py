@@ -26,22 +26,23 @@ def gate(calls: Sequence[Any], targets: Sequence[str] = TARGETS, jobs: int | Non
 
     A record tells the call, target and kernel, what the kernel uses (:func:`benchmarks.compiled.read`), its ``faults`` and
     ``remarks`` (:func:`benchmarks.gate.verdict`).
-    As each call is done comes a record of ``progress``; at the end the kernels, in the order of the calls. One that several calls launch
-    alike comes once, with the first of them.
+    As each call is done comes a record of ``progress`` with its ``kernels``; at the end the kernels, in the order of the calls. One that
+    several calls launch alike comes once, with the first of them.
     """
     compiler = metadata.version("triton")
     tasks, found = _tasks(calls, targets), {}
     for call, target, records in _results(tasks, jobs):
-        found[call.name, target] = records or [{"kernel": "", "hash": "", "error": "launched no kernel"}]
-        yield {"progress": (call.name, target)}
+        records = records or [{"kernel": "", "hash": "", "error": "launched no kernel"}]
+        records = [{"call": call.name, "aligned": call.aligned, "target": target} | record for record in records]
+        found[call.name, target] = [record | verdict(record, compiler) for record in records]
+        yield {"progress": (call.name, target), "kernels": found[call.name, target]}
     seen = set()
     for call, target in tasks:
         for record in found[call.name, target]:
             key = (target, record["hash"] or call.name)
             if key not in seen:
                 seen.add(key)
-                record = {"call": call.name, "aligned": call.aligned, "target": target} | record
-                yield record | verdict(record, compiler)
+                yield record
 
 
 Task = tuple[Any, str]  # call and target
@@ -106,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints a table and what failed; 1 when something did."""
+    """Prints what fails as it is found, and at the end a table and all of it; 1 when something did."""
     from tqdm import tqdm
 
     from benchmarks import sweep
@@ -122,6 +123,9 @@ def run(args: argparse.Namespace) -> int:
             if "progress" in record:
                 bar.set_description(" ".join(reversed(record["progress"])))
                 bar.update()
+                for kernel in record["kernels"]:
+                    if kernel["faults"]:
+                        bar.write(_told(kernel, "faults"))
             else:
                 records.append(record)
     if args.json:
@@ -136,10 +140,14 @@ def run(args: argparse.Namespace) -> int:
     for kind in ("remarks", "faults"):
         for record in records:
             if record[kind]:
-                print(f"{record['target']} {record['kernel']} [{record['call']}]: {'; '.join(record[kind])}")
+                print(_told(record, kind))
     failed, noted = (sum(bool(record[kind]) for record in records) for kind in ("faults", "remarks"))
     print(f"{len(records)} kernels compiled, {failed} failed", end=f", {noted} with remarks\n" if noted else "\n")
     return 1 if failed else 0
+
+
+def _told(record: dict[str, Any], kind: str) -> str:
+    return f"{record['target']} {record['kernel']} [{record['call']}]: {'; '.join(record[kind])}"
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:

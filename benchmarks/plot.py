@@ -244,11 +244,9 @@ def _speed(by: dict[tuple[str, str], dict[str, Any]], shape: str, name: str) -> 
 def _new(
     rows: int, columns: int, title: str, result: dict[str, Any], size: tuple[float, float]
 ) -> tuple[Figure, list[Axes]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     figure.suptitle(title, fontsize=12)
     figure.supxlabel(headline(result["machine"]), fontsize=7, color=GREY)

@@ -32,7 +32,6 @@ def draw_class_maps(
         temperatures: of the merged maps.
         captions: for 'teacher', 'student' or both, a line below each image.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     heads = max(maps.rows.shape[1] for maps in shown.values())
@@ -40,7 +39,6 @@ def draw_class_maps(
     extra = 0 if shown["teacher"].rollout is None else 1
     columns, size = 1 + heads + len(tempered) + extra, (pictures.shape[-2], pictures.shape[-1])
     figure = Figure(figsize=(1.25 * columns + 0.8, 2.75 * len(names) + 0.7), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display and leaves pyplot's global state alone
     grid = figure.subplots(2 * len(names), columns, squeeze=False)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])

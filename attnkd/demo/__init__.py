@@ -7,7 +7,7 @@ from pathlib import Path
 
 from attnkd.commands.options import require
 
-EXTRA = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich", "safetensors": "safetensors"}
+EXTRA = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "safetensors": "safetensors"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,10 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "In every seed, trains a ViT teacher on scikit-learn's handwritten digits and distils it with AttnDistill into students "
         "with fewer heads and fewer patches: with projector alignment only (PA) and with attention guidance (PA + AG), from "
         "the same initial weights, in the same data order. Prints k-NN, linear probe and the KL to the teacher's "
-        "attention; writes summary.json, results.md, curves.png and attention.png. Under 10 minutes "
+        "attention; writes summary.json, results.md, comparison.png and attention.png. Under 10 minutes "
         "on two CPU cores. With --all, instead, all four methods (AttnDistill, head-specific KD, SSTA, Attention Probe), and "
-        "what they are compared with: labels alone, logit distillation, random heads and images; under 30 minutes; writes "
-        "summary.json, results.md and methods.png. Students are folders as attnkd train makes them."
+        "what they are compared with: labels alone, logit distillation, random heads and images; under 30 minutes. "
+        "Students are folders as attnkd train makes them."
     )
     parser.epilog = (
         "Interrupt it at any time: the same command continues after the last finished epoch. Runs whose settings "

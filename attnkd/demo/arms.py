@@ -81,10 +81,6 @@ class Comparison:
     score: str = "top1"
     unit: str = "points"
 
-    @property
-    def more_is_better(self) -> bool:
-        return self.unit == "points"
-
 
 GUIDANCE = (
     Comparison("AG added to PA: k-NN top-1", "pa", "pa_ag", "knn"),

@@ -18,7 +18,7 @@ from attnkd.capture.models import num_classes
 from attnkd.demo import data, runs
 from attnkd.demo.arms import ARMS, RULERS, Arm
 from attnkd.demo.config import Config
-from attnkd.demo.runs import FEATURES, STUDENT, Listener, Runs, Trained
+from attnkd.demo.runs import STUDENT, Runs, Say, Trained
 from attnkd.demo.workers import Run
 from attnkd.evaluation.features import batches, extract
 from attnkd.evaluation.finetune import accuracy
@@ -26,9 +26,9 @@ from attnkd.evaluation.knn import knn
 from attnkd.evaluation.linear import linear_probe
 from attnkd.methods.head_importance import HeadImportance, head_importance, select_heads
 from attnkd.methods.selection import select_images
-from attnkd.training import models
 from attnkd.training.config import Experiment, experiment
-from attnkd.training.sources import DIGITS_STATS
+from attnkd.training.distributed import World
+from attnkd.training.run import build
 
 
 class Teachers(NamedTuple):
@@ -61,9 +61,9 @@ class Outcome:
 class Demo:
     """Trains teachers and all arms, and continues what ``directory`` already has of exactly this experiment."""
 
-    def __init__(self, config: Config, directory: Path, device: torch.device, listener: Listener) -> None:
+    def __init__(self, config: Config, directory: Path, device: torch.device, say: Say) -> None:
         self.config, self.directory, self.device = config, directory, device
-        self.runs = Runs(directory, device, listener)
+        self.runs = Runs(directory, device, say)
         self.digits = data.digits_folder(directory, config.train_size, config.test_size, config.labelled)
 
     def run(self, run: Run) -> Outcome:
@@ -102,28 +102,19 @@ class Demo:
         probe = linear_probe(*self.features(assistant.model), device=self.device)
         weight, bias = probe.weight.to(self.device), probe.bias.to(self.device)
 
-        def search(whose: Trained, combinations: bool, **options: Any) -> HeadImportance:
-            path = self.directory / f"importance-{'combinations' if combinations else 'heads'}-{whose.folder.name}.json"
-            return head_importance(
-                whose.model,
-                self.images("train"),
-                "all",
-                combinations=combinations,
-                path=path,
-                progress=False,
-                **options,
-            )
+        def search(whose: Trained, kind: str, **options: Any) -> HeadImportance:
+            how = {"combinations": kind == "combinations", "progress": False, **options}
+            path = self.directory / f"importance-{kind}-{whose.folder.name}.json"
+            return head_importance(whose.model, self.images("train"), "all", path=path, **how)
 
-        alone = search(teacher, combinations=False).importance()
-        wanted = STUDENT["num_heads"]
-        draw = random.Random(seed)
+        wanted, draw = STUDENT["num_heads"], random.Random(seed)
+        alone = search(teacher, "heads").importance()
+        probed = search(assistant, "combinations", classifier=lambda output: F.linear(output, weight, bias))
         return {
             "importance": {
                 "head_kd": [sorted(importance.topk(wanted).indices.tolist()) for importance in alone],
-                "teacher": search(teacher, combinations=True).best(),
-                "assistant": search(
-                    assistant, combinations=True, classifier=lambda output: F.linear(output, weight, bias)
-                ).best(),
+                "teacher": search(teacher, "combinations").best(),
+                "assistant": probed.best(),
             },
             "random": {
                 "head_kd": [sorted(draw.sample(range(len(importance)), wanted)) for importance in alone],
@@ -141,10 +132,8 @@ class Demo:
         transform = image_transform(image_config(teacher.model))
 
         def chosen(**options: Any) -> list[str]:
-            out = folder / "selected.txt"
-            return select_images(
-                teacher.model, wild, out, count, transform, device=self.device, progress=False, **options
-            ).names()
+            how = {"device": self.device, "progress": False, **options}
+            return select_images(teacher.model, wild, folder / "selected.txt", count, transform, **how).names()
 
         found = {
             "random": random.Random(seed).sample(everything, count),
@@ -179,19 +168,9 @@ class Demo:
             own = {"teacher_heads": heads["teacher"], "assistant_heads": heads["assistant"]}
             options = {"blocks": "all", "stop_epoch": epochs / 3, **own, **options}  # as the paper: 100 of 300
             settings["assistant"] = str(teachers.assistant.weights)
-        return experiment(
-            arm.task,
-            options,
-            output="",
-            student=runs.MODEL,
-            student_kwargs=STUDENT,
-            pos_embed="sincos",
-            teacher=str(teachers.teacher.weights),
-            seed=seed,
-            train=runs.recipe(epochs),
-            run=runs.carrying(config.images(arm)),
-            **settings,
-        )
+        settings |= {"student": runs.MODEL, "student_kwargs": STUDENT, "pos_embed": "sincos"}
+        settings |= {"train": runs.recipe(epochs), "run": runs.carrying(config.images(arm)), "seed": seed}
+        return experiment(arm.task, options, output="", teacher=str(teachers.teacher.weights), **settings)
 
     def train_student(self, name: str, seed: int, teachers: Teachers) -> Trained:
         arm = ARMS[name]
@@ -199,31 +178,26 @@ class Demo:
         def score(student: nn.Module) -> dict[str, float]:
             listed = teachers.chosen.get(arm.images or "", [])
             kept = {"digits_kept": sum(image.startswith("digits/") for image in listed)} if listed else {}
-            return {**self.scores(student), **kept, **self.distances(arm, student, seed, teachers)}
+            return {**self.scores(student), **kept, **self.distances(arm, seed, teachers, student)}
 
         return self.runs.distil(f"student-{name}-seed{seed}", self.experiment(name, seed, teachers), score)
 
     def untrained(self, seed: int, teachers: Teachers) -> dict[str, float]:
         """Distances of a student to its teachers' attention before training."""
         groups = {arm.group: arm for arm in (ARMS[name] for name in self.config.arms)}
-        found: dict[str, float] = {}
-        for arm in groups.values():
-            student = runs.new_classifier(STUDENT if arm.classifies else FEATURES, seed).to(self.device)
-            found |= self.distances(arm, student, seed, teachers)
-        return found
+        return {key: value for arm in groups.values() for key, value in self.distances(arm, seed, teachers).items()}
 
     @torch.no_grad()
-    def distances(self, arm: Arm, student: nn.Module, seed: int, teachers: Teachers) -> dict[str, float]:
-        """The attention losses between a student and its teachers, on the test images, that its arm is compared by."""
+    def distances(self, arm: Arm, seed: int, teachers: Teachers, student: nn.Module | None = None) -> dict[str, float]:
+        """The attention losses, on the test images, that an arm is compared by, between a trained student, or the untrained one,
+        and its teachers."""
         found = {}
         images, labels = (torch.cat(parts).to(self.device) for parts in zip(*self.images("validation"), strict=True))
         for name in RULERS[arm.group]:
             options = {"stop_epoch": None} if ARMS[name].task == "ssta" else {}
-            asked = self.experiment(name, seed, teachers, **options)
-            inputs = models.Inputs(1, (data.IMAGE_SIZE,) * 2, **DIGITS_STATS)
-            task: Any = models.build_task(
-                asked, student, models.build_teachers(asked), inputs, self.device, verbose=False
-            )
+            task: Any = build(self.experiment(name, seed, teachers, **options), World(self.device)).task
+            if student is not None:
+                task.student.load_state_dict(student.state_dict())
             result: dict[str, Tensor] = task.eval()(images, labels)
             task.untap()
             parts = [value.item() for key, value in result.items() if key.endswith(("attn_loss", "relation_loss"))]

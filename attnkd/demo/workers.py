@@ -28,22 +28,22 @@ def usual_jobs(device: torch.device) -> int:
 
 
 @contextmanager
-def workers(make: Callable[[Any], Any], jobs: int, listener: Any) -> Iterator[Run]:
-    """Processes that each make their own ``work = make(listener)``; they end with the block, and with this process.
+def workers(make: Callable[[Callable[[Any], None]], Any], jobs: int, say: Callable[[Any], None]) -> Iterator[Run]:
+    """Processes that each make their own ``work = make(say)``; they end with the block, and with this process.
 
     Args:
         make: whatever is pickled: a class, or a partial of one.
         jobs: processes; 1 does everything in this one.
-        listener: what the work tells its listener arrives here, in this process and thread.
+        say: what the work says arrives here, in this process and thread.
     """
     if jobs == 1:
-        work = make(listener)
+        work = make(say)
         with one_thread():
             yield lambda method, calls: [method(work, *args) for args in calls]
         return
     # A fork of a process that has used autograd cannot use it.
     context = multiprocessing.get_context("spawn")
-    reports = context.SimpleQueue()
+    said = context.SimpleQueue()
     theirs, ours = context.Pipe(duplex=False)
 
     def run(method: Callable[..., Any], calls: Sequence[tuple]) -> list:
@@ -51,14 +51,13 @@ def workers(make: Callable[[Any], Any], jobs: int, listener: Any) -> Iterator[Ru
         waiting = set(futures)
         while waiting:
             done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
-            while not reports.empty():
-                name, args = reports.get()
-                getattr(listener, name)(*args)
+            while not said.empty():
+                say(said.get())
             for future in done:
                 future.result()  # an error ends the block, and with it all others
         return [future.result() for future in futures]
 
-    with ProcessPoolExecutor(jobs, context, _begin, (make, reports, theirs)) as executor:
+    with ProcessPoolExecutor(jobs, context, _begin, (make, said.put, theirs)) as executor:
         try:
             yield run
         except BaseException:
@@ -77,25 +76,15 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class _Reports:
-    """The listener of a worker: passes everything on."""
-
-    def __init__(self, queue: Any) -> None:
-        self.queue = queue
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args: self.queue.put((name, args))
-
-
 _work: Any = None
 
 
-def _begin(make: Callable[[Any], Any], reports: Any, told: Connection) -> None:
+def _begin(make: Callable[..., Any], say: Callable[[Any], None], told: Connection) -> None:
     global _work
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one decides
     threading.Thread(target=_end_when, args=(told,), daemon=True).start()
-    _work = make(_Reports(reports))
+    _work = make(say)
 
 
 def _end_when(told: Connection) -> None:

@@ -44,11 +44,9 @@ def tsne(groups: Mapping[str, Tensor], seed: int = 0) -> dict[str, np.ndarray]:
 
 def draw_points(points: Mapping[str, np.ndarray], title: str) -> Any:
     """A matplotlib figure of the groups' points [n, 2], the first groups on top."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 5.6), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display
     axes = figure.subplots()
     for order, (name, places) in enumerate(points.items()):
         axes.scatter(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+LEVEL = 0.05
+"""A corrected p below this is called a difference."""
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -44,6 +47,20 @@ def correct(changes: Sequence[dict[str, Any]]) -> None:
         change["p_holm"] = None
     for change, p in zip(known, holm([change["p"] for change in known]), strict=True):
         change["p_holm"] = p
+
+
+def in_words(change: Mapping[str, Any], unit: str = "points", digits: int = 2, *, more_is_better: bool = True) -> str:
+    """What a difference and its ``p_holm`` allow to be said: better or worse where p is below 0.05, else no difference shown."""
+    by = f"{change['mean']:+.{digits}f} {unit}"
+    if change["interval_95"] is None:
+        pairs = len(change["values"])
+        where = "in one pair" if pairs == 1 else f"in each of {pairs} pairs"
+        return f"{by} {where}, which cannot show whether this is chance"
+    (low, high), p = change["interval_95"], change["p_holm"]
+    said = "no difference shown"
+    if p < LEVEL:
+        said = "better" if (change["mean"] > 0) == more_is_better else "worse"
+    return f"{said} ({by}, 95 % interval {low:+.{digits}f} to {high:+.{digits}f}, p = {f'{p:.2f}' if p >= 0.095 else f'{p:.1g}'})"
 
 
 def holm(ps: Sequence[float]) -> list[float]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attnkd.evaluation.pairs import correct, difference
+from attnkd.evaluation.pairs import correct, difference, in_words
 
 NAMES = {"knn": "k-NN", "linear": "linear", "finetune": "fine-tuned"}
 
@@ -95,20 +95,11 @@ def paired(runs: Sequence[Path], against: Sequence[Path]) -> dict[str, dict[str,
 
 
 def pairs_as_text(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """A line for each measure: mean difference, its 95 % t interval, and the corrected p."""
+    """A line for each measure: what its differences allow to be said."""
     lines = []
     for data, rows in table.items():
-        lines.append(f"difference in top-1 points on {data}")
+        pairs = len(next(iter(rows.values()))["values"])
+        lines.append(f"differences in top-1 on {data}, {pairs} pair{'s' * (pairs > 1)}, p corrected by Holm")
         width = max(len(row) for row in rows)
-        for row, change in rows.items():
-            line = f"{row.ljust(width)}  {change['mean']:+.2f}"
-            if change["interval_95"] is None:
-                why = "one pair" if len(change["values"]) == 1 else f"{len(change['values'])} equal differences"
-                lines.append(f"{line}  ({why} cannot show whether this is chance)")
-                continue
-            low, high = change["interval_95"]
-            lines.append(
-                f"{line}  95 % interval {low:+.2f} to {high:+.2f}, {len(change['values'])} pairs, p = {change['p_holm']:.2g} (Holm)"
-            )
-        lines.append("")
+        lines += [*(f"{row.ljust(width)}  {in_words(change)}" for row, change in rows.items()), ""]
     return "\n".join(lines).rstrip()

@@ -84,14 +84,12 @@ class Figures(Watcher):
 
 def draw_curves(log: Path) -> Any:
     """The losses, the gradient's norm and the learning rate over the epochs, as a run's log has them."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     names = list(dict.fromkeys(name for record in records for name in record if name.endswith("loss")))
     panels = [*names, "grad_norm", "lr"]
     figure = Figure(figsize=(3.2 * len(panels), 2.8), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display
     for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         seen = [(record["epoch"], record[name]) for record in records if name in record]
         if seen:

@@ -24,7 +24,6 @@ from PIL import Image
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
-pytest.importorskip("rich")
 pytest.importorskip("jsonargparse")
 
 from attnkd import files
@@ -179,7 +178,7 @@ def demonstrating(folder, *options, **limits):
 
 def small_demo(folder, *options):
     """Without the pictures, which take most of the time."""
-    for drawing in ("draw_curves", "draw_attention", "draw_comparison"):
+    for drawing in ("draw_attention", "draw_comparison"):
         setattr(command.figures, drawing, lambda outcome, path: files.write_bytes(path, bytes(1000)))
     small = {"seeds": 1, "epochs": 1, "train_size": 128, "test_size": 64}
     command.QUICK.update(small)

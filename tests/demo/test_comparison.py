@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
-pytest.importorskip("rich")
 
 from attnkd.commands import cli
 from attnkd.demo import report
@@ -74,17 +73,17 @@ def test_every_attention_loss_brings_the_student_nearer_to_the_attention(quick: 
 
 def test_table_and_page_show_the_numbers_of_the_summary(quick: Run) -> None:
     page = (quick.directory / "results.md").read_text(encoding="utf-8")
-    arms, before = quick.summary["arms"], quick.summary["before"]
-    for text, split in ((quick.text, r"\s{2,}"), (page, r"\s*\|\s*")):
-        lines = [[cell for cell in re.split(split, line.strip()) if cell] for line in text.splitlines()]
-        for arm in arms.values():
-            accuracy, knn = arm["top1" if "top1" in arm else "linear_probe"], arm["knn"]
-            cells = [arm["name"], " + ".join(str(count or "–") for count in arm["labels"].values())]
-            cells += [f"{value['mean']:.1f} ± {value['std']:.1f}" for value in (accuracy, knn)]
-            if len(RULERS[arm["group"]]) == 1:
-                name = f"{RULERS[arm['group']][0]}_distance"
-                cells.append(f"{before[name]['mean']:.3f} → {arm[name]['mean']:.3f} ± {arm[name]['std']:.3f}")
-            assert any(line[start : start + len(cells)] == cells for line in lines for start in (0, 1)), cells
+    assert page in quick.text
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
+    before = quick.summary["before"]
+    for arm in quick.summary["arms"].values():
+        accuracy, knn = arm["top1" if "top1" in arm else "linear_probe"], arm["knn"]
+        cells = [arm["name"], " + ".join(str(count or "–") for count in arm["labels"].values())]
+        cells += [f"{value['mean']:.1f} ± {value['std']:.1f}" for value in (accuracy, knn)]
+        if len(RULERS[arm["group"]]) == 1:
+            name = f"{RULERS[arm['group']][0]}_distance"
+            cells.append(f"{before[name]['mean']:.3f} → {arm[name]['mean']:.3f} ± {arm[name]['std']:.3f}")
+        assert cells in [line[1 : 1 + len(cells)] for line in lines]
 
 
 def test_labels_are_counted_equally(quick: Run) -> None:
@@ -171,12 +170,13 @@ def test_a_second_run_reuses_everything_and_says_the_same(quick: Run) -> None:
     assert {**again.summary, "seconds": 0} == {**quick.summary, "seconds": 0}
 
 
-def test_the_picture_is_whole(quick: Run) -> None:
+def test_pictures_are_whole(quick: Run) -> None:
     from matplotlib.image import imread
 
-    pixels = imread(quick.directory / "methods.png")[..., :3]
-    assert pixels.shape[1] / pixels.shape[0] == pytest.approx(13 / 6, rel=0.02)
-    assert pixels.std() > 0.05 and (pixels[0] == 1).all() and (pixels[:, -1] == 1).all()
+    for name, ratio in (("comparison.png", 13 / 6), ("attention.png", 13 / 6.5)):
+        pixels = imread(quick.directory / name)[..., :3]
+        assert pixels.shape[1] / pixels.shape[0] == pytest.approx(ratio, rel=0.02)
+        assert pixels.std() > 0.05 and (pixels[0] == 1).all() and (pixels[:, -1] == 1).all()
 
 
 def test_simclr_is_equation_1_and_looks_at_no_labels() -> None:

@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 
 from attnkd.commands import cli
-from attnkd.evaluation.pairs import correct, difference, holm, spread
+from attnkd.evaluation.pairs import correct, difference, holm, in_words, spread
 
 
 def test_difference_is_paired_and_its_interval_students_t() -> None:
@@ -30,6 +30,24 @@ def test_holm_corrects_step_by_step() -> None:
     changes = [{"p": 0.01}, {"p": None}, {"p": 0.03}]
     correct(changes)
     assert [change["p_holm"] for change in changes] == [pytest.approx(0.02), None, pytest.approx(0.03)]
+
+
+@pytest.mark.parametrize(
+    ("mean", "p", "options", "says"),
+    [
+        (2.0, 0.01, {"digits": 1}, "better (+2.0 points, 95 % interval +1.0 to +3.0, p = 0.01)"),
+        (-2.0, 0.049, {"digits": 1}, "worse (-2.0 points, 95 % interval -3.0 to -1.0, p = 0.05)"),
+        (2.0, 0.05, {}, "no difference shown (+2.00 points"),
+        (2.0, 0.5, {}, "no difference shown (+2.00 points, 95 % interval +1.00 to +3.00, p = 0.50)"),
+        (-0.2, 2e-5, {"unit": "nats", "more_is_better": False}, "better (-0.20 nats, 95 % interval -1.20 to +0.80, p = 2e-05)"),
+        (0.2, 2e-5, {"unit": "nats", "more_is_better": False}, "worse (+0.20 nats"),
+    ],
+)  # fmt: skip
+def test_words_say_what_stands_after_correction(mean: float, p: float, options: dict, says: str) -> None:
+    change = {"mean": mean, "interval_95": [mean - 1, mean + 1], "p_holm": p}
+    assert in_words(change, **options).startswith(says)
+    equal = {"mean": mean, "values": [mean, mean], "interval_95": None}
+    assert in_words(equal) == f"{mean:+.2f} points in each of 2 pairs, which cannot show whether this is chance"
 
 
 def test_runs_are_compared_in_pairs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -54,7 +72,8 @@ def test_runs_are_compared_in_pairs(tmp_path: Path, capsys: pytest.CaptureFixtur
     ]
     assert [found[name]["p_holm"] for name in ("k-NN 20", "linear")] == pytest.approx([2 * p[0], max(2 * p[0], p[1])])
     printed = capsys.readouterr().out
-    assert "k-NN 20  +2.00  95 % interval +0.76 to +3.24, 3 pairs" in printed and "90.00" in printed
+    assert "differences in top-1 on digits, validation, 3 pairs, p corrected by Holm" in printed and "90.00" in printed
+    assert "\nk-NN 20  better (+2.00 points, 95 % interval +0.76 to +3.24, p = 0.04)\nlinear   no difference" in printed
     for others, message in (
         (right[:2], "--against: expected as many runs as are compared with them, 3, each of them once"),
         ([*right[:2], left[0]], "--against: expected as many runs"),
@@ -62,6 +81,6 @@ def test_runs_are_compared_in_pairs(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert cli.main(["eval", "compare", *left, "--against", *others]) == 2
         assert message in capsys.readouterr().err
     assert cli.main(["eval", "compare", left[0], "--against", right[0]]) == 0
-    assert "one pair cannot show" in capsys.readouterr().out
+    assert "in one pair, which cannot show whether this is chance" in capsys.readouterr().out
     assert cli.main(["eval", "knn", left[0], "--against", right[0]]) == 2
     assert "--against: is for compare, not for knn" in capsys.readouterr().err

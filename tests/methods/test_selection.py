@@ -24,13 +24,6 @@ from attnkd.methods.probe_scores import ProbeScorer, cosine_to_uniform
 from attnkd.methods.selection import select_images
 
 
-class Silent:
-    """Who is not interested in the progress."""
-
-    def __getattr__(self, name):
-        return lambda *args: None
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A teacher that learnt digits for some seconds, and a folder of 60 digits it has not seen and 140 pieces of photographs."""
@@ -38,7 +31,7 @@ def world(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     digits = digits_folder(folder, 960, 777, 0)
-    runs = Runs(folder, torch.device("cpu"), Silent())
+    runs = Runs(folder, torch.device("cpu"), print)
     arguments = {**TEACHER, "patch_size": 4}
     teacher = runs.supervise("teacher", arguments, 0, digits, 12, lambda model: {}).model
     torch.set_num_threads(threads)
