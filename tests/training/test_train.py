@@ -130,6 +130,31 @@ def test_every_method_learns(method, experiment, tmp_path, monkeypatch):
     assert len(losses) == 15 and losses[-1] < 0.95 * losses[0], losses
 
 
+@pytest.mark.parametrize("method", ["attn_distill", "ssta"])
+def test_compiled_models_train_like_others_and_continue_exactly(method, experiment, tmp_path, monkeypatch):
+    """By AOTAutograd alone: TorchInductor needs a C++ compiler."""
+    whole, calls = torch.nn.Module.compile, []
+
+    def compile(module, *args, **kwargs):
+        calls.append(type(module).__name__)
+        whole(module, *args, **{**kwargs, "backend": "aot_eager"})
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    changes = {"train__ema_decay": 0.9, "train__opt": "sgd", "train__epochs": 1, "train__warmup_epochs": 0}
+    assert train(experiment(method, "eager", **changes)).finished and not calls
+    changes["run__compile"] = True
+    assert train(experiment(method, "whole", **changes)).finished and calls
+    assert not train(experiment(method, "parts", **changes), 2, monkeypatch).finished
+    assert train(experiment(method, "parts", **changes)).finished
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    from safetensors.torch import load_file
+
+    eager, compiled = (load_file(tmp_path / folder / "model.safetensors") for folder in ("eager", "whole"))
+    assert eager.keys() == compiled.keys()
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
 def test_the_result_does_not_depend_on_workers_parts_and_the_smaller_last_step(experiment, tmp_path):
     same = {"train__drop_last": False, "train__epochs": 2, "train__batch_size": 60, "train__opt": "sgd"}
     assert train(experiment("ssta", "one", **same)).finished
