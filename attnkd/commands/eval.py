@@ -28,7 +28,7 @@ from attnkd.training.carrying import PRECISIONS, Carrying
 from attnkd.training.config import saved_settings
 from attnkd.training.distributed import World, joined
 from attnkd.training.run import CONFIG, DESCRIPTION, WEIGHTS
-from attnkd.training.sources import Source, open_source, subset
+from attnkd.training.sources import Source, open_source, subset, with_classes_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -236,7 +236,7 @@ def _load(args: argparse.Namespace, asked: Asked) -> nn.Module:
 def _sources(args: argparse.Namespace, asked: Asked, config: dict[str, Any]) -> tuple[Source, Source]:
     """Labelled images to learn from, and those to score."""
     train = _source(args, asked.data, asked.data["train_split"] or "train", config)
-    val = _source(args, asked.data, asked.data["val_split"] or "validation", config)
+    val = with_classes_of(train, _source(args, asked.data, asked.data["val_split"] or "validation", config))
     return (train if args.subset is None else subset(train, args.subset, args.seed)), val
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -111,7 +113,8 @@ class Recipe:
                 weight_decay=options.get("weight_decay", self.weight_decay),
                 no_weight_decay_list=adapter.no_weight_decay(module),
             )
-        return create_optimizer_v2(module, opt=self.opt, **{**recipe, **options})
+        with _named("opt", self.opt, "an optimizer that timm knows and that takes these numbers, such as 'adamw'"):
+            return create_optimizer_v2(module, opt=self.opt, **{**recipe, **options})
 
     def scheduler(self, optimizer: Optimizer, steps_per_epoch: int) -> Any:
         """A timm scheduler; call its ``step_update`` with the number of optimizer steps done.
@@ -122,17 +125,19 @@ class Recipe:
         """
         from timm.scheduler import create_scheduler_v2
 
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=self.sched,
-            num_epochs=self.epochs - self.warmup_epochs,  # warmup_prefix: the schedule begins where the warm-up ends
-            warmup_epochs=self.warmup_epochs,
-            warmup_prefix=True,
-            warmup_lr=0.0,
-            min_lr=self.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=steps_per_epoch,
-        )
+        with _named("sched", self.sched, "a schedule that timm knows, such as 'cosine'"):
+            scheduler, _ = create_scheduler_v2(
+                optimizer,
+                sched=self.sched,
+                num_epochs=self.epochs
+                - self.warmup_epochs,  # warmup_prefix: the schedule begins where the warm-up ends
+                warmup_epochs=self.warmup_epochs,
+                warmup_prefix=True,
+                warmup_lr=0.0,
+                min_lr=self.min_lr,
+                step_on_epochs=False,
+                updates_per_epoch=steps_per_epoch,
+            )
         return scheduler
 
     def transform(self, model: nn.Module) -> Callable[[Any], Any]:
@@ -157,25 +162,46 @@ class Recipe:
         """The same for images of ``size`` (height, width), with a mean and standard deviation for each channel."""
         from timm.data import create_transform
 
-        made: Any = create_transform(
-            size,
-            is_training=True,
-            scale=self.crop_scale,
-            hflip=self.hflip,
-            color_jitter=self.color_jitter or None,  # type: ignore[arg-type]  # None is none; timm annotates float
-            auto_augment=self.auto_augment,
-            interpolation="bicubic",
-            mean=mean,
-            std=std,
-            re_prob=self.random_erasing,
-            re_mode="pixel",
-        )
+        with _named("auto_augment", self.auto_augment, "a policy that timm knows, such as 'rand-m9-mstd0.5-inc1'"):
+            made: Any = create_transform(
+                size,
+                is_training=True,
+                scale=self.crop_scale,
+                hflip=self.hflip,
+                color_jitter=self.color_jitter or None,  # type: ignore[arg-type]  # None is none; timm annotates float
+                auto_augment=self.auto_augment,
+                interpolation="bicubic",
+                mean=mean,
+                std=std,
+                re_prob=self.random_erasing,
+                re_mode="pixel",
+            )
+        for step in made.transforms:
+            for op in (*getattr(step, "ops", ()), *chain.from_iterable(getattr(step, "policy", ()))):
+                if op.name.startswith("Posterize"):
+                    op.level_fn = functools.partial(_one_bit_at_least, op.level_fn)
         if self.crop_padding is not None:
             from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resize
 
             resize = Resize(size, InterpolationMode.BICUBIC)
             made.transforms[0] = Compose([resize, RandomCrop(size, padding=self.crop_padding)])
         return made
+
+
+@contextmanager
+def _named(name: str, value: Any, expected: str) -> Iterator[None]:
+    """What timm does not know is an error of the argument."""
+    try:
+        yield
+    except (AssertionError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{name}: expected {expected}, got {value!r} ({error})") from None
+
+
+def _one_bit_at_least(
+    bits: Callable[..., tuple[int, ...]], level: float, options: Mapping[str, Any]
+) -> tuple[int, ...]:
+    """timm's strongest level keeps no bit of an image, which Pillow refuses since version 13."""
+    return (max(1, bits(level, options)[0]),)
 
 
 _RANGES = (

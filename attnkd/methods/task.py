@@ -32,6 +32,7 @@ from attnkd.capture.tokens import token_layout
 from attnkd.methods.schedule import Schedule, Schedules
 from attnkd.methods.student_teacher import FrozenTeacher, TrainedStudent
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _logger = logging.getLogger(__name__)
 
 
@@ -386,7 +387,7 @@ def check_same_inputs(student: nn.Module, name: str, teacher: nn.Module) -> None
         name: of the teacher, for messages.
 
     Raises:
-        ValueError: shared parameters, another number of channels, fixed image sizes that differ.
+        ValueError: shared parameters, another number of channels, fixed image sizes that differ, weights that are not finite.
     """
     words = [adapter_or_plain(model).vocabulary(model) for model in (student, teacher)]
     if words[0] != words[1]:
@@ -408,6 +409,18 @@ def check_same_inputs(student: nn.Module, name: str, teacher: nn.Module) -> None
             f"student and {name} see the same images, but student takes {sizes[0]} and {name} {sizes[1]} pixels only; "
             "build one of them with another img_size, or with dynamic_img_size=True"
         )
+    for label, model in (("student", student), (name, teacher)):
+        _check_finite(label, model)
+
+
+def _check_finite(name: str, model: nn.Module) -> None:
+    """Refuse a broken checkpoint before anything is trained with it. Weights that are elsewhere (meta, quantised, shared out) are not read."""
+    for path, weight in model.named_parameters():
+        plain = type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.device.type != "meta"
+        if plain and weight.dtype in FLOATS and not bool(torch.isfinite(weight).all()):
+            raise ValueError(
+                f"{name}: expected finite weights, got NaN or infinity in {path} of {type(model).__name__}; load another checkpoint"
+            )
 
 
 def _check_text(inputs: Any) -> None:

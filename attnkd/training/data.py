@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import random
 import signal
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 Key = tuple[int, int]
 """(epoch, index of an image)."""
+TRIES = 50
+"""Images after one another of which one must be readable."""
 GRACE = 120
 """Seconds that a worker goes on for after a SIGTERM."""
 
@@ -120,12 +123,21 @@ class AugmentedImages(Dataset):
         self.images, self.transform, self.seed, self.beside = images, transform, seed, beside
 
     def __getitem__(self, key: Key) -> tuple[Any, ...]:
-        image, label = self.images[key[1]]
+        image, label = self._read(key[1])
         if self.transform is not None:
             reseed(self.seed, *key)
             image = self.transform(image)
         found = (image, int(label))
         return found if self.beside is None else (*found, self.beside(key, image))
+
+    def _read(self, index: int) -> tuple[Any, Any]:
+        """An image that cannot be read is named, and the next one takes its place: timm's data sets do that themselves, others do not."""
+        for place in range(index, index + TRIES):
+            try:
+                return self.images[place % len(self.images)]
+            except (OSError, SyntaxError) as error:  # Pillow's decoders raise both
+                warnings.warn(f"an image cannot be read, and the next one takes its place ({error})", stacklevel=2)
+        raise RuntimeError(f"{TRIES} images after one another cannot be read, the first of them number {index}")
 
 
 def loader(images: AugmentedImages, steps: Steps, workers: int, pin: bool) -> DataLoader:
@@ -138,6 +150,23 @@ def loader(images: AugmentedImages, steps: Steps, workers: int, pin: bool) -> Da
         persistent_workers=False,
         worker_init_fn=_work_until_told if workers else None,
     )
+
+
+def drawn(loader: DataLoader) -> Generator[Any, None, None]:
+    """The batches of a loader. Close it: an error's traceback would keep the workers alive, waiting for work, until Python ends.
+
+    Raises:
+        RuntimeError: what went wrong in a worker: of its traceback, which PyTorch makes the message, the last line.
+    """
+    batches = iter(loader)
+    try:
+        yield from batches
+    except Exception as error:
+        if "Original Traceback" not in str(error):
+            raise
+        raise RuntimeError(f"in a worker of the data loader: {str(error).strip().splitlines()[-1]}") from error
+    finally:
+        getattr(batches, "_shutdown_workers", lambda: None)()
 
 
 def mixed(*numbers: int) -> int:

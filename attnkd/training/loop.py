@@ -26,7 +26,7 @@ from attnkd.methods.recipes import Recipe
 from attnkd.methods.student_teacher import TrainedStudent
 from attnkd.training import checkpoint, sharding
 from attnkd.training.carrying import PRECISIONS, Carrying
-from attnkd.training.data import AugmentedImages, Plan, Steps, loader, reseed
+from attnkd.training.data import AugmentedImages, Plan, Steps, drawn, loader, reseed
 from attnkd.training.distributed import World
 from attnkd.training.profile import STEP, Profile
 from attnkd.training.watchers import Watcher
@@ -115,6 +115,8 @@ class Trainer:
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=carrying.precision == "fp16")
         self.profile: Profile | None = None
+        self.seen = {"data": f"{count} images"}
+        """By argument, what must be the same where the run continues, though its name may be."""
 
     @property
     def trained(self) -> nn.Module:
@@ -132,6 +134,7 @@ class Trainer:
         tally = self.tally
         state = {
             "done": self.done,
+            "seen": self.seen,
             "tally": [tally.sums, tally.steps, tally.nonfinite, tally.in_row],
             "trained": self.trained.state_dict(),
             "averaged": None if self.averaged is None else self.averaged.state_dict(),
@@ -141,7 +144,16 @@ class Trainer:
         return sharding.whole(state, self.world.first) if self.carrying.shard else state
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state`."""
+        """Restore :meth:`state`.
+
+        Raises:
+            ValueError: other images or teachers than those that the run began with.
+        """
+        for name, now in self.seen.items():
+            if (before := state.get("seen", {}).get(name, now)) != now:
+                raise ValueError(
+                    f"{name}: the run began with {before}, got {now}; restore it, or choose another output"
+                )
         self.done, self.tally = state["done"], Tally(*state["tally"])
         for name, module in (("trained", self.trained), ("averaged", self.averaged)):
             if module is not None:
@@ -173,30 +185,31 @@ class Trainer:
         if self.done == self.steps:
             return True
         steps = Steps(self.plan, self.done, self.steps)
-        batches = iter(loader(self.images, steps, self.carrying.workers, self.world.device.type == "cuda"))
+        images = loader(self.images, steps, self.carrying.workers, self.world.device.type == "cuda")
         saved = time.monotonic()
         self.task.train()
-        while self.done < self.steps:
-            with self._part(STEP):
-                parts = self._step(batches)
-            if self.profile is not None:
-                self.profile.step_done()
-            if self.done % self.carrying.log_steps == 0 or self.done == self.steps:
-                watcher.record(self._record())
-            watcher.step(self.done, parts)
-            due = time.monotonic() - saved > 60 * self.carrying.save_minutes
-            if self.carrying.save_steps is not None and self.done % self.carrying.save_steps == 0:
-                due = True
-            stopping, due = (bool(x) for x in self.world.largest([stop(), due]))
-            if due or stopping or self.done == self.steps:
-                if save is not None and (self.world.first or self.carrying.shard):
-                    state = self.state()
-                    if self.world.first:
-                        save(state)
-                watcher.saved(self.done)
-                saved = time.monotonic()
-            if stopping:
-                break
+        with contextlib.closing(drawn(images)) as batches:
+            while self.done < self.steps:
+                with self._part(STEP):
+                    parts = self._step(batches)
+                if self.profile is not None:
+                    self.profile.step_done()
+                if self.done % self.carrying.log_steps == 0 or self.done == self.steps:
+                    watcher.record(self._record())
+                watcher.step(self.done, parts)
+                due = time.monotonic() - saved > 60 * self.carrying.save_minutes
+                if self.carrying.save_steps is not None and self.done % self.carrying.save_steps == 0:
+                    due = True
+                stopping, due = (bool(x) for x in self.world.largest([stop(), due]))
+                if due or stopping or self.done == self.steps:
+                    if save is not None and (self.world.first or self.carrying.shard):
+                        state = self.state()
+                        if self.world.first:
+                            save(state)
+                    watcher.saved(self.done)
+                    saved = time.monotonic()
+                if stopping:
+                    break
         self.world.wait()  # for the last checkpoint: whoever trains next in these processes may read it
         return self.done == self.steps
 
@@ -259,7 +272,7 @@ class Trainer:
             return
         self.tally.nonfinite += 1
         self.tally.in_row += 1
-        if self.tally.in_row >= self.carrying.nonfinite_limit:
+        if self.tally.in_row >= min(self.carrying.nonfinite_limit, self.steps):  # a run without any step is no run
             values = ", ".join(f"{name} = {value:g}" for name, value in parts.items())
             rate = self.optimizer.param_groups[0]["lr"]
             raise DivergedError(

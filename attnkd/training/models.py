@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +57,15 @@ def build_teachers(experiment: Experiment) -> dict[str, nn.Module]:
     return made
 
 
+def checksum(model: nn.Module) -> str:
+    """SHA-256 of all weights and buffers and their names."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def inputs_of(experiment: Experiment, teachers: dict[str, nn.Module], source: Source, channels: int) -> Inputs:
     """The images of the run: of the student's size if that is given, else of the teacher's, with the mean and standard
     deviation that are given, else the data set's, else the teacher's."""
@@ -95,6 +105,10 @@ def student_arguments(
             wanted = 0
         elif experiment.method == "attention_probe":
             wanted = num_classes(teachers["teacher"])
+            if not wanted:
+                raise ValueError(
+                    "teacher: attention_probe learns its classes; expected one with a classifier, got none"
+                )
         else:
             wanted = classes
     if wanted is None:

@@ -180,6 +180,8 @@ def prepare(
         cache.check(images, count)
         images = AugmentedImages(images.images, images.transform, images.seed, cache.row)
     trainer = Trainer(made.task, images, count, recipe, world, settings.run, seed=settings.seed, mix=made.mix)
+    sums = {role: models.checksum(teacher.tap.model) for role, teacher in made.task.teachers.items()}
+    trainer.seen |= {role: f"weights of checksum {digest[:12]}" for role, digest in sums.items()}
     return trainer, made.task.student, made.description
 
 
@@ -202,14 +204,15 @@ def build(experiment: Experiment, world: World, say: Callable[[str], None] = lam
     source = open_split(experiment, settings.train_split, "L" if channels == 1 else "RGB")
     if settings.subset is not None:
         source = sources.subset(source, settings.subset)
+    if models.has_class_loss(experiment.method) and not source.labelled:
+        raise ValueError(f"data: {experiment.method} has a class loss, but {settings.data} has no labels")
     inputs = models.inputs_of(experiment, teachers, source, channels)
     arguments = models.student_arguments(experiment, teachers, inputs, source.num_classes)
     student = models.build_student(experiment, arguments, inputs)
     description = models.described(settings.student, student, arguments, inputs, settings.train)
     task = models.build_task(experiment, student, teachers, inputs, world.device, verbose=world.first)
     recipe = settings.train
-    classed = getattr(task, "criterion", None) is not None
-    if classed:
+    if getattr(task, "criterion", None) is not None:
         _check_labels(source, arguments["num_classes"], experiment)
     elif recipe.mixup or recipe.cutmix:
         raise ValueError(
@@ -253,8 +256,6 @@ def reported(
 
 
 def _check_labels(source: sources.Source, num_classes: int, experiment: Experiment) -> None:
-    if not source.labelled:
-        raise ValueError(f"data: {experiment.method} has a class loss, but {experiment.config.data} has no labels")
     if source.num_classes is not None and source.num_classes > num_classes:
         raise ValueError(f"num_classes: expected at least the data set's {source.num_classes}, got {num_classes}")
 

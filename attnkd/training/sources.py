@@ -13,6 +13,8 @@ from attnkd.methods.image_stream import open_image, read_lines
 DIGITS = "digits"
 DIGITS_STATS = {"mean": (0.31,), "std": (0.348,)}
 STREAMS = ("hfids", "tfds")
+TRAIN, VALIDATION = ("train", "training"), ("validation", "val", "valid", "eval", "evaluation")
+"""Names for the same split, as timm finds the folder of one."""
 
 
 class Source(NamedTuple):
@@ -32,7 +34,7 @@ def open_source(name: str, split: str, *, root: str | None = None, download: boo
     Args:
         name: 'digits', a folder of images by class, a list of images without labels as `attnkd select` writes it, or a name
             that ``timm.data.create_dataset`` knows, such as 'torch/cifar100' or 'hfds/imagenet-1k'.
-        split: 'train', 'validation' or another that the data set has; a list has none.
+        split: 'train', 'validation' or another that the data set has; a list has none, and a folder without any is its 'train'.
         root: where the data set is kept, or the folder that a list's names begin in; a folder needs none.
         download: fetch a torch/ data set.
         mode: Pillow mode of the images, 'RGB' or 'L'.
@@ -42,7 +44,8 @@ def open_source(name: str, split: str, *, root: str | None = None, download: boo
         NotImplementedError: a data set that can only be read from its beginning.
     """
     if name == DIGITS:
-        return _digits(split)
+        digits = _digits(split)
+        return digits if mode == "L" else digits._replace(images=_Converted(digits.images, mode))
     prefix = name.partition("/")[0].lower()
     if prefix in (*STREAMS, "wds"):
         raise NotImplementedError(
@@ -55,12 +58,14 @@ def open_source(name: str, split: str, *, root: str | None = None, download: boo
             raise ValueError(
                 f"data: {name!r} is no folder and no list; expected one of them, 'digits', 'torch/NAME' or 'hfds/NAME'"
             )
-        name, root = "", name
+        name, root = "", str(_part(Path(name), split))
+    if prefix == "torch" and root is None:
+        raise ValueError(f"data_root: expected the folder in which {name} is kept, got None")
     from timm.data import create_dataset
 
     options: dict[str, Any] = {} if prefix == "torch" else {"input_img_mode": mode}
     try:
-        images: Any = create_dataset(name, root=root, split=split, download=download, **options)
+        images: Any = create_dataset(name, root=root, split=split, search_split=False, download=download, **options)
     except ImportError as error:
         raise ModuleNotFoundError(f"data: {name} needs a package that is not installed ({error})") from None
     except (RuntimeError, AssertionError, ValueError, OSError) as error:
@@ -68,6 +73,47 @@ def open_source(name: str, split: str, *, root: str | None = None, download: boo
     if prefix == "torch":
         images = _Converted(images, mode)
     return Source(images, _num_classes(images))
+
+
+def _part(folder: Path, split: str) -> Path:
+    """The folder of a split. timm takes the whole folder where there is none: training images would be scored, say."""
+    names = next((group for group in (TRAIN, VALIDATION) if split in group), (split,))
+    found = next((folder / name for name in (split, *names) if (folder / name).is_dir()), None)
+    if found is not None:
+        return found
+    others = [name for name in (*TRAIN, *VALIDATION, "test", "testing") if (folder / name).is_dir()]
+    if split in TRAIN and not others:
+        return folder
+    has = f"has the splits {', '.join(others)}" if others else "has no splits, and is 'train' as a whole"
+    raise ValueError(f"split: {folder} has no folder {split!r}; it {has}")
+
+
+def with_classes_of(train: Source, other: Source) -> Source:
+    """The other split of a folder, labelled as the training images are: a class without images there would shift all that follow.
+
+    Raises:
+        ValueError: a class that the training images do not have.
+    """
+    mine, theirs = (_folder_of(source.images) for source in (train, other))
+    if mine is None or theirs is None or mine.class_to_idx == theirs.class_to_idx:
+        return other
+    strange = [name for name in theirs.class_to_idx if name not in mine.class_to_idx]
+    if strange:
+        raise ValueError(
+            f"data: expected the classes of the training images, {len(mine.class_to_idx)}, in the other split too, got {strange[0]!r} "
+            f"{f'and {len(strange) - 1} more ' * (len(strange) > 1)}there"
+        )
+    names = {index: name for name, index in theirs.class_to_idx.items()}
+    theirs.samples = [(path, mine.class_to_idx[names[index]]) for path, index in theirs.samples]
+    theirs.class_to_idx = mine.class_to_idx
+    return other._replace(num_classes=train.num_classes)
+
+
+def _folder_of(images: Any) -> Any:
+    """timm's reader of a folder, or torchvision's data set, with ``samples`` and ``class_to_idx``; None for others."""
+    inner = images.images if isinstance(images, _Converted) else images
+    inner = getattr(inner, "reader", inner)
+    return inner if hasattr(inner, "samples") and hasattr(inner, "class_to_idx") else None
 
 
 def subset(source: Source, which: str, seed: int = 0) -> Source:
@@ -84,6 +130,8 @@ def subset(source: Source, which: str, seed: int = 0) -> Source:
     """
     from torch.utils.data import Subset
 
+    if not source.labelled:
+        raise ValueError("subset: expected images with labels; a list is a choice of its own, write a shorter one")
     if Path(which).is_file():
         chosen = _named(source.images, Path(which))
     else:

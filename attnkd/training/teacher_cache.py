@@ -7,7 +7,6 @@ kept beside its row: with other images, another transform or another version of 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -17,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from attnkd import files
 from attnkd.methods.recipes import Recipe
 from attnkd.methods.task import DistillTask
 from attnkd.methods.taught import check_keepable, teach, teacher_needs
+from attnkd.training import models
 from attnkd.training.carrying import PRECISIONS, Carrying
 from attnkd.training.config import METHODS
 from attnkd.training.data import AugmentedImages, Key
@@ -69,17 +69,15 @@ def check_still(method: str, recipe: Recipe) -> None:
 
 def describe(task: DistillTask, count: int, size: tuple[int, int], precision: str) -> dict[str, Any]:
     """What a cache is of, as JSON knows it; all but the images' pixels, which have checksums of their own."""
-    digest = hashlib.sha256()
-    for role, teacher in task.teachers.items():
-        model: nn.Module = teacher.tap.model
-        for name, value in [*model.state_dict().items(), ("scale", teacher.scale), ("shift", teacher.shift)]:
-            digest.update(f"{role} {name} {None if value is None else (value.dtype, tuple(value.shape))}".encode())
-            if value is not None:
-                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    norms = {
+        role: [None if value is None else value.flatten().tolist() for value in (teacher.scale, teacher.shift)]
+        for role, teacher in task.teachers.items()
+    }
     return {
-        "format": 1,
+        "format": 2,
         "needs": teacher_needs(task, size),
-        "teacher_sha256": digest.hexdigest(),
+        "teacher_sha256": {role: models.checksum(teacher.tap.model) for role, teacher in task.teachers.items()},
+        "normalisation": norms,
         "precision": precision,
         "size": list(size),
         "images": count,

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def digits(split, count):
-    source = sources.open_source("digits", split)
+    source = sources.open_source("digits", split, mode="L")
     return source._replace(images=sources._Digits(source.images.pixels[:count], source.images.labels[:count]))
 
 
@@ -85,7 +85,7 @@ def test_a_model_is_tuned_continued_exactly_and_scored(tmp_path):
 
 
 def test_a_share_of_the_labels_has_all_classes_and_is_always_the_same():
-    whole = sources.open_source("digits", "train")
+    whole = sources.open_source("digits", "train", mode="L")
     labels = torch.as_tensor(whole.images.labels)
     tenth, again = (sources.subset(whole, "0.1").images for _ in range(2))
     assert tenth.indices == again.indices != sources.subset(whole, "0.1", seed=1).images.indices

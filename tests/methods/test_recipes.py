@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from attnkd import AttnDistill, AttnDistillRecipe, sincos_pos_embed_
+from attnkd.methods.recipes import Recipe
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 0}
 
@@ -141,6 +143,23 @@ class TestRecipe:
     def test_refused(self, options: dict, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             AttnDistillRecipe(**{"epochs": 100, "batch_size": 64, **options})
+
+    @pytest.mark.parametrize(
+        "policy", ["rand-m9-mstd0.5-inc1", "rand-m9", "original-mstd0.5", "v0r", "augmix-m5-w4-d2"]
+    )
+    def test_no_policy_asks_for_images_without_a_bit(self, policy: str) -> None:
+        """Pillow refuses them since version 13."""
+        made = Recipe(10, 4, auto_augment=policy).transform_for((16, 16), (0.5,) * 3, (0.5,) * 3)
+        ops = [op for step in made.transforms for op in getattr(step, "ops", ())]
+        ops += [op for step in made.transforms for several in getattr(step, "policy", ()) for op in several]
+        found = [op for op in ops if op.name.startswith("Posterize")]
+        assert found
+        image = Image.effect_noise((16, 16), 60).convert("RGB")
+        for op in found:
+            op.prob, op.magnitude_std = 1.0, 0
+            for op.magnitude in range(11):
+                assert op(image).size == (16, 16)
+        pickle.loads(pickle.dumps(made))  # workers that are not forked get it so
 
     def test_trains(self) -> None:
         """Recipe, task and fixed position embeddings together: the loss falls and the embeddings stay."""

@@ -3,6 +3,8 @@
 import gzip
 import importlib.util
 import json
+import multiprocessing
+import time
 
 import pytest
 import timm
@@ -305,6 +307,50 @@ def test_steps_that_are_not_finite_are_left_out_counted_and_end_the_run(experime
         train(experiment(output="other", run__nonfinite_limit=3))
 
 
+@pytest.mark.parametrize("method", ["head_kd", "ssta", "attention_probe", "attn_distill"])
+def test_a_broken_teacher_is_named_before_anything_is_trained(method, experiment, teachers, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(teachers["teacher"])
+    state["blocks.1.attn.qkv.weight"][3, 4] = torch.nan
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    save_file(state, folder / "model.safetensors")
+    (folder / "model.json").write_text((tmp_path / teachers["teacher"]).with_suffix(".json").read_text())
+    with pytest.raises(ValueError, match="teacher: expected finite weights, got NaN or infinity in blocks.1.attn.qkv"):
+        train(experiment(method, teacher=str(folder / "model.safetensors")))
+
+
+def test_a_run_without_a_finite_step_hands_over_no_student(experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "_update", poisoned_update(Trainer._update))
+    with pytest.raises(DivergedError, match="not finite in 6 steps in a row"):
+        train(experiment())
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def poisoned_update(update):
+    return lambda self, grad_norm, parts: update(self, float("nan"), parts)
+
+
+def test_other_images_and_another_teacher_by_the_same_name_are_refused(experiment, teachers, tmp_path, monkeypatch):
+    teacher = tmp_path / "own"
+    teacher.mkdir()
+    for name in ("model.safetensors", "model.json"):
+        (teacher / name).write_bytes((tmp_path / teachers["teacher"]).with_name(name).read_bytes())
+    train(experiment(teacher=str(teacher / "model.safetensors")), 1, monkeypatch)
+    kept = (teacher / "model.safetensors").read_bytes()
+    torch.manual_seed(9)
+    run.save_student(
+        teacher, timm.create_model(**TEACHERS["teacher"], num_classes=10), {**TEACHERS["teacher"], "num_classes": 10}
+    )
+    with pytest.raises(ValueError, match="teacher: the run began with weights of checksum [0-9a-f]{12}, got weights"):
+        train(experiment(teacher=str(teacher / "model.safetensors")))
+    (teacher / "model.safetensors").write_bytes(kept)
+    few(monkeypatch.setattr, 149)
+    with pytest.raises(ValueError, match="data: the run began with 150 images, got 149"):
+        train(experiment(teacher=str(teacher / "model.safetensors")))
+
+
 def test_half_precision_continues_with_its_gradient_scale(experiment, tmp_path, monkeypatch):
     assert train(experiment("head_kd", "whole", run__precision="fp16")).finished
     train(experiment("head_kd", "parts", run__precision="fp16"), 4, monkeypatch)
@@ -329,6 +375,18 @@ def test_folders_lists_and_broken_images(experiment, tmp_path, caplog):
     assert train(experiment("attention_probe", "listed", **listed)).finished
     with pytest.raises(ValueError, match="data: head_kd has a class loss, but .*list.txt has no labels"):
         train(experiment("head_kd", "labels", **listed, num_classes=10))
+    for name, text in (("cut.png", (folder / "2.png").read_bytes()[:300]), ("empty.png", b"")):
+        (folder / name).write_bytes(text)
+    (tmp_path / "list.txt").write_text("class0/0.png\nclass2/cut.png\nclass2/empty.png\n")
+    with pytest.warns(UserWarning, match="cannot be read, and the next one takes its place"):
+        assert train(experiment("attention_probe", "broken", **listed)).finished
+    (tmp_path / "list.txt").write_text("class2/empty.png\nclass2/empty.png\n")
+    began = time.monotonic()
+    with pytest.raises(
+        RuntimeError, match="in a worker of the data loader: RuntimeError: 50 images after one another cannot be read"
+    ):
+        train(experiment("attention_probe", "nothing", **listed, run__workers=2))
+    assert time.monotonic() - began < 60 and not multiprocessing.active_children()  # not when Python ends
     (tmp_path / "list.txt").write_text("class0/0.png\nclass1/5.png\n")
     with pytest.raises(ValueError, match="data_root: .* lists 'class1/5.png', which is not in"):
         train(experiment("attention_probe", "missing", **listed))
@@ -339,8 +397,11 @@ def test_folders_lists_and_broken_images(experiment, tmp_path, caplog):
     [
         ({"data": "nowhere"}, "data: 'nowhere' is no folder and no list"),
         ({"data": "wds/x"}, "data: wds/x is a stream"),
-        ({"data": "torch/nothing"}, "data: torch/nothing cannot be opened"),
+        ({"data": "torch/nothing", "data_root": "."}, "data: torch/nothing cannot be opened"),
         ({"train_split": "other"}, "split: digits have"),
+        ({"train__opt": "nosuch"}, "opt: expected an optimizer that timm knows .*got 'nosuch'"),
+        ({"train__sched": "nosuch"}, "sched: expected a schedule that timm knows, .*got 'nosuch'"),
+        ({"train__auto_augment": "nosuch"}, "auto_augment: expected a policy that timm knows, .*got 'nosuch'"),
         ({"train__batch_size": 2000}, "train.batch_size: expected at most 150"),
         ({"train__mixup": 0.5}, "train.mixup, train.cutmix: attn_distill has no class loss"),
         ({"assistant": "deit_tiny_patch16_224"}, "assistant: attn_distill has none"),
