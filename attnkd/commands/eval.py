@@ -184,7 +184,7 @@ def _agree(args: argparse.Namespace) -> int:
     for name in args.model:
         model = _load(args, _asked(args, [name], data["data"]))
         config = image_config(model, img_size=args.img_size, mean=args.mean, std=args.std)
-        val = _source(args, data, data["val_split"] or "validation", config)
+        val = _validation(args, data, config)
         images = batches(val.images, image_transform(config), args.batch_size, args.workers)
         seen.append(look(model, _with_progress(images, "val"), device, PRECISIONS[args.precision]))
     found: dict[str, Any] = {"evaluation": "agree", "models": args.model, **data, "val_images": len(seen[0].labels)}
@@ -238,6 +238,16 @@ def _sources(args: argparse.Namespace, asked: Asked, config: dict[str, Any]) -> 
     train = _source(args, asked.data, asked.data["train_split"] or "train", config)
     val = with_classes_of(train, _source(args, asked.data, asked.data["val_split"] or "validation", config))
     return (train if args.subset is None else subset(train, args.subset, args.seed)), val
+
+
+def _validation(args: argparse.Namespace, data: dict[str, Any], config: dict[str, Any]) -> Source:
+    """Images to look at, with the classes of the training images where there are any: those are the models'."""
+    val = _source(args, data, data["val_split"] or "validation", config)
+    try:
+        train = _source(args, data, data["train_split"] or "train", config)
+    except ValueError:
+        return val
+    return with_classes_of(train, val)
 
 
 def _source(args: argparse.Namespace, data: dict[str, Any], split: str, config: dict[str, Any]) -> Source:

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 Key = tuple[int, int]
 """(epoch, index of an image)."""
-TRIES = 50
-"""Images after one another of which one must be readable."""
+TRIES = 10
+"""Images after one another of which one must be readable, as in timm."""
 GRACE = 120
 """Seconds that a worker goes on for after a SIGTERM."""
 

@@ -396,23 +396,37 @@ class TestTeacher:
 
     @pytest.mark.parametrize("where", ["weights", "attention"])
     def test_a_teacher_that_is_not_finite_is_named(self, where: str) -> None:
-        t = teacher()
-        target = t.norm.bias if where == "weights" else t.blocks[-1].attn.qkv.bias
-        with torch.no_grad():
-            target[0] = torch.nan
+        """Broken from the beginning, and one whose numbers break on the way."""
+
+        def poisoned(**options: object) -> AttnDistill:
+            t = teacher()
+            task = AttnDistill(student(), t, **options)
+            with torch.no_grad():
+                (t.norm.bias if where == "weights" else t.blocks[-1].attn.qkv.bias)[0] = torch.nan
+            return task
+
         with pytest.raises(RuntimeError, match=r"teacher \(VisionTransformer\): its class token is NaN or infinite"):
-            AttnDistill(student(), t)(images())
+            poisoned()(images())
         if where == "attention":
             with pytest.raises(RuntimeError, match=r"teacher .*: its query of tapped attention 0"):
-                AttnDistill(student(), t, pa_weight=0)(images())
-        assert AttnDistill(student(), t, check_finite=False)(images())["loss"].isnan()
+                poisoned(pa_weight=0)(images())
+        assert poisoned(check_finite=False)(images())["loss"].isnan()
+        broken = teacher()
+        with torch.no_grad():
+            broken.norm.bias[0] = torch.nan
+        with pytest.raises(ValueError, match="teacher: expected finite weights, got NaN or infinity in norm.bias"):
+            AttnDistill(student(), broken)
 
     def test_a_student_that_is_not_finite_is_passed_on(self) -> None:
-        """A gradient scaler skips such a step on its own."""
+        """A gradient scaler skips such a step on its own. One that is broken from the beginning is refused."""
         s = student()
+        task = AttnDistill(s, teacher())
         with torch.no_grad():
             s.norm.bias[0] = torch.inf
-        assert not AttnDistill(s, teacher())(images())["loss"].isfinite()
+        assert not task(images())["loss"].isfinite()
+        task.untap()
+        with pytest.raises(ValueError, match="student: expected finite weights, got NaN or infinity in norm.bias"):
+            AttnDistill(s, teacher())
 
 
 class TestTrainingTask:

@@ -383,7 +383,7 @@ def test_folders_lists_and_broken_images(experiment, tmp_path, caplog):
     (tmp_path / "list.txt").write_text("class2/empty.png\nclass2/empty.png\n")
     began = time.monotonic()
     with pytest.raises(
-        RuntimeError, match="in a worker of the data loader: RuntimeError: 50 images after one another cannot be read"
+        RuntimeError, match="in a worker of the data loader: RuntimeError: 10 images after one another cannot be read"
     ):
         train(experiment("attention_probe", "nothing", **listed, run__workers=2))
     assert time.monotonic() - began < 60 and not multiprocessing.active_children()  # not when Python ends
