@@ -14,6 +14,8 @@ from attnkd.training.distributed import World
 KS, TEMPERATURE = (10, 20, 100, 200), 0.07
 BLOCK = (512, 65536)
 """Test images and training images at a time: memory is that of one block of cosines, for data sets of any size."""
+LEAST = 1e-30
+"""Below this temperature votes are no float32 numbers; here already the nearest image alone decides."""
 
 
 @torch.no_grad()
@@ -29,8 +31,8 @@ def knn(
 ) -> dict[int, dict[str, float]]:
     """Accuracy in percent for every k.
 
-    The k training features nearest in cosine vote for their labels with weight exp(cosine / temperature); cosines and votes
-    are float32. Of two classes with equal votes the smaller label comes first.
+    The k training features nearest in cosine vote for their labels with weight exp(cosine / temperature); cosines and the
+    logarithms of a class's votes are float32. Of two classes with equal votes the smaller label comes first.
 
     Args:
         train, test: [n, D] and [m, D] features with labels, of any floating dtype.
@@ -57,14 +59,25 @@ def knn(
     mine = slice(world.rank, None, world.size)
     for values, labels in zip(test.values[mine].split(block[0]), test.labels[mine].split(block[0]), strict=True):
         cosines, found = _nearest(values.to(device), train, most, block[1])
-        votes = (cosines / temperature).exp()
+        votes = (cosines - cosines[:, :1]) / max(temperature, LEAST)
         for k in ks:
-            tally = votes.new_zeros(len(values), classes).scatter_add_(1, found[:, :k], votes[:, :k])
+            tally = _tally(votes[:, :k], found[:, :k], classes)
             order = tally.argsort(dim=1, descending=True, stable=True)
             hits = (order == labels.to(order.device)[:, None]).cpu()
             correct[k] += torch.stack([hits[:, :1].sum(), hits[:, :5].sum()])
     scores = {k: [100 * hits / len(test.values) for hits in world.sum(own.tolist())] for k, own in correct.items()}
     return {k: {"top1": one, **({"top5": five} if classes > 5 else {})} for k, (one, five) in scores.items()}
+
+
+def _tally(votes: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """[b, classes]: the logarithm of the sum of exp(votes) [b, k] by label; -inf for a class without one.
+
+    Every class's largest vote is taken out first: at a small temperature exp would overflow, and the votes of all classes but
+    one or two would be 0, which of them came next be lost.
+    """
+    largest = votes.new_full((len(votes), classes), -torch.inf).scatter_reduce_(1, labels, votes, "amax")
+    sums = torch.zeros_like(largest).scatter_add_(1, labels, (votes - largest.gather(1, labels)).exp())
+    return largest + sums.log()
 
 
 def _nearest(values: Tensor, train: Features, most: int, block: int) -> tuple[Tensor, Tensor]:
