@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import copy
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,17 +41,23 @@ def load_weights(model: nn.Module, path: str | Path, keep_classifier: bool = Fal
         ``model``.
 
     Raises:
-        ValueError: no such file, a file that cannot be read, or weights that are missing, of another shape, or not known.
+        ValueError: no such file, a file that cannot be read, or weights that are missing, of another shape, or not known. The model is
+            then as it was.
 
     Example::
 
         model = attnkd.load_weights(timm.create_model("vit_small_patch16_224"), "dino_deitsmall16_pretrain.pth")
     """
+    if not isinstance(model, nn.Module):
+        swapped = "; the model comes first, then the file" * isinstance(path, nn.Module)
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}{swapped}")
     path = Path(path)
     state = read_weights(path)
+    before = None
     if isinstance(find_adapter(model), Timm):
         state = _resized(model, _backbone(state))
         if not keep_classifier:
+            before = _parts(model)
             _match_classifier(model, state)
     own = model.state_dict()
     problems = {
@@ -62,9 +70,9 @@ def load_weights(model: nn.Module, path: str | Path, keep_classifier: bool = Fal
         ],
     }
     if any(problems.values()):
-        words = (
-            f"{len(keys)} {what} ({keys[0]}{', ...' * (len(keys) > 1)})" for what, keys in problems.items() if keys
-        )
+        if before is not None:
+            _restore(before)
+        words = (f"{len(keys)} {what} ({_listed(keys)})" for what, keys in problems.items() if keys)
         raise ValueError(f"{path}: does not fit {type(model).__name__}: {'; '.join(words)}")
     model.load_state_dict(state)
     return model
@@ -87,6 +95,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             with torch.serialization.safe_globals([argparse.Namespace]):  # the settings of a run: words and numbers
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a decoder meets in an empty, cut or foreign file
+        refused = re.search(r"\bGLOBAL (\S+)", str(error))
+        if refused is not None:
+            raise ValueError(
+                f"{path}: expected tensors, numbers and words alone, got {refused[1]}, whose reading could run code; save its weights "
+                "alone, torch.save(model.state_dict(), path). If you trust the file, torch.load(path, weights_only=False) reads it"
+            ) from None
         raise ValueError(f"{path}: cannot be read as a checkpoint of tensors ({first_line(error)})") from None
     found = content
     if isinstance(content, Mapping):
@@ -104,8 +118,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def first_line(error: BaseException) -> str:
-    """Class and first line of an error, for a message."""
-    lines = str(error).strip().splitlines()
+    """Class and first line of an error, for a message: without the codes of a terminal's colours, as PyTorch's have."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
@@ -144,3 +158,22 @@ def _match_classifier(model: Any, state: Mapping[str, Tensor]) -> None:
     classes = 0 if weight is None else len(weight)
     if hasattr(model, "reset_classifier") and model.num_classes != classes:
         model.reset_classifier(classes)
+
+
+def _parts(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """All that :func:`_match_classifier` may replace. No tensor is copied."""
+    return [
+        (module, {name: copy.copy(value) if isinstance(value, dict) else value for name, value in vars(module).items()})
+        for module in model.modules()
+    ]
+
+
+def _restore(parts: list[tuple[nn.Module, dict[str, Any]]]) -> None:
+    for module, attributes in parts:
+        vars(module).clear()
+        vars(module).update(attributes)
+
+
+def _listed(keys: list[str], most: int = 5) -> str:
+    more = len(keys) - most
+    return ", ".join(keys[:most]) + (f" and {more} more" if more > 0 else "")

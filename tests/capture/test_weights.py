@@ -2,6 +2,7 @@
 
 import argparse
 
+import numpy
 import pytest
 import timm
 import torch
@@ -100,11 +101,36 @@ def test_what_is_not_known_is_named(tmp_path):
         ({**state, "adapter.weight": torch.ones(1)}, r"1 not in the model \(adapter.weight\)"),
         (
             {name: value for name, value in state.items() if "qkv" not in name},
-            r"4 missing \(blocks.0.attn.qkv.bias, ...\)",
+            r"4 missing \(blocks.0.attn.qkv.bias, blocks.0.attn.qkv.weight, blocks.1.attn.qkv.bias, blocks.1.attn.qkv.weight\)",
+        ),
+        (
+            {**state, **{f"adapter.{index}": torch.ones(1) for index in range(7)}},
+            r"7 not in the model \(adapter.0, adapter.1, adapter.2, adapter.3, adapter.4 and 2 more\)",
         ),
         ({**state, "pos_embed": torch.zeros(1, 12, 24)}, r"pos_embed \(1, 12, 24\), here \(1, 17, 24\)"),
         ({"weights": state}, "expected weights by name, or a checkpoint with one of"),
+        (
+            {"model": state, "best": numpy.float64(1)},
+            r"x.pth: expected tensors, numbers and words alone, got numpy\S*\.scalar, .* torch.save\(model.state_dict\(\), path\)",
+        ),
     ):
         torch.save(content, tmp_path / "x.pth")
         with pytest.raises(ValueError, match=message):
             load_weights(vit(), tmp_path / "x.pth")
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got PosixPath; the model comes first"):
+        load_weights(tmp_path / "x.pth", vit())
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224"]
+)
+def test_a_refused_checkpoint_leaves_the_model_as_it_was(name, tmp_path):
+    options = {"depths": (1, 1), "embed_dim": 8, "num_heads": (2, 2)} if "swin" in name else SMALL
+    model = timm.create_model(name, **options, num_classes=5).eval()
+    images = torch.randn(1, 3, *model.pretrained_cfg["input_size"][1:]) if "swin" in name else torch.randn(1, 3, 32, 32)
+    before, parameters = model(images), [id(parameter) for parameter in model.parameters()]
+    torch.save({"adapter.weight": torch.ones(1)}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="does not fit"):
+        load_weights(model, tmp_path / "x.pth")
+    assert model.num_classes == 5 and [id(parameter) for parameter in model.parameters()] == parameters
+    assert torch.equal(model(images), before)
