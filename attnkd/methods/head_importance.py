@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from attnkd import files
 from attnkd.capture.adapters import adapter_or_plain
 from attnkd.capture.blocks import Blocks, attention_paths, block_around, plain_class
-from attnkd.capture.models import evaluating
+from attnkd.capture.models import evaluating, num_classes
 from attnkd.methods.silence import copies, silenced
 from attnkd.methods.whole_map import num_heads
 
@@ -131,7 +131,8 @@ def head_importance(
         progress: show a progress bar.
 
     Raises:
-        TypeError, ValueError: wrong blocks, a loader without images, a file of another model, settings or data.
+        TypeError, ValueError: wrong blocks, a model without classifier and none given, labels that are no classes of it, a loader
+            without images, a file of another model, settings or data.
         RuntimeError: an attention that does not call ``F.scaled_dot_product_attention``.
     """
     paths = attention_paths(model, blocks)
@@ -140,6 +141,11 @@ def head_importance(
     if owners != running:
         raise ValueError(f"blocks: expected at most one attention a block, in running order, got {paths}")
     heads = [num_heads(model, name) for name in paths]
+    if classifier is None and forward is None and num_classes(model) == 0:
+        raise ValueError(
+            f"model: {plain_class(model).__name__} has no classifier (num_classes = 0), and without one no image is right or wrong; give "
+            "classifier=, from its output to class scores, such as a linear probe, or set num_classes if these are its output"
+        )
     if not distributed:
         return _search(
             model,
@@ -208,12 +214,14 @@ def _search(
                         "the same order (shuffle=False), or delete the file to start again"
                     )
                 continue
-            images, targets = images.to(device), targets.to(device)
-            result.full += int((count_right.scores(images).argmax(-1) == targets).sum())
+            images, labels = images.to(device), targets.to(device)
+            scores = count_right.scores(images)
+            _check_scores(scores, targets)
+            result.full += int((scores.argmax(-1) == labels).sum())
             for search, count in zip(searches, counts, strict=True):
                 size = max(1, max_batch // math.prod(count.shape[_first_spread(count.shape, max_batch) :]))
-                for chunk, labels in zip(images.split(size), targets.split(size), strict=True):
-                    count += count_right(chunk, labels, search, count.shape)
+                for chunk, right in zip(images.split(size), labels.split(size), strict=True):
+                    count += count_right(chunk, right, search, count.shape)
             result.images += len(images)
             result.batches, result.targets_crc = index + 1, crc
             result.set_counts(counts)
@@ -225,6 +233,23 @@ def _search(
     if path is not None:
         result.save(path)
     return result
+
+
+def _check_scores(scores: Tensor, targets: Tensor) -> None:
+    """Refuse what would be counted as wrong, or right, without a word."""
+    if not isinstance(scores, Tensor) or scores.ndim != 2:
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"model: expected class scores [B, classes], got {got}; give classifier= or forward=")
+    if targets.shape != scores.shape[:1] or targets.is_floating_point():
+        raise ValueError(
+            f"loader: expected class indices [{len(scores)}], one for each image, got {targets.dtype} {tuple(targets.shape)}"
+        )
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= scores.shape[1]:
+        raise ValueError(
+            f"loader: expected class indices from 0 to {scores.shape[1] - 1}, as many as the model or classifier has, got "
+            f"{low} to {high}; give a classifier= of these classes"
+        )
 
 
 def select_heads(
