@@ -98,7 +98,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         refused = re.search(r"\bGLOBAL (\S+)", str(error))
         if refused is not None:
             raise ValueError(
-                f"{path}: expected tensors, numbers and words alone, got {refused[1]}, whose reading could run code; save its weights "
+                f"{path}: cannot be read as a checkpoint of tensors: it holds {refused[1]}, whose reading could run code; save the weights "
                 "alone, torch.save(model.state_dict(), path). If you trust the file, torch.load(path, weights_only=False) reads it"
             ) from None
         raise ValueError(f"{path}: cannot be read as a checkpoint of tensors ({first_line(error)})") from None

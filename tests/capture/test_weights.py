@@ -111,7 +111,7 @@ def test_what_is_not_known_is_named(tmp_path):
         ({"weights": state}, "expected weights by name, or a checkpoint with one of"),
         (
             {"model": state, "best": numpy.float64(1)},
-            r"x.pth: expected tensors, numbers and words alone, got numpy\S*\.scalar, .* torch.save\(model.state_dict\(\), path\)",
+            r"x.pth: cannot be read .*: it holds numpy\S*\.scalar, whose .* torch.save\(model.state_dict\(\), path\)",
         ),
     ):
         torch.save(content, tmp_path / "x.pth")
