@@ -118,6 +118,8 @@ def image_config(
             f"teacher: expected a model of images with 1 or 3 channels, {type(model).__name__} takes {channels}"
         )
     only = image_size(model)
+    if img_size is not None and img_size < 1:
+        raise ValueError(f"img_size: expected at least 1, got {img_size}")
     if img_size is not None and only is not None and only != (img_size, img_size):
         raise ValueError(
             f"img_size: this model takes {only[0]}x{only[1]} pixels only, got {img_size}; build it for another size "
@@ -128,7 +130,7 @@ def image_config(
     if crop_pct is not None and not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct: expected a share above 0, at most 1, got {crop_pct}")
     given: dict[str, Any] = {"mean": mean, "std": std, "crop_pct": crop_pct, "interpolation": interpolation}
-    size = (img_size, img_size) if img_size else getattr(embed, "img_size", None)
+    size = (img_size, img_size) if img_size is not None else getattr(embed, "img_size", None)
     given["input_size"] = None if size is None else (channels, *size)
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     for name in ("mean", "std"):

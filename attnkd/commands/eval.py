@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import re
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -22,13 +23,31 @@ from attnkd.evaluation.features import Features, batches, extract_together
 from attnkd.evaluation.finetune import LAYER_DECAY, RECIPE, finetune
 from attnkd.evaluation.knn import KS, TEMPERATURE, knn
 from attnkd.evaluation.linear import RATES, linear_probe
-from attnkd.evaluation.results import as_text, compared, paired, pairs_as_text
+from attnkd.evaluation.results import as_text, compared, in_short, paired, pairs_as_text
 from attnkd.methods.recipes import Recipe
 from attnkd.training.carrying import PRECISIONS, Carrying
 from attnkd.training.config import saved_settings
 from attnkd.training.distributed import World, joined
 from attnkd.training.run import CONFIG, DESCRIPTION, WEIGHTS
 from attnkd.training.sources import Source, open_source, subset, with_classes_of
+
+ALL = ("knn", "linear", "finetune", "agree")
+LEARNT = ("knn", "linear", "finetune")
+TAKEN_BY = {
+    "json": (*ALL, "compare"),
+    "against": ("compare",),
+    "k": ("knn",),
+    "temperature": ("knn",),
+    "last_blocks": ("knn", "linear"),
+    "lr": ("linear",),
+    "epochs": ("linear", "finetune"),
+    "recipe": ("finetune",),
+    "output": ("finetune",),
+    "subset": LEARNT,
+    "train_split": LEARNT,
+}
+"""Which evaluations use an option; those that are not here all but compare."""
+AT_LEAST = {"k": 1, "last_blocks": 1, "epochs": 1, "batch_size": 1, "workers": 0}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,20 +123,39 @@ class Asked(NamedTuple):
     folder: Path | None
     """Of a run."""
     data: dict[str, Any]
+    changed: dict[str, Any]
+    """Options besides that change what is measured, where they are not what a plain evaluation of the run has."""
     suffix: str
-    """Of file names; '' for the run's own data and all labels."""
+    """Of file names, so that no result takes another's place; '' for the run's own data, all labels and nothing changed."""
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status. What is wrong is raised, see :func:`attnkd.commands.cli.main`."""
+    _check_options(args)
     if args.how == "compare":
         return _compare(args)
-    if args.against is not None:
-        raise ValueError(f"against: is for compare, not for {args.how}")
     if args.how == "agree":
         return _agree(args)
     with joined(choose_device(args.device)) as world:
         return _evaluate(args, world)
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuse options that this evaluation would not look at, and numbers out of range, before any work."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for name, default in vars(parser.parse_args([args.how, "model"])).items():
+        users = TAKEN_BY.get(name, ALL)
+        if name not in ("how", "model") and getattr(args, name) != default and args.how not in users:
+            raise ValueError(f"{name}: is for {', '.join(users)}, not for {args.how}")
+    for name, least in AT_LEAST.items():
+        value = getattr(args, name)
+        if value is not None and min(value if isinstance(value, list) else [value]) < least:
+            raise ValueError(f"{name}: expected at least {least}, got {in_short(value)}")
+    for name in ("temperature", "lr"):
+        value = getattr(args, name)
+        if not all(0 < number < math.inf for number in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"{name}: expected finite numbers above 0, got {in_short(value)}")
 
 
 def _evaluate(args: argparse.Namespace, world: World) -> int:
@@ -135,6 +173,7 @@ def _evaluate(args: argparse.Namespace, world: World) -> int:
         "evaluation": args.how,
         "model": asked.name,
         **asked.data,
+        **{name: value for name, value in asked.changed.items() if name not in asked.data},
         "train_images": len(train.images),
         "val_images": len(val.images),
         "precision": args.precision,
@@ -219,8 +258,18 @@ def _asked(args: argparse.Namespace, models: list[str], default: str | None = No
         raise ValueError("data: expected a data set, got none (only a run's folder has one)")
     parts = [] if data["data"] == earlier.get("data") else [data["data"]]
     parts += [] if args.subset is None else [args.subset]
+    plain: dict[str, Any] = {
+        "train_split": earlier.get("train_split") or "train",
+        "val_split": earlier.get("val_split") or "validation",
+        "last_blocks": 1,
+        "temperature": TEMPERATURE,
+        **dict.fromkeys(("img_size", "mean", "std")),
+        "model_kwargs": {},
+    }
+    changed = {name: getattr(args, name) for name in plain if getattr(args, name) not in (None, plain[name])}
+    parts += [f"{name} {in_short(value)}" for name, value in changed.items()]
     suffix = "".join("_" + re.sub(r"[^\w.-]+", "_", part).strip("_") for part in parts)
-    return Asked(name, folder, {**data, "subset": args.subset}, suffix)
+    return Asked(name, folder, {**data, "subset": args.subset}, changed, suffix)
 
 
 def _load(args: argparse.Namespace, asked: Asked) -> nn.Module:
@@ -292,7 +341,7 @@ def _knn(args: argparse.Namespace, values: dict[str, Features], world: World) ->
 def _linear(args: argparse.Namespace, values: dict[str, Features], world: World) -> dict[str, Any]:
     if not world.first:  # the probe is small: one process trains it
         return {}
-    hold_out, epochs = 0.1 if len(args.lr) > 1 else 0.0, args.epochs or 100
+    hold_out, epochs = 0.1 if len(args.lr) > 1 else 0.0, 100 if args.epochs is None else args.epochs
     probe = linear_probe(
         values["train"], values["val"], epochs=epochs, rates=args.lr, hold_out=hold_out, seed=args.seed, device=world.device
     )  # fmt: skip
@@ -322,12 +371,7 @@ def _finetune(
     folder = args.output or (asked.folder and asked.folder / f"finetune{asked.suffix}")
     if folder is None:
         raise ValueError("output: expected a folder for the fine-tuned model, got none (only a run has one)")
-    numbers = {**({} if args.epochs is None else {"epochs": args.epochs}), **args.recipe}
-    layer_decay = numbers.pop("layer_decay", LAYER_DECAY)
-    unknown = sorted(numbers.keys() - {field.name for field in fields(Recipe)})
-    if unknown:
-        raise ValueError(f"recipe: expected fields of Recipe, or layer_decay, got {', '.join(unknown)}")
-    recipe = replace(RECIPE, **numbers)
+    recipe, layer_decay = _recipe(args)
     settings = {**asked.data, "model": asked.name, "description": _description(args, asked)}
     carrying = Carrying(at_once=args.batch_size, workers=args.workers, precision=args.precision)
     found = finetune(
@@ -348,6 +392,38 @@ def _finetune(
         "top1": found.top1,
         "top5": found.top5,
     }
+
+
+def _recipe(args: argparse.Namespace) -> tuple[Recipe, float]:
+    """The recipe asked for, and layer_decay."""
+    if args.epochs is not None and "epochs" in args.recipe:
+        raise ValueError("epochs: is in --recipe too; give it once")
+    numbers = {**({} if args.epochs is None else {"epochs": args.epochs}), **args.recipe}
+    kinds = {**get_type_hints(Recipe), "layer_decay": float}
+    unknown = sorted(numbers.keys() - kinds.keys())
+    if unknown:
+        raise ValueError(f"recipe: expected fields of Recipe, or layer_decay, got {', '.join(unknown)}")
+    for name, value in numbers.items():
+        if not _is_a(kinds[name], value):
+            kind = kinds[name].__name__ if kinds[name] in (int, float, bool, str) else kinds[name]
+            raise ValueError(f"--recipe {name}: expected {kind}, got {value!r}")
+    layer_decay = numbers.pop("layer_decay", LAYER_DECAY)
+    try:
+        return replace(RECIPE, **numbers), layer_decay
+    except ValueError as error:  # it begins with the field's name, and options of this command have the same names
+        raise ValueError(f"--recipe {error}") from None
+
+
+def _is_a(kind: Any, value: Any) -> bool:
+    """Whether a value is of a type as a Recipe's fields have it; a whole number is a float too."""
+    parts = get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, (tuple, list)) and len(value) == len(parts) and all(map(_is_a, parts, value))
+    if parts:
+        return any(_is_a(part, value) for part in parts)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _description(args: argparse.Namespace, asked: Asked) -> dict[str, Any]:

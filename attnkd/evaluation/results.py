@@ -7,9 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from attnkd.evaluation.knn import TEMPERATURE
 from attnkd.evaluation.pairs import correct, difference, in_words
 
 NAMES = {"knn": "k-NN", "linear": "linear", "finetune": "fine-tuned"}
+PLAIN = {"temperature": TEMPERATURE, "img_size": None, "mean": None, "std": None, "model_kwargs": None}
+"""What a result may have been measured with, and what goes without saying."""
 
 
 def results_of(run: Path) -> list[dict[str, Any]]:
@@ -32,14 +35,27 @@ def results_of(run: Path) -> list[dict[str, Any]]:
 
 
 def scores(result: Mapping[str, Any]) -> dict[str, float]:
-    """Top-1 accuracies in percent by what was measured, such as 'linear, 0.01 of the labels'."""
+    """Top-1 accuracies in percent by what was measured, such as 'linear, 0.01 of the labels': all that makes scores of other runs
+    incomparable, but for the data set and its validation split."""
     name = NAMES[result["evaluation"]]
     part = "" if result.get("subset") is None else f", {result['subset']} of the labels"
     if result.get("last_blocks", 1) != 1:
         part += f", last {result['last_blocks']} blocks"
+    if (result.get("train_split") or "train") != "train":
+        part += f", learnt from {result['train_split']}"
+    for option, plain in PLAIN.items():
+        if result.get(option, plain) != plain:
+            part += f", {option} {in_short(result[option])}"
     if result["evaluation"] == "knn":
         return {f"{name} {k}{part}": score["top1"] for k, score in result["scores"].items()}
     return {f"{name}{part}": result["top1"]}
+
+
+def in_short(value: Any) -> str:
+    """An option's value as it is given on the command line."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{name}={own}" for name, own in value.items())
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def compared(runs: Sequence[Path]) -> dict[str, dict[str, dict[str, float]]]:

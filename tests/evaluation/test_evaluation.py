@@ -1,13 +1,17 @@
-"""k-NN agrees with a restatement in NumPy, the linear probe with scikit-learn, and the features with timm."""
+"""k-NN agrees with a restatement in NumPy, the linear probe with scikit-learn, the features with timm; the command keeps all results."""
+
+import json
 
 import numpy as np
 import pytest
 import timm
 import torch
 
+from attnkd.commands import cli
 from attnkd.evaluation.features import Features, batches, extract
 from attnkd.evaluation.knn import knn
 from attnkd.evaluation.linear import linear_probe
+from attnkd.training import run
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 0}
 
@@ -132,3 +136,67 @@ def test_models_without_class_token_and_broken_weights_are_named():
     torch.nn.init.constant_(model.norm.weight, float("nan"))
     with pytest.raises(ValueError, match="features are not finite"):
         extract(model, [(torch.randn(1, 3, 32, 32), torch.tensor([0]))])
+
+
+@pytest.fixture
+def digits_run(tmp_path):
+    """The folder of a run of attnkd train, as far as attnkd eval looks at it."""
+    pytest.importorskip("safetensors")
+    pytest.importorskip("sklearn")
+    described = {
+        **SMALL,
+        "img_size": 16,
+        "patch_size": 8,
+        "in_chans": 1,
+        "depth": 1,
+        "model_name": "vit_tiny_patch16_224",
+    }
+    described |= {"pretrained_cfg_overlay": {"mean": (0.3,), "std": (0.4,)}}
+    run.save_student(tmp_path, timm.create_model(**described), described)
+    (tmp_path / run.CONFIG).write_text("data: digits\ntrain_split: train\nval_split: validation\n")
+    return tmp_path
+
+
+def test_no_result_takes_the_place_of_another(digits_run, capsys):
+    words = ["eval", "knn", str(digits_run), "--k", "5", "--workers", "0", "--device", "cpu"]
+    for options, name, row in (
+        ([], "knn", "k-NN 5"),
+        (["--val-split", "validation", "--temperature", "0.07"], "knn", "k-NN 5"),
+        (
+            ["--temperature", "0.1", "--subset", "0.5"],
+            "knn_0.5_temperature_0.1",
+            "k-NN 5, 0.5 of the labels, temperature 0.1",
+        ),
+        (["--train-split", "validation"], "knn_train_split_validation", "k-NN 5, learnt from validation"),
+        (["--val-split", "train"], "knn_val_split_train", "k-NN 5"),
+        (["--mean", "0", "--std", "0.5"], "knn_mean_0.0_std_0.5", "k-NN 5, mean 0.0, std 0.5"),
+        (["--model-kwargs", "reg_tokens=0"], "knn_model_kwargs_reg_tokens_0", "k-NN 5, model_kwargs reg_tokens=0"),
+    ):
+        before = {path.name for path in digits_run.glob("eval_*")}
+        assert cli.main([*words, *options]) == 0, capsys.readouterr().err
+        assert {path.name for path in digits_run.glob("eval_*")} == before | {f"eval_{name}.json"}
+        assert cli.main(["eval", "compare", str(digits_run), "--json", str(digits_run / "all.json")]) == 0
+        found = json.loads((digits_run / f"eval_{name}.json").read_text())
+        table = json.loads((digits_run / "all.json").read_text())[f"digits, {found['val_split']}"]
+        assert table[row][str(digits_run)] == found["scores"]["5"]["top1"]
+
+
+@pytest.mark.parametrize(
+    ("how", "words", "message"),
+    [
+        ("compare", ["--data", "digits"], "--data: is for knn, linear, finetune, agree, not for compare"),
+        ("compare", ["--subset", "0.1"], "--subset: is for knn, linear, finetune, not for compare"),
+        ("knn", ["--epochs", "5"], "--epochs: is for linear, finetune, not for knn"),
+        ("linear", ["--epochs", "0"], "--epochs: expected at least 1, got 0"),
+        ("knn", ["--k", "5", "0"], "--k: expected at least 1, got 5 0"),
+        ("knn", ["--temperature", "nan"], "--temperature: expected finite numbers above 0, got nan"),
+        ("knn", ["--img-size", "0"], "--img-size: expected at least 1, got 0"),
+        ("finetune", ["--recipe", "batch_size=abc"], "--recipe batch_size: expected int, got 'abc'"),
+        ("finetune", ["--recipe", "batch_size=0"], "--recipe batch_size: expected at least 1, got 0"),
+        ("finetune", ["--recipe", "betas=(0.9,)"], "--recipe betas: expected tuple[float, float] | None, got (0.9,)"),
+        ("finetune", ["--recipe", "epochs=2", "--epochs", "3"], "--epochs: is in --recipe too; give it once"),
+    ],
+)
+def test_options_of_other_evaluations_and_wrong_numbers_are_refused(how, words, message, digits_run, capsys):
+    assert cli.main(["eval", how, str(digits_run), *words]) == 2
+    assert capsys.readouterr().err.strip() == f"attnkd eval: {message}"
