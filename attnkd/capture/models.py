@@ -120,8 +120,13 @@ def check_images(label: str, model: nn.Module, images: Tensor) -> None:
         images: [B, C, H, W].
 
     Raises:
-        ValueError: another number of channels, or another size than the one it accepts.
+        ValueError: integers, another number of channels, or another size than the one it accepts.
     """
+    if not images.is_floating_point():  # not normalised, and without a word they would be trained on as they are
+        raise ValueError(
+            f"images: expected floating point numbers, normalised for {label}, got {images.dtype}; divide pixels by 255 and normalise them "
+            "by the model's mean and std, as its transform does"
+        )
     channels, size = input_channels(model), image_size(model)
     if channels is not None and images.shape[1] != channels:
         raise ValueError(f"images: {label} ({type(model).__name__}) takes {channels} channels, got {images.shape[1]}")

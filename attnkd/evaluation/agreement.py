@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attnkd.capture.models import evaluating, parameter_dtype
+from attnkd.capture.models import check_images, evaluating, parameter_dtype
 
 
 class Seen(NamedTuple):
@@ -51,6 +51,7 @@ def look(model: Any, data: Iterable[Any], device: torch.device, precision: torch
     model = model.to(device)
     with evaluating(model), torch.autocast(device.type, precision, enabled=precision is not None):
         for images, labels in data:
+            check_images("model", model, images)
             images = images.to(device, parameter_dtype(model))
             final, blocks = model.forward_intermediates(images, return_prefix_tokens=True, output_fmt="NLC")
             means = [torch.cat(_parts(block), 1).float().mean(1).cpu() for block in blocks]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from attnkd.capture.adapters import adapter_for
-from attnkd.capture.models import cls_features, evaluating, parameter_dtype
+from attnkd.capture.models import check_images, cls_features, evaluating, parameter_dtype
 from attnkd.capture.tokens import token_layout
 from attnkd.training.distributed import World
 
@@ -98,6 +98,7 @@ def extract(
     values, labels = [], []
     with evaluating(model.to(device)), torch.autocast(device.type, precision, enabled=precision is not None):
         for images, targets in data:
+            check_images("model", model, images)
             images = images.to(device, parameter_dtype(model))
             values.append(class_tokens(model, images, last_blocks).float().cpu())
             labels.append(targets.long().cpu())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attnkd.capture.loading import image_transform
-from attnkd.capture.models import evaluating, parameter_dtype
+from attnkd.capture.models import check_images, evaluating, parameter_dtype
 from attnkd.evaluation.features import batches
 from attnkd.methods.recipes import Recipe
 from attnkd.training.carrying import PRECISIONS, Carrying
@@ -141,6 +141,7 @@ def accuracy(model: nn.Module, data: Iterable[Any], precision: torch.dtype | Non
     device, hits, count, classes = next(model.parameters()).device, torch.zeros(2), 0, 0
     with evaluating(model), torch.autocast(device.type, precision, enabled=precision is not None):
         for images, labels in data:
+            check_images("model", model, images)
             output: Tensor = model(images.to(device, parameter_dtype(model))).float().cpu()
             if not bool(output.isfinite().all()):
                 raise ValueError("model: its class scores are not finite; check weights and precision")

@@ -1,7 +1,11 @@
-"""Logit distillation: the student learns the teacher's class probabilities (Hinton, Vinyals, Dean, 2015, arXiv:1503.02531)."""
+"""Logit distillation: the student learns the teacher's class probabilities (Hinton, Vinyals, Dean, 2015, arXiv:1503.02531). And
+what a class loss needs: the same classes, and labels of them."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,3 +36,32 @@ def check_classes(student: nn.Module, teacher: nn.Module) -> None:
             f"kd_weight: expected student and teacher with classifiers of the same classes, got num_classes {classes} and {theirs}"
             f"{UNKNOWN_CLASSES if None in (classes, theirs) else ''}"
         )
+
+
+def check_targets(criterion: nn.Module, targets: Any, batch: int, classes: int | None) -> None:
+    """Refuse targets that cross-entropy cannot take, before any model runs. What another class loss takes is its own affair.
+
+    Args:
+        batch: number of images.
+        classes: of the student; None where unknown.
+
+    Raises:
+        ValueError: names ``targets``. Indices out of range are named on the CPU alone: on a GPU the host would wait for every batch.
+    """
+    if not isinstance(criterion, nn.CrossEntropyLoss):
+        return
+    many = "classes" if classes is None else classes
+    expected = f"targets: expected [{batch}] class indices, torch.int64, or [{batch}, {many}] probabilities of floating point, got"
+    if not isinstance(targets, Tensor):
+        raise ValueError(f"{expected} {type(targets).__name__}")
+    indices = targets.ndim == 1 and targets.dtype in (torch.int64, torch.uint8)
+    probabilities = targets.ndim == 2 and targets.is_floating_point() and classes in (None, targets.shape[1])
+    if not (indices or probabilities) or len(targets) != batch:
+        raise ValueError(f"{expected} {targets.dtype} {tuple(targets.shape)}")
+    if indices and classes is not None and targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        known = targets[targets != criterion.ignore_index]
+        if len(known) and not 0 <= int(known.min()) <= int(known.max()) < classes:
+            raise ValueError(
+                f"targets: expected class indices from 0 to {classes - 1}, the student has {classes} classes, got {int(known.min())} to "
+                f"{int(known.max())}; build it with another num_classes"
+            )

@@ -29,6 +29,7 @@ from attnkd.capture.models import (
 from attnkd.capture.outputs import NO_DATA_PARALLEL
 from attnkd.capture.tap import AttentionTap
 from attnkd.capture.tokens import token_layout
+from attnkd.methods.logits import check_targets
 from attnkd.methods.schedule import Schedule, Schedules
 from attnkd.methods.student_teacher import FrozenTeacher, TrainedStudent
 
@@ -131,7 +132,7 @@ class DistillTask(TrainingTask):
         """Looks at the arguments of a training step before any model runs.
 
         Raises:
-            ValueError: images of another rank or size than a model takes, missing targets.
+            ValueError: images of another rank, size or type than a model takes, targets that are missing or not what the criterion takes.
         """
         words = adapter_for(self.student).vocabulary(self.student) is not None
         if words and not (is_text(images) and "input_ids" in images):
@@ -146,12 +147,16 @@ class DistillTask(TrainingTask):
             raise ValueError("targets: needed by criterion, got None (criterion=None trains without labels)")
         if words:
             _check_text(images)
-            return
-        if len(images) == 0:
+        elif len(images) == 0:
             raise ValueError(f"images: expected at least one, got shape {tuple(images.shape)}")
-        check_images("student", self.student, images)
-        for name, teacher in self.teachers.items():
-            check_images(name, teacher.tap.model, images)
+        else:
+            check_images("student", self.student, images)
+            for name, teacher in self.teachers.items():
+                check_images(name, teacher.tap.model, images)
+        if self.criterion is not None:
+            first: Any = images
+            batch = len(first["input_ids"] if words else first)
+            check_targets(self.criterion, targets, batch, num_classes(self.student))
 
     def run_student(self, images: Tensor, **options: Any) -> Any:
         """What the trainable module returns for the images."""

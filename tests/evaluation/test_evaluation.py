@@ -133,6 +133,10 @@ def test_models_without_class_token_and_broken_weights_are_named():
     model = timm.create_model("vit_tiny_patch16_224", **SMALL)
     with pytest.raises(ValueError, match="data: no images"):
         extract(model, [])
+    with pytest.raises(
+        ValueError, match="images: expected floating point numbers, normalised for model, got torch.uint8"
+    ):
+        extract(model, [(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.tensor([0]))])
     torch.nn.init.constant_(model.norm.weight, float("nan"))
     with pytest.raises(ValueError, match="features are not finite"):
         extract(model, [(torch.randn(1, 3, 32, 32), torch.tensor([0]))])

@@ -180,6 +180,33 @@ def test_weight_shared_blocks_are_refused(name):
 
 
 @each
+def test_targets_and_integer_images_are_refused_by_name(name):
+    criterion = {} if name == "AttentionProbe" else {"criterion": nn.CrossEntropyLoss()}
+    task = TASKS[name](vit(), vit(1), **criterion)
+    with pytest.raises(
+        ValueError, match="images: expected floating point numbers, normalised for student, got torch.uint8"
+    ):
+        task((X * 50).clamp(0, 255).to(torch.uint8), Y)
+    if not criterion:
+        return
+    both = r"targets: expected \[2\] class indices, torch.int64, or \[2, 4\] probabilities of floating point, got "
+    for targets, message in (
+        (Y[:1], both + r"torch.int64 \(1,\)"),
+        (Y[:, None], both + r"torch.int64 \(2, 1\)"),
+        (Y.int(), both + r"torch.int32 \(2,\)"),
+        (Y.double(), both + r"torch.float64 \(2,\)"),
+        (F.one_hot(Y, 5).float(), both + r"torch.float32 \(2, 5\)"),
+        ([0, 3], both + "list"),
+        (Y + 1, "targets: expected class indices from 0 to 3, the student has 4 classes, got 1 to 4"),
+        (Y - 1, "targets: expected class indices from 0 to 3, .* got -1 to 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            task(X, targets)
+    for targets in (F.one_hot(Y, 4).float(), torch.tensor([0, -100])):  # -100: cross-entropy leaves the image out
+        assert task(X, targets)["loss"].isfinite()
+
+
+@each
 def test_a_message_names_the_model_it_belongs_to(name):
     with pytest.raises(ValueError, match="student takes 3 channels and teacher 1"):
         TASKS[name](vit(), vit(1, in_chans=1))
