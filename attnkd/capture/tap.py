@@ -92,7 +92,7 @@ class AttentionTap(nn.Module):
 
     def distil(
         self,
-        teacher: Sequence[Wanted],
+        teacher: Sequence[Wanted] | AttentionCall,
         *args: Any,
         function: Callable[..., Any] | None = None,
         **options: Any,
@@ -104,7 +104,8 @@ class AttentionTap(nn.Module):
         without its teacher) the divergence is computed after the forward instead, to the same numbers.
 
         Args:
-            teacher: what each tapped attention is compared with, in the order of ``paths``: a captured call, or probabilities; or
+            teacher: what each tapped attention is compared with, in the order of ``paths`` (of one attention also without a list): a
+                captured call, or probabilities; or
                 (one of them, options for this attention in place of ``options``). Or a function, for what is not one
                 divergence of all heads: it is called with the attention's own call and its result is handed on; ``options`` are not its.
             args: what the model is called with.
@@ -118,6 +119,12 @@ class AttentionTap(nn.Module):
         Raises:
             ValueError: another number of teacher calls than of tapped attentions.
         """
+        if isinstance(teacher, AttentionCall):  # a tuple too, whose length says nothing
+            teacher = [teacher]
+        if not isinstance(teacher, (Sequence, Tensor)):
+            raise TypeError(
+                f"teacher: expected a sequence, one for each tapped attention, got {type(teacher).__name__}"
+            )
         if len(teacher) != len(self.paths):
             raise ValueError(
                 f"teacher: expected {len(self.paths)}, one for each tapped attention ({', '.join(self.paths)}), got {len(teacher)}"

@@ -157,7 +157,10 @@ def test_the_number_of_teacher_calls_is_checked() -> None:
         AttentionTap(make()).distil(teacher, images())
     with pytest.raises(TypeError, match="teacher: expected an AttentionCall"):
         AttentionTap(make()).distil([None], images())
+    with pytest.raises(TypeError, match="teacher: expected a sequence, one for each tapped attention, got NoneType"):
+        AttentionTap(make()).distil(None, images())
     tap = AttentionTap(make())
+    assert torch.equal(tap.distil(teacher[1], images())[2][0], tap.distil(teacher[1:], images())[2][0])
     with pytest.raises(ValueError, match="divergence"):
         tap.distil(teacher[:1], images(), divergence="distance")
     assert tap(images())[0].shape == (2, 10), "the tap is disarmed again"
