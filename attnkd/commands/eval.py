@@ -17,7 +17,7 @@ from torch import nn
 
 from attnkd import files
 from attnkd.capture.loading import image_config, image_transform, load_model, load_saved
-from attnkd.commands.options import add_loading, choose_device, require
+from attnkd.commands.options import ByName, add_loading, choose_device, require, several
 from attnkd.evaluation.agreement import alignment, look, overlap
 from attnkd.evaluation.features import Features, batches, extract_together
 from attnkd.evaluation.finetune import LAYER_DECAY, RECIPE, finetune
@@ -51,8 +51,6 @@ AT_LEAST = {"k": 1, "last_blocks": 1, "epochs": 1, "batch_size": 1, "workers": 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from timm.utils import ParseKwargs
-
     parser.description = (
         "Evaluates a model on a labelled data set. knn: the weighted k-NN classifier of DINO, on cosines of class tokens. "
         "linear: a linear classifier on them, trained by SGD; its learning rate is chosen on held-out training images. "
@@ -86,25 +84,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model-kwargs",
         nargs="*",
         default={},
-        action=ParseKwargs,
+        action=ByName,
         metavar="K=V",
         help="arguments of a model given by name",
     )
     option("--img-size", type=int, metavar="N", help="image size (default: the model's)")
-    option("--mean", type=float, nargs="+", metavar="X", help="image mean per channel (default: the model's)")
-    option("--std", type=float, nargs="+", metavar="X", help="image standard deviation (default: the model's)")
+    option("--mean", type=several(float), nargs="+", metavar="X", help="image mean per channel (default: the model's)")
+    option("--std", type=several(float), nargs="+", metavar="X", help="image standard deviation (default: the model's)")
     option("--last-blocks", type=int, metavar="N", default=1, help="class tokens of so many blocks (default: 1)")
-    option("--k", type=int, nargs="+", default=list(KS), metavar="K", help="knn: neighbours (default: 10 20 100 200)")
+    option(
+        "--k",
+        type=several(int),
+        nargs="+",
+        default=list(KS),
+        metavar="K",
+        help="knn: neighbours (default: 10 20 100 200)",
+    )
     option("--temperature", type=float, default=TEMPERATURE, metavar="T", help="knn: of the votes (default: 0.07)")
     option(
-        "--lr", type=float, nargs="+", default=list(RATES), metavar="X", help="linear: learning rates to choose from"
+        "--lr",
+        type=several(float),
+        nargs="+",
+        default=list(RATES),
+        metavar="X",
+        help="linear: learning rates to choose from",
     )
     option("--epochs", type=int, metavar="N", help="linear, finetune: (default: 100)")
     option(
         "--recipe",
         nargs="*",
         default={},
-        action=ParseKwargs,
+        action=ByName,
         metavar="K=V",
         help="finetune: numbers of attnkd.methods.recipes.Recipe, such as batch_size=256 mixup=0, and layer_decay",
     )

@@ -20,7 +20,7 @@ from attnkd.capture.class_maps import ClassMaps, class_kl, class_maps
 from attnkd.capture.drawing import draw_class_maps
 from attnkd.capture.loading import image_config, image_transform, load_model, load_saved
 from attnkd.capture.models import evaluating, input_channels, input_stats, num_classes
-from attnkd.commands.options import check_format, choose_device, require
+from attnkd.commands.options import ByName, check_format, choose_device, require, several
 from attnkd.methods.image_stream import open_image
 from attnkd.methods.task import check_pair
 
@@ -28,8 +28,6 @@ EXTRA = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "safetensors": "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from timm.utils import ParseKwargs
-
     parser.description = (
         "Draws the class token's attention over each image: teacher and student, every head, the heads merged, and the "
         "attention rollout through all blocks; prints KL(teacher || student). Without arguments: models and images of the "
@@ -60,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name}-kwargs",
             nargs="*",
             default={},
-            action=ParseKwargs,
+            action=ByName,
             metavar="K=V",
             help=f"arguments of the --{name}",
         )
@@ -70,11 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--merge", choices=MERGES[1:], default="mean", help="how heads are merged (default: mean)")
     option(
         "--temperature",
-        type=float,
+        type=several(float),
         nargs="+",
         default=[1.0],
         metavar="T",
-        help="of the merged maps, one map for each (default: 1; AttnDistill's Figure 3 is --merge logsum --temperature 1 10)",
+        help="of the merged maps, one map for each (default: 1; AttnDistill's Figure 3 is IMAGE --merge logsum --temperature 1 10, images before it)",
     )
     option(
         "--labels",
@@ -111,6 +109,9 @@ def run(args: argparse.Namespace) -> int:
             ("teacher", "student"), (teacher, student), inputs, (args.teacher_block, args.block), strict=True
         )
     }
+    for role, found in shown.items():
+        if not all(bool(part.isfinite().all()) for part in (found.rows, found.rollout) if part is not None):
+            raise ValueError(f"{role}: its attention is not finite; check its weights")
     per_head, merged = class_kl(shown["student"], shown["teacher"], args.merge, args.temperature)
     captions = None
     if args.labels:

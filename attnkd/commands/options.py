@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +26,38 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that decode images (default: 4, or the number of cores)",
     )
+
+
+BEFORE = "what is not of this option comes before it, or after --"
+"""An option that takes several values takes all words up to the next option, the command's own arguments too."""
+
+
+def several(kind: type) -> Callable[[str], Any]:
+    """The type of an option of several numbers."""
+
+    def number(word: str) -> Any:
+        try:
+            return kind(word)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected numbers, got {word!r}; {BEFORE}") from None
+
+    return number
+
+
+class ByName(argparse.Action):
+    """The action of an option of several NAME=VALUE: numbers, None and tuples as Python writes them, all else as words."""
+
+    def __call__(self, parser: Any, namespace: Any, values: str | Sequence[Any] | None, option: Any = None) -> None:
+        found: dict[str, Any] = {}
+        for word in filter(None, values or ()):
+            name, sign, value = word.partition("=")
+            if not sign:
+                raise argparse.ArgumentError(self, f"expected NAME=VALUE, got {word!r}; {BEFORE}")
+            try:
+                found[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                found[name] = value
+        setattr(namespace, self.dest, found)
 
 
 def choose_device(name: str | None) -> torch.device:

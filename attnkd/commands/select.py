@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Subset
 from attnkd import files
 from attnkd.capture.loading import image_config, image_transform, load_model
 from attnkd.capture.models import input_channels
-from attnkd.commands.options import add_loading, check_format, choose_device, require
+from attnkd.commands.options import ByName, add_loading, check_format, choose_device, require, several
 from attnkd.evaluation.embedding import draw_points, sampled, tsne
 from attnkd.evaluation.features import batches, extract
 from attnkd.methods.image_stream import ENCODING, open_image
@@ -28,8 +28,6 @@ DRAWN = 300
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from timm.utils import ParseKwargs
-
     parser.description = (
         "Scores every image under a folder with a Vision Transformer classifier and lists the most useful ones: those where "
         "its prediction is certain (low −log of the largest class probability) and its class token's attention is concentrated (low "
@@ -57,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     option(
         "--blocks",
-        type=int,
+        type=several(int),
         nargs="+",
         metavar="I",
         help="blocks of the probes, from 0 (default: at 1/3 and 2/3 of the depth)",
@@ -67,11 +65,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--output-weight", type=float, default=0.9, metavar="W", help="weight of the output's term (default: 0.9)")
     option("--checkpoint", type=Path, metavar="FILE", help="the teacher's weights (default: the published ones)")
     option("--num-classes", type=int, metavar="N", help="classes of the teacher (default: the checkpoint's)")
-    option("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V", help="arguments of the model")
+    option("--model-kwargs", nargs="*", default={}, action=ByName, metavar="K=V", help="arguments of the model")
     option("--img-size", type=int, metavar="N", help="image size (default: the model's)")
-    option("--mean", type=float, nargs="+", metavar="X", help="image mean per channel (default: the model's)")
+    option("--mean", type=several(float), nargs="+", metavar="X", help="image mean per channel (default: the model's)")
     option(
-        "--std", type=float, nargs="+", metavar="X", help="image standard deviation per channel (default: the model's)"
+        "--std",
+        type=several(float),
+        nargs="+",
+        metavar="X",
+        help="image standard deviation per channel (default: the model's)",
     )
     option("--crop-pct", type=float, metavar="X", help="share of the image that is kept (default: the model's)")
     option("--interpolation", metavar="NAME", help="of resizing (default: the model's)")

@@ -218,6 +218,25 @@ def test_refusals_with_models(checkpoints, capsys, tmp_path):
     (tmp_path / "folder.png").mkdir()
     assert command(*checkpoints, "--output", tmp_path / "folder.png") == 2
     assert "--output: cannot write" in capsys.readouterr().err
+    for words, said in (
+        (
+            ["--temperature", 1, 10, "image.png"],
+            "--temperature: expected numbers, got 'image.png'; what is not of this option",
+        ),
+        (
+            ["--student-kwargs", "a=1", "image.png"],
+            "--student-kwargs: expected NAME=VALUE, got 'image.png'; what is not of",
+        ),
+    ):
+        with pytest.raises(SystemExit):
+            command(*words)
+        assert said in capsys.readouterr().err
+    broken = torch.load(checkpoints[3])
+    broken["blocks.0.attn.qkv.weight"].fill_(3e38)  # finite, but products with it are not
+    torch.save(broken, tmp_path / "broken.pth")
+    assert command(*checkpoints, "--teacher-checkpoint", tmp_path / "broken.pth", "--output", tmp_path / "x.png") == 2
+    assert "--teacher: its attention is not finite; check its weights" in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
     assert command(*checkpoints, "--block", 99) == 2
     assert "blocks: expected" in capsys.readouterr().err
     with pytest.raises(ValueError, match="has no class token whose attention could be shown"):
