@@ -61,6 +61,8 @@ def open_source(name: str, split: str, *, root: str | None = None, download: boo
         name, root = "", str(_part(Path(name), split))
     if prefix == "torch" and root is None:
         raise ValueError(f"data_root: expected the folder in which {name} is kept, got None")
+    if name in ("torch/folder", "torch/image_folder"):
+        root = str(_part(Path(str(root)), split))
     from timm.data import create_dataset
 
     options: dict[str, Any] = {} if prefix == "torch" else {"input_img_mode": mode}
@@ -105,6 +107,8 @@ def with_classes_of(train: Source, other: Source) -> Source:
         )
     names = {index: name for name, index in theirs.class_to_idx.items()}
     theirs.samples = [(path, mine.class_to_idx[names[index]]) for path, index in theirs.samples]
+    if hasattr(theirs, "targets"):  # torchvision's
+        theirs.targets = [index for _, index in theirs.samples]
     theirs.class_to_idx = mine.class_to_idx
     return other._replace(num_classes=train.num_classes)
 

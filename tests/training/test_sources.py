@@ -35,20 +35,29 @@ def test_a_split_is_its_folder_and_nothing_else(tmp_path):
         open_source(str(tmp_path / "half"), "train")
 
 
-def test_the_other_split_is_labelled_as_the_training_images_are(tmp_path):
+@pytest.mark.parametrize("kind", ["folder", "torch/folder"])
+def test_the_other_split_is_labelled_as_the_training_images_are(kind, tmp_path):
     """A class that it lacks shifts no other."""
+
+    def split(name):
+        data = {"name": str(tmp_path)} if kind == "folder" else {"name": kind, "root": str(tmp_path)}
+        return open_source(split=name, **data)
+
     fill(tmp_path / "train", ["a", "b", "c10", "c9"])
     fill(tmp_path / "validation", ["b", "c9"])
-    train, val = (open_source(str(tmp_path), split) for split in ("train", "validation"))
+    train, val = split("train"), split("validation")
+    order = sorted("a b c10 c9".split()) if kind == "torch/folder" else ["a", "b", "c9", "c10"]  # timm counts
     same = with_classes_of(train, val)
-    assert [label for _, label in same.images] == [1, 1, 2, 2] and same.num_classes == train.num_classes == 4
-    assert [label for _, label in subset(same, "0.5").images] == [1, 2]
+    assert [label for _, label in same.images] == [
+        order.index(name) for name in ("b", "b", "c9", "c9")
+    ] and same.num_classes == train.num_classes == 4
+    assert [label for _, label in subset(same, "0.5").images] == [order.index(name) for name in ("b", "c9")]
     assert with_classes_of(train, train) is train
     fill(tmp_path / "more", ["a", "d", "e"])
     with pytest.raises(
         ValueError, match="data: expected the classes of the training images, 4, .*got 'd' and 1 more there"
     ):
-        with_classes_of(train, open_source(str(tmp_path), "more"))
+        with_classes_of(train, split("more"))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
