@@ -5,125 +5,30 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import math
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from attnkd import files
 from attnkd.capture.loading import image_config, image_transform, load_model, load_saved
-from attnkd.commands.options import ByName, add_loading, choose_device, require, several
+from attnkd.commands.eval_options import add_arguments as add_arguments
+from attnkd.commands.eval_options import check_options, recipe_of
+from attnkd.commands.options import check_format, choose_device, require
 from attnkd.evaluation.agreement import alignment, look, overlap
 from attnkd.evaluation.features import Features, batches, extract_together
-from attnkd.evaluation.finetune import LAYER_DECAY, RECIPE, finetune
-from attnkd.evaluation.knn import KS, TEMPERATURE, knn
-from attnkd.evaluation.linear import RATES, linear_probe
-from attnkd.evaluation.results import as_text, compared, in_short, paired, pairs_as_text
-from attnkd.methods.recipes import Recipe
+from attnkd.evaluation.finetune import RECIPE, finetune
+from attnkd.evaluation.knn import TEMPERATURE, knn
+from attnkd.evaluation.linear import linear_probe
+from attnkd.evaluation.results import as_text, compared, draw_pairs, in_short, paired, pairs_as_text
 from attnkd.training.carrying import PRECISIONS, Carrying
 from attnkd.training.config import saved_settings
 from attnkd.training.distributed import World, joined
 from attnkd.training.run import CONFIG, DESCRIPTION, WEIGHTS
 from attnkd.training.sources import Source, open_source, subset, with_classes_of
-
-ALL = ("knn", "linear", "finetune", "agree")
-LEARNT = ("knn", "linear", "finetune")
-TAKEN_BY = {
-    "json": (*ALL, "compare"),
-    "against": ("compare",),
-    "k": ("knn",),
-    "temperature": ("knn",),
-    "last_blocks": ("knn", "linear"),
-    "lr": ("linear",),
-    "epochs": ("linear", "finetune"),
-    "recipe": ("finetune",),
-    "output": ("finetune",),
-    "subset": LEARNT,
-    "train_split": LEARNT,
-}
-"""Which evaluations use an option; those that are not here all but compare."""
-AT_LEAST = {"k": 1, "last_blocks": 1, "epochs": 1, "batch_size": 1, "workers": 0}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Evaluates a model on a labelled data set. knn: the weighted k-NN classifier of DINO, on cosines of class tokens. "
-        "linear: a linear classifier on them, trained by SGD; its learning rate is chosen on held-out training images. "
-        "finetune: all weights are trained with a new classifier, as DeiT is, with layer-wise learning rates; the same command "
-        "continues it. agree: how often two models predict the same, and the CKA of their blocks' features. compare: a table of what "
-        "knn, linear and finetune left in the folders of several runs; with --against, differences of pairs of runs."
-    )
-    option = parser.add_argument
-    option("how", choices=("knn", "linear", "finetune", "agree", "compare"), help="how to evaluate")
-    option(
-        "model",
-        nargs="+",
-        help="folder of a run of attnkd train, a model.safetensors with its .json, a timm model name or another library's (docs/models.md); agree: two of them; compare: several folders",
-    )
-    option(
-        "--against",
-        nargs="+",
-        metavar="RUN",
-        help="compare: as many other runs, of the same seeds, say; prints the mean difference of the pairs, its 95 %% interval, and p",
-    )
-    option("--data", metavar="SPEC", help="data set, as for attnkd train (default: the run's)")
-    option("--data-root", metavar="DIR", help="where torch/ and hfds/ data sets are kept (default: the run's)")
-    option("--download", action="store_true", help="fetch a torch/ data set")
-    option("--train-split", metavar="NAME", help="labelled images (default: the run's, else train)")
-    option("--val-split", metavar="NAME", help="images to score (default: the run's, else validation)")
-    option(
-        "--subset", metavar="X", help="of the labelled images: a share of every class, such as 0.01, or a file of names"
-    )
-    option("--checkpoint", type=Path, metavar="FILE", help="weights for a model given by name")
-    option(
-        "--model-kwargs",
-        nargs="*",
-        default={},
-        action=ByName,
-        metavar="K=V",
-        help="arguments of a model given by name",
-    )
-    option("--img-size", type=int, metavar="N", help="image size (default: the model's)")
-    option("--mean", type=several(float), nargs="+", metavar="X", help="image mean per channel (default: the model's)")
-    option("--std", type=several(float), nargs="+", metavar="X", help="image standard deviation (default: the model's)")
-    option("--last-blocks", type=int, metavar="N", default=1, help="class tokens of so many blocks (default: 1)")
-    option(
-        "--k",
-        type=several(int),
-        nargs="+",
-        default=list(KS),
-        metavar="K",
-        help="knn: neighbours (default: 10 20 100 200)",
-    )
-    option("--temperature", type=float, default=TEMPERATURE, metavar="T", help="knn: of the votes (default: 0.07)")
-    option(
-        "--lr",
-        type=several(float),
-        nargs="+",
-        default=list(RATES),
-        metavar="X",
-        help="linear: learning rates to choose from",
-    )
-    option("--epochs", type=int, metavar="N", help="linear, finetune: (default: 100)")
-    option(
-        "--recipe",
-        nargs="*",
-        default={},
-        action=ByName,
-        metavar="K=V",
-        help="finetune: numbers of attnkd.methods.recipes.Recipe, such as batch_size=256 mixup=0, and layer_decay",
-    )
-    option("--output", type=Path, metavar="DIR", help="finetune: its folder (default: finetune in the run's folder)")
-    add_loading(parser)
-    option("--precision", choices=tuple(PRECISIONS), default="fp32", help="of the model's autocast (default: fp32)")
-    option("--seed", type=int, default=0, help="of everything random (default: 0)")
-    option("--device", metavar="NAME", help="a PyTorch device (default: cuda if there is one, else cpu)")
-    option("--json", type=Path, metavar="FILE", help="also write the result here (a run has it in its folder)")
 
 
 class Asked(NamedTuple):
@@ -141,31 +46,13 @@ class Asked(NamedTuple):
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status. What is wrong is raised, see :func:`attnkd.commands.cli.main`."""
-    _check_options(args)
+    check_options(args)
     if args.how == "compare":
         return _compare(args)
     if args.how == "agree":
         return _agree(args)
     with joined(choose_device(args.device)) as world:
         return _evaluate(args, world)
-
-
-def _check_options(args: argparse.Namespace) -> None:
-    """Refuse options that this evaluation would not look at, and numbers out of range, before any work."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    for name, default in vars(parser.parse_args([args.how, "model"])).items():
-        users = TAKEN_BY.get(name, ALL)
-        if name not in ("how", "model") and getattr(args, name) != default and args.how not in users:
-            raise ValueError(f"{name}: is for {', '.join(users)}, not for {args.how}")
-    for name, least in AT_LEAST.items():
-        value = getattr(args, name)
-        if value is not None and min(value if isinstance(value, list) else [value]) < least:
-            raise ValueError(f"{name}: expected at least {least}, got {in_short(value)}")
-    for name in ("temperature", "lr"):
-        value = getattr(args, name)
-        if not all(0 < number < math.inf for number in (value if isinstance(value, list) else [value])):
-            raise ValueError(f"{name}: expected finite numbers above 0, got {in_short(value)}")
 
 
 def _evaluate(args: argparse.Namespace, world: World) -> int:
@@ -207,6 +94,12 @@ def _evaluate(args: argparse.Namespace, world: World) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
+    if args.picture is not None:
+        if args.against is None:
+            raise ValueError("picture: is of differences; give --against too")
+        require({"matplotlib": "matplotlib"}, extra="demo")
+        files.check_writable("picture", args.picture)
+        check_format("picture", args.picture)
     runs, others = ([Path(name) for name in names] for names in (args.model, args.against or []))
     found: Any = compared(runs + others)
     if not found:
@@ -218,6 +111,9 @@ def _compare(args: argparse.Namespace) -> int:
         require({"scipy": "scipy"}, extra="train")
         found = paired(runs, others)
         print("\n" + pairs_as_text(found))
+    if args.picture is not None:
+        files.write_figure(args.picture, draw_pairs(found))
+        print(f"wrote {args.picture}")
     if args.json is not None:
         files.write_json(args.json, found)
     return 0
@@ -381,7 +277,7 @@ def _finetune(
     folder = args.output or (asked.folder and asked.folder / f"finetune{asked.suffix}")
     if folder is None:
         raise ValueError("output: expected a folder for the fine-tuned model, got none (only a run has one)")
-    recipe, layer_decay = _recipe(args)
+    recipe, layer_decay = recipe_of(args)
     settings = {**asked.data, "model": asked.name, "description": _description(args, asked)}
     carrying = Carrying(at_once=args.batch_size, workers=args.workers, precision=args.precision)
     found = finetune(
@@ -402,38 +298,6 @@ def _finetune(
         "top1": found.top1,
         "top5": found.top5,
     }
-
-
-def _recipe(args: argparse.Namespace) -> tuple[Recipe, float]:
-    """The recipe asked for, and layer_decay."""
-    if args.epochs is not None and "epochs" in args.recipe:
-        raise ValueError("epochs: is in --recipe too; give it once")
-    numbers = {**({} if args.epochs is None else {"epochs": args.epochs}), **args.recipe}
-    kinds = {**get_type_hints(Recipe), "layer_decay": float}
-    unknown = sorted(numbers.keys() - kinds.keys())
-    if unknown:
-        raise ValueError(f"recipe: expected fields of Recipe, or layer_decay, got {', '.join(unknown)}")
-    for name, value in numbers.items():
-        if not _is_a(kinds[name], value):
-            kind = kinds[name].__name__ if kinds[name] in (int, float, bool, str) else kinds[name]
-            raise ValueError(f"--recipe {name}: expected {kind}, got {value!r}")
-    layer_decay = numbers.pop("layer_decay", LAYER_DECAY)
-    try:
-        return replace(RECIPE, **numbers), layer_decay
-    except ValueError as error:  # it begins with the field's name, and options of this command have the same names
-        raise ValueError(f"--recipe {error}") from None
-
-
-def _is_a(kind: Any, value: Any) -> bool:
-    """Whether a value is of a type as a Recipe's fields have it; a whole number is a float too."""
-    parts = get_args(kind)
-    if get_origin(kind) is tuple:
-        return isinstance(value, (tuple, list)) and len(value) == len(parts) and all(map(_is_a, parts, value))
-    if parts:
-        return any(_is_a(part, value) for part in parts)
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _description(args: argparse.Namespace, asked: Asked) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The demo's pictures. Colours: Okabe and Ito's, and the map 'viridis', both made for colour-blind readers."""
+"""The demo's pictures."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ from attnkd.capture.class_maps import class_maps
 from attnkd.capture.loading import image_config, image_transform
 from attnkd.demo.data import IMAGE_SIZE, first_of_each
 from attnkd.demo.experiment import Outcome
-from attnkd.evaluation.pairs import LEVEL
-
-BLUE, ORANGE = "#0072B2", "#D55E00"
+from attnkd.evaluation.pairs import BLUE, ORANGE, draw
 
 
 def draw_comparison(summary: Mapping[str, Any], path: Path) -> None:
@@ -32,28 +30,17 @@ def draw_comparison(summary: Mapping[str, Any], path: Path) -> None:
     distances = [each for each in summary["comparisons"] if each["unit"] != "points"]
     figure = Figure(figsize=(13, 1.8 + 0.3 * len(accuracies)), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 1))
-    for place, change in enumerate(accuracies):
-        shown = change["p_holm"] is not None and change["p_holm"] < LEVEL
-        colour = ORANGE if shown else BLUE
-        values = change["values"]
-        left.plot(values, [place] * len(values), "o", markersize=5, color="0.35", markerfacecolor="white", zorder=3)
-        if change["interval_95"] is not None:
-            left.plot(change["interval_95"], [place, place], color=colour, linewidth=2)
-        left.plot(change["mean"], place, "D", color=colour, markersize=6, zorder=4)
+    draw(left, {each["question"]: each for each in accuracies})
     for place, change in enumerate(distances):
         before = summary["before"][change["score"]]["mean"]
         for arm, colour, offset in (("against", BLUE, -0.12), ("arm", ORANGE, 0.12)):
             values = [value / before for value in summary["arms"][change[arm]][change["score"]]["values"]]
             right.plot(values, [place + offset] * len(values), "o", markersize=4, color=colour)
-    left.axvline(0, color="0.35", linewidth=1)
+    left.set(xlabel="difference in accuracy, points")
     right.axvline(1, color="0.35", linestyle=":")
-    left.set(xlabel="difference in accuracy, points", yticks=range(len(accuracies)))
-    left.set_yticklabels([each["question"] for each in accuracies])
-    right.set(xlabel="distance to the attention,\nuntrained = 1", xlim=(0, None), yticks=range(len(distances)))
-    right.set_yticklabels([each["question"].partition(":")[0] for each in distances])
-    for axes, rows in ((left, accuracies), (right, distances)):
-        axes.grid(axis="x", alpha=0.25)
-        axes.set_ylim(len(rows) - 0.5, -0.5)  # the first on top
+    right.grid(axis="x", alpha=0.25)
+    right.set(xlabel="distance to the attention,\nuntrained = 1", xlim=(0, None), ylim=(len(distances) - 0.5, -0.5))
+    right.set_yticks(range(len(distances)), [each["question"].partition(":")[0] for each in distances])
     figure.suptitle(
         "Left: a dot for each seed, mean and its 95 % interval; orange where the difference stands after correction.\n"
         "Right: with the attention loss (orange) and without (blue).",

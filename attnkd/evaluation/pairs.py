@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LEVEL = 0.05
 """A corrected p below this is called a difference."""
+BLUE, ORANGE = "#0072B2", "#D55E00"
+"""Okabe and Ito's, which colour-blind readers can tell apart."""
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -61,6 +66,21 @@ def in_words(change: Mapping[str, Any], unit: str = "points", digits: int = 2, *
     if p < LEVEL:
         said = "better" if (change["mean"] > 0) == more_is_better else "worse"
     return f"{said} ({by}, 95 % interval {low:+.{digits}f} to {high:+.{digits}f}, p = {f'{p:.2f}' if p >= 0.095 else f'{p:.1g}'})"
+
+
+def draw(axes: Axes, changes: Mapping[str, Mapping[str, Any]]) -> None:
+    """A line for each difference by name: a dot for each pair, the mean, and its 95 % interval; orange where it stands after correction."""
+    for place, change in enumerate(changes.values()):
+        colour = ORANGE if change["p_holm"] is not None and change["p_holm"] < LEVEL else BLUE
+        values = change["values"]
+        axes.plot(values, [place] * len(values), "o", markersize=5, color="0.35", markerfacecolor="white", zorder=3)
+        if change["interval_95"] is not None:
+            axes.plot(change["interval_95"], [place, place], color=colour, linewidth=2)
+        axes.plot(change["mean"], place, "D", color=colour, markersize=6, zorder=4)
+    axes.axvline(0, color="0.35", linewidth=1)
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_yticks(range(len(changes)), list(changes))
+    axes.set_ylim(len(changes) - 0.5, -0.5)  # the first on top
 
 
 def holm(ps: Sequence[float]) -> list[float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from attnkd.evaluation.knn import TEMPERATURE
-from attnkd.evaluation.pairs import correct, difference, in_words
+from attnkd.evaluation.pairs import correct, difference, draw, in_words
 
 NAMES = {"knn": "k-NN", "linear": "linear", "finetune": "fine-tuned"}
 PLAIN = {"temperature": TEMPERATURE, "img_size": None, "mean": None, "std": None, "model_kwargs": None}
@@ -119,3 +119,16 @@ def pairs_as_text(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
         width = max(len(row) for row in rows)
         lines += [*(f"{row.ljust(width)}  {in_words(change)}" for row, change in rows.items()), ""]
     return "\n".join(lines).rstrip()
+
+
+def draw_pairs(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Any:
+    """The same as a matplotlib figure, a panel for each data set."""
+    from matplotlib.figure import Figure
+
+    lines = [len(rows) for rows in table.values()]
+    figure = Figure(figsize=(9, 0.8 * len(lines) + 0.4 * sum(lines)), dpi=130, layout="constrained")
+    panels = figure.subplots(len(lines), squeeze=False, height_ratios=lines)[:, 0]
+    for axes, (data, rows) in zip(panels, table.items(), strict=True):
+        draw(axes, rows)
+        axes.set_title(f"difference in top-1 points on {data}", fontsize=10)
+    return figure

@@ -215,6 +215,10 @@ def _result(found: dict[str, Any]) -> list[str]:
     where = f"{found['val_images']} images of {found['data']}"
     if found.get("subset") is not None:
         where += f", learnt from {found['train_images']} labelled ones"
+    usual = {"last_blocks": 1, "temperature": 0.07, "train_split": None, "val_split": None}
+    options = (*usual, "img_size", "mean", "std", "model_kwargs")
+    changed = _words({name: found.get(name) for name in options if found.get(name) != usual.get(name)})
+    where += f" ({changed})" if changed else ""
     if found["evaluation"] == "knn":
         scores = [f"| {k} | {score['top1']:.2f} |" for k, score in found["scores"].items()]
         return [f"k-NN on {where}, top-1:", "", "| k | % |", "|---:|---:|", *scores]

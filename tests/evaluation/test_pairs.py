@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import scipy.stats
+from PIL import Image
+
+pytest.importorskip("matplotlib")
 
 from attnkd.commands import cli
 from attnkd.evaluation.pairs import correct, difference, holm, in_words, spread
@@ -62,7 +65,11 @@ def test_runs_are_compared_in_pairs(tmp_path: Path, capsys: pytest.CaptureFixtur
     )
     left, right = ([str(tmp_path / f"{side}{seed}") for seed in (1, 2, 3)] for side in "ab")
     words = ["eval", "compare", *left, "--against", *right, "--json", str(tmp_path / "found.json")]
+    words += ["--picture", str(tmp_path / "found.png")]
     assert cli.main(words) == 0
+    with Image.open(tmp_path / "found.png") as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
+    assert {(0xD5, 0x5E, 0x00), (0x00, 0x72, 0xB2)} <= colours  # one stands after correction, one does not
     found = json.loads((tmp_path / "found.json").read_text())["digits, validation"]
     assert found.keys() == {"k-NN 20", "linear"}  # one run alone has k-NN 10
     assert found["k-NN 20"]["values"] == [2.0, 1.5, 2.5]
@@ -80,6 +87,8 @@ def test_runs_are_compared_in_pairs(tmp_path: Path, capsys: pytest.CaptureFixtur
     ):
         assert cli.main(["eval", "compare", *left, "--against", *others]) == 2
         assert message in capsys.readouterr().err
+    assert cli.main(["eval", "compare", *left, "--picture", str(tmp_path / "x.png")]) == 2
+    assert "--picture: is of differences; give --against too" in capsys.readouterr().err
     assert cli.main(["eval", "compare", left[0], "--against", right[0]]) == 0
     assert "in one pair, which cannot show whether this is chance" in capsys.readouterr().out
     assert cli.main(["eval", "knn", left[0], "--against", right[0]]) == 2
