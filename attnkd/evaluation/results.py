@@ -73,16 +73,20 @@ def compared(runs: Sequence[Path]) -> dict[str, dict[str, dict[str, float]]]:
 def as_text(table: Mapping[str, Mapping[str, Mapping[str, float]]], runs: Iterable[Path]) -> str:
     """One table a data set: a row for each measure, a column for each run, the best marked."""
     names, lines = [str(run) for run in runs], []
+    columns = [max(len(name), len("100.00*")) + 3 for name in names]
     for data, rows in table.items():
         width = max(len(row) for row in rows)
-        lines += [f"top-1 % on {data}", " " * width + "".join(f"{name:>{len(name) + 3}}" for name in names)]
+        lines += [
+            f"top-1 % on {data}",
+            " " * width + "".join(f"{name:>{own}}" for name, own in zip(names, columns, strict=True)),
+        ]
         for row, found in rows.items():
             best = max(found.values())
             cells = (
                 f"{found[name]:.2f}{'*' if found[name] == best and len(found) > 1 else ' '}" if name in found else "- "
                 for name in names
             )
-            lines.append(row.ljust(width) + "".join(f"{c:>{len(n) + 3}}" for c, n in zip(cells, names, strict=True)))
+            lines.append(row.ljust(width) + "".join(f"{cell:>{own}}" for cell, own in zip(cells, columns, strict=True)))
         lines.append("")
     return "\n".join(lines).rstrip()
 

@@ -79,7 +79,10 @@ def test_runs_are_compared_in_pairs(tmp_path: Path, capsys: pytest.CaptureFixtur
     ]
     assert [found[name]["p_holm"] for name in ("k-NN 20", "linear")] == pytest.approx([2 * p[0], max(2 * p[0], p[1])])
     printed = capsys.readouterr().out
-    assert "differences in top-1 on digits, validation, 3 pairs, p corrected by Holm" in printed and "90.00" in printed
+    assert (
+        "differences in top-1 on digits, validation, 3 pairs, p corrected by Holm" in printed
+        and "k-NN 20     90.00 " in printed
+    )
     assert "\nk-NN 20  better (+2.00 points, 95 % interval +0.76 to +3.24, p = 0.04)\nlinear   no difference" in printed
     for others, message in (
         (right[:2], "--against: expected as many runs as are compared with them, 3, each of them once"),
