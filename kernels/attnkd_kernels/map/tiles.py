@@ -76,7 +76,7 @@ _FP32_OF = {
     ("dk", "sm90"): replace(_FP32, stays=16, streams=32),
     ("dk", "sm120"): replace(_FP32, stays=16, streams=32),
     ("dq", "sm100"): replace(_FP32, stages=3),
-    ("dk", "sm100"): replace(_FP32, stays=16, streams=32, stages=3),
+    ("dk", "sm100"): replace(_FP32, stays=16, streams=32),
     ("dq", "sm120"): replace(_FP32, stages=3),
 }
 _FP32_GFX942 = Tile(32, 32, 32, 4, 2, whole=32, chunk=32, out_columns=64)
