@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import re
@@ -63,6 +64,8 @@ def _evaluate(args: argparse.Namespace, world: World) -> int:
     ]
     for path in outputs if world.first else ():
         files.check_writable("json", path)
+    if world.first and asked.folder is not None:
+        _check_name(outputs[0], asked)
     model = _load(args, asked)
     config = image_config(model, img_size=args.img_size, mean=args.mean, std=args.std)
     train, val = _sources(args, asked, config)
@@ -91,6 +94,19 @@ def _evaluate(args: argparse.Namespace, world: World) -> int:
         files.write_json(path, result | found)
         print(f"wrote {path}")
     return 0
+
+
+def _check_name(path: Path, asked: Asked) -> None:
+    """Two data sets may be spelt alike in a file's name, where no slash can be."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        other = [f"{name} {before[name]}" for name in ("data", "subset") if before[name] != asked.data[name]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if other:
+        raise ValueError(
+            f"data: {path} has the result of {' and '.join(other)}, whose name is spelt alike; move it away"
+        )
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -155,14 +171,20 @@ def _asked(args: argparse.Namespace, models: list[str], default: str | None = No
     (name,) = models
     folder = Path(name) if (Path(name) / CONFIG).is_file() else None
     earlier = {} if folder is None else saved_settings("model", folder / CONFIG)
+    wanted = default or args.data
+    if wanted not in (None, earlier.get("data")):
+        earlier = {**earlier, "data_root": None, "train_split": None, "val_split": None}  # of another data set
     data = {
         option: getattr(args, option) or earlier.get(option)
         for option in ("data", "data_root", "train_split", "val_split")
     }
-    data["data"] = default or data["data"]
+    data["data"] = wanted or data["data"]
     if data["data"] is None:
-        raise ValueError("data: expected a data set, got none (only a run's folder has one)")
+        raise ValueError(f"data: expected a data set, got none (only a run's folder has one, and {name} is none)")
     parts = [] if data["data"] == earlier.get("data") else [data["data"]]
+    if args.subset is not None and re.fullmatch(r"[\d.]+", args.subset) and not Path(args.subset).exists():
+        with contextlib.suppress(ValueError):
+            args.subset = f"{float(args.subset):g}"  # .50 is 0.5
     parts += [] if args.subset is None else [args.subset]
     plain: dict[str, Any] = {
         "train_split": earlier.get("train_split") or "train",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from attnkd.capture.adapters import adapter_for
 from attnkd.capture.models import check_images, cls_features, evaluating, parameter_dtype
 from attnkd.capture.tokens import token_layout
+from attnkd.training.data import drawn
 from attnkd.training.distributed import World
 
 
@@ -43,7 +44,20 @@ def batches(images: Any, transform: Callable[[Any], Tensor], batch_size: int, wo
         images: index → (image, label), with a length.
         transform: image → [C, H, W].
     """
-    return DataLoader(_Images(images, transform), batch_size, num_workers=workers)
+    return _Batches(DataLoader(_Images(images, transform), batch_size, num_workers=workers))
+
+
+class _Batches:
+    """A loader whose workers' errors are one line."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        return drawn(self.loader)
 
 
 def extract_together(

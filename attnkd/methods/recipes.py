@@ -33,7 +33,7 @@ class Recipe:
         min_lr: learning rate at the end of the schedule.
         clip_grad: largest norm of the gradient; None does not clip.
         ema_decay: of a moving average of the weights, which then is the result; None for no average.
-        crop_scale: smallest and largest area of a random crop, as a share of the image.
+        crop_scale: smallest and largest area of a random crop, as a share of the image; (1, 1) is the whole image, resized.
         crop_padding: in place of that: pixels around the resized image, from which a crop of its size is cut.
         hflip: probability of a horizontal flip.
         color_jitter: strength of random changes of brightness, contrast and saturation.
@@ -180,11 +180,14 @@ class Recipe:
             for op in (*getattr(step, "ops", ()), *chain.from_iterable(getattr(step, "policy", ()))):
                 if op.name.startswith("Posterize"):
                     op.level_fn = functools.partial(_one_bit_at_least, op.level_fn)
-        if self.crop_padding is not None:
+        if self.crop_padding is not None or self.crop_scale == (1.0, 1.0):
             from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resize
 
-            resize = Resize(size, InterpolationMode.BICUBIC)
-            made.transforms[0] = Compose([resize, RandomCrop(size, padding=self.crop_padding)])
+            # timm would still draw a crop's aspect ratio, and its place by a pixel.
+            steps: list[Any] = [Resize(size, InterpolationMode.BICUBIC)]
+            if self.crop_padding is not None:
+                steps.append(RandomCrop(size, padding=self.crop_padding))
+            made.transforms[0] = Compose(steps)
         return made
 
 

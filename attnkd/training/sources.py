@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,9 +172,16 @@ def _named(images: Any, path: Path) -> list[int]:
     reader: Any = getattr(images, "reader", None)
     if not hasattr(reader, "samples"):
         raise NotImplementedError("subset: only the images of a folder have names; give a share, such as 0.1")
-    names = list(read_lines(path))
+    names = [name for name in read_lines(path) if name]
     plain = not any("/" in name for name in names)
-    found = {reader.filename(i, basename=plain): i for i in range(len(reader.samples))}
+    every = [reader.filename(i, basename=plain) for i in range(len(reader.samples))]
+    found = {name: i for i, name in enumerate(every)}
+    times = Counter(every)
+    several = next((name for name in names if times[name] > 1), None)
+    if several is not None:
+        raise ValueError(
+            f"subset: {path} lists {several!r}, which {times[several]} images are called; list their folders too"
+        )
     missing = next((name for name in names if name not in found), None)
     if missing is not None or not names:
         raise ValueError(
@@ -207,7 +215,9 @@ class _Listed:
 def _listed(path: Path, folder: str | None, mode: str) -> Source:
     if folder is None:
         raise ValueError(f"data_root: {path} is a list; expected the folder in which its names begin, got None")
-    names = list(read_lines(path))
+    names = [name for name in read_lines(path) if name]
+    if not names:
+        raise ValueError(f"data: {path} is a list without a name")
     missing = next((name for name in names if not (Path(folder) / name).is_file()), None)
     if missing is not None:
         raise ValueError(f"data_root: {path} lists {missing!r}, which is not in {folder}")

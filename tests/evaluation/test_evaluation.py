@@ -183,6 +183,14 @@ def test_no_result_takes_the_place_of_another(digits_run, capsys):
         found = json.loads((digits_run / f"eval_{name}.json").read_text())
         table = json.loads((digits_run / "all.json").read_text())[f"digits, {found['val_split']}"]
         assert table[row][str(digits_run)] == found["scores"]["5"]["top1"]
+    assert cli.main([*words, "--temperature", "0.1", "--subset", ".50"]) == 0  # the same share
+    assert not (digits_run / "eval_knn_.50_temperature_0.1.json").exists()
+    path = digits_run / "eval_knn.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "data": "a/digits"}))
+    capsys.readouterr()
+    assert cli.main(words) == 2
+    assert "eval_knn.json has the result of data a/digits, whose name is spelt alike" in capsys.readouterr().err
+    path.unlink()
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,16 @@ class TestRecipe:
                 assert op(image).size == (16, 16)
         pickle.loads(pickle.dumps(made))  # workers that are not forked get it so
 
+    def test_whole_images_are_the_same_every_time(self) -> None:
+        made = Recipe(10, 4, crop_scale=(1.0, 1.0), hflip=0.0).transform_for((16, 16), (0.0,) * 3, (1.0,) * 3)
+        image = Image.effect_noise((125, 94), 60).convert(
+            "RGB"
+        )  # 4:3 up to rounding: timm's crop would move by a pixel
+        first = made(image)
+        assert all(torch.equal(made(image), first) for _ in range(200))
+        want = np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC)).transpose(2, 0, 1) / 255
+        np.testing.assert_allclose(first.numpy(), want, atol=1e-6)
+
     def test_trains(self) -> None:
         """Recipe, task and fixed position embeddings together: the loss falls and the embeddings stay."""
         made = task(num_heads=6, patch_size=4).train()

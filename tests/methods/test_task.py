@@ -205,6 +205,15 @@ def test_targets_and_integer_images_are_refused_by_name(name):
     for targets in (F.one_hot(Y, 4).float(), torch.tensor([0, -100])):  # -100: cross-entropy leaves the image out
         assert task(X, targets)["loss"].isfinite()
 
+    class OfADictionary(nn.CrossEntropyLoss):
+        """What a loss of one's own takes is its own affair."""
+
+        def forward(self, output, targets):
+            return super().forward(output, targets["label"].long())
+
+    own = TASKS[name](vit(), vit(1), criterion=OfADictionary())
+    assert own(X, {"label": Y.int()})["loss"].isfinite()
+
 
 @each
 def test_a_message_names_the_model_it_belongs_to(name):

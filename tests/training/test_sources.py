@@ -78,3 +78,24 @@ def test_what_is_missing_is_named(tmp_path):
     (tmp_path / "list.txt").write_text("a/0.png\n")
     with pytest.raises(ValueError, match="subset: expected images with labels; a list"):
         subset(open_source(str(tmp_path / "list.txt"), "train", root=str(tmp_path)), "0.5")
+    (tmp_path / "list.txt").write_text("\n\n")
+    with pytest.raises(ValueError, match="data: .*list.txt is a list without a name"):
+        open_source(str(tmp_path / "list.txt"), "train", root=str(tmp_path))
+    fill(tmp_path, ["b"])
+    (tmp_path / "names.txt").write_text("0.png\n")
+    with pytest.raises(ValueError, match="subset: .*lists '0.png', which 2 images are called; list their folders too"):
+        subset(open_source(str(tmp_path), "train"), str(tmp_path / "names.txt"))
+    (tmp_path / "names.txt").write_text("b/0.png\n\n")
+    assert [label for _, label in subset(open_source(str(tmp_path), "train"), str(tmp_path / "names.txt")).images] == [
+        1
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_cannot_be_read_end_an_evaluation_in_one_line(workers, tmp_path):
+    fill(tmp_path, ["a"])
+    for path in (tmp_path / "a").iterdir():
+        path.write_text("junk")
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, depth=1)
+    with pytest.raises(RuntimeError, match="^[^\n]*Failed to load 10 consecutive samples$"):
+        list(batches(open_source(str(tmp_path), "train").images, image_transform(image_config(model)), 2, workers))
