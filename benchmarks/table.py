@@ -154,8 +154,21 @@ def first_call(result: dict[str, Any], options: Options) -> list[list[str]]:
 
 
 def cpu(result: dict[str, Any], options: Options) -> list[list[str]]:
-    """One row a case: chunked against eager PyTorch. Option: group."""
-    rows = [["case", "eager", "chunked", "faster", "eager's memory", "chunked's"]]
+    """One row a case: chunked against eager PyTorch, and against torch.compile of it. Option: group."""
+    names = ("eager", "compile", "chunked")
+    rows = [
+        [
+            "case",
+            "eager",
+            "torch.compile",
+            "chunked",
+            "faster",
+            "than compile",
+            "eager's memory",
+            "compile's",
+            "chunked's",
+        ]
+    ]
     fields = ("group", "batch", "tokens", "rows", "divergence", "merge")
     records = [r for r in result["records"] if options.get("group", r["group"]) == r["group"]]
     for key in dict.fromkeys(tuple(r[f] for f in fields) for r in records):
@@ -163,14 +176,15 @@ def cpu(result: dict[str, Any], options: Options) -> list[list[str]]:
         _, batch, tokens, query_rows, divergence, merge = key
         what = f"{'all rows' if query_rows == 0 else f'{query_rows} row' + ('s' if query_rows > 1 else '')}, B {batch}, N {tokens}"
         what += f", {divergence}" + (f", {merge}" if merge else "")
-        eager, chunked = found.get("eager", {}), found.get("chunked", {})
-        both = bool(eager.get("ms") and chunked.get("ms"))
+        every = [found.get(name, {}) for name in names]
+        times = [_cpu_ms(r) if r.get("ms") else None for r in every]
+        own = times[-1]
         rows.append(
             [
                 what,
-                *[f"{_cpu_ms(r):.1f} ms" if r.get("ms") else r.get("status", "–") for r in (eager, chunked)],
-                f"{_cpu_ms(eager) / _cpu_ms(chunked):.1f}x" if both else "",
-                *[f"{r['extra_mib']:.0f} MiB" if "extra_mib" in r else "" for r in (eager, chunked)],
+                *["–" if ms is None else f"{ms:.1f} ms" for ms in times],
+                *["" if None in (ms, own) else f"{ms / own:.1f}x" for ms in times[:-1]],  # type: ignore[operator]
+                *[f"{r['extra_mib']:.0f} MiB" if "extra_mib" in r else "" for r in every],
             ]
         )
     return rows
