@@ -141,11 +141,6 @@ def head_importance(
     if owners != running:
         raise ValueError(f"blocks: expected at most one attention a block, in running order, got {paths}")
     heads = [num_heads(model, name) for name in paths]
-    if classifier is None and forward is None and num_classes(model) == 0:
-        raise ValueError(
-            f"model: {plain_class(model).__name__} has no classifier (num_classes = 0), and without one no image is right or wrong; give "
-            "classifier=, from its output to class scores, such as a linear probe, or set num_classes if these are its output"
-        )
     if not distributed:
         return _search(
             model,
@@ -216,7 +211,8 @@ def _search(
                 continue
             images, labels = images.to(device), targets.to(device)
             scores = count_right.scores(images)
-            _check_scores(scores, targets)
+            bare = classifier is None and forward is None and num_classes(model) == 0
+            _check_scores(scores, targets, getattr(model, "num_features", None) if bare else None)
             result.full += int((scores.argmax(-1) == labels).sum())
             for search, count in zip(searches, counts, strict=True):
                 size = max(1, max_batch // math.prod(count.shape[_first_spread(count.shape, max_batch) :]))
@@ -235,11 +231,20 @@ def _search(
     return result
 
 
-def _check_scores(scores: Tensor, targets: Tensor) -> None:
-    """Refuse what would be counted as wrong, or right, without a word."""
+def _check_scores(scores: Tensor, targets: Tensor, features: int | None) -> None:
+    """Refuse what would be counted as wrong, or right, without a word.
+
+    Args:
+        features: of a model that says it has no classifier: as many numbers are its features. Others may be class scores of its own.
+    """
     if not isinstance(scores, Tensor) or scores.ndim != 2:
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"model: expected class scores [B, classes], got {got}; give classifier= or forward=")
+    if scores.shape[1] == features:
+        raise ValueError(
+            f"model: has no classifier (num_classes = 0) and puts out its {features} features, and without one no image is right or wrong; "
+            "give classifier=, from its output to class scores, such as a linear probe"
+        )
     if targets.shape != scores.shape[:1] or targets.is_floating_point():
         raise ValueError(
             f"loader: expected class indices [{len(scores)}], one for each image, got {targets.dtype} {tuple(targets.shape)}"
